@@ -1,0 +1,100 @@
+"""ActivationCache: the two streams of hidden states that run through the blocks."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, RandomSampler
+
+Batch = dict[str, Any]  # inputs (B, T, D), target {name: (B, T, …)}, mask (B, T)
+
+FORWARD_BATCH = 8  # sequences per forward when nothing is trained
+
+
+class ActivationCache(Dataset[Batch]):
+    """Hidden states of one split, before the current block: the teacher's and the student's, in CPU memory.
+
+    The teacher stream holds what the full-precision model sees; once the teacher has run it holds the block's
+    full-precision outputs, which are both the objective's target and the next block's inputs. The student stream holds
+    what the quantised prefix gives. Two streams of N·T·D values are all there is.
+
+    Args:
+        embeddings: (N, T, D), the first block's inputs, in the dtype of both streams.
+        mask: bool (N, T), False at pads.
+    """
+
+    def __init__(self, embeddings: Tensor, mask: Tensor) -> None:
+        self.teacher = embeddings
+        self.student = embeddings.clone()
+        self.mask = mask
+        self.target: dict[str, Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self.mask)
+
+    def __getitem__(self, index: int) -> Batch:
+        return self.__getitems__([index])
+
+    def __getitems__(self, indices: list[int]) -> Batch:
+        target = {name: value[indices] for name, value in self.target.items()}
+        target["hidden"] = self.teacher[indices]
+        return {"inputs": self.student[indices], "target": target, "mask": self.mask[indices]}
+
+    def student_batches(self, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the student's inputs (B, T, D) and masks (B, T) in order."""
+        for inputs, mask in zip(self.student.split(FORWARD_BATCH), self.mask.split(FORWARD_BATCH), strict=True):
+            yield inputs.to(device), mask.to(device)
+
+    def advance_teacher(self, block: Callable[[Tensor], Tensor], device: torch.device) -> None:
+        """Replace the teacher's inputs by the block's outputs, in place."""
+        _advance(self.teacher, block, device)
+
+    def advance_student(self, block: Callable[[Tensor], Tensor], device: torch.device) -> None:
+        """Replace the student's inputs by the block's outputs, in place."""
+        _advance(self.student, block, device)
+
+    def set_target(self, make: Callable[[Tensor], dict[str, Tensor]], device: torch.device) -> None:
+        """Cache what `make` keeps of the teacher's outputs; it maps (M, D) to tensors with M rows. Pads become 0."""
+        parts: list[dict[str, Tensor]] = []
+        for hidden, mask in zip(self.teacher.split(FORWARD_BATCH), self.mask.split(FORWARD_BATCH), strict=True):
+            rows = make(hidden.to(device)[mask.to(device)])
+            parts.append({name: _scatter(value.cpu(), mask) for name, value in rows.items()})
+        self.target = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def in_order(self, batch_size: int) -> "DataLoader[Batch]":
+        """Return a loader over all sequences, for validation."""
+        return DataLoader(self, batch_size=batch_size, collate_fn=_identity)
+
+    def shuffled(self, batch_size: int, num_batches: int, seed: int) -> "DataLoader[Batch]":
+        """Return a loader of exactly `num_batches` batches: as many seeded permutations as that takes."""
+        generator = torch.Generator().manual_seed(seed)
+        sampler = RandomSampler(self, num_samples=batch_size * num_batches, generator=generator)
+        return DataLoader(self, batch_size=batch_size, sampler=sampler, collate_fn=_identity)
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The two caches of a run."""
+
+    train: ActivationCache
+    held_out: ActivationCache
+
+    def each(self) -> tuple[ActivationCache, ActivationCache]:
+        return self.train, self.held_out
+
+
+def _advance(stream: Tensor, block: Callable[[Tensor], Tensor], device: torch.device) -> None:
+    for inputs in stream.split(FORWARD_BATCH):  # views: writing to them writes the stream
+        inputs.copy_(block(inputs.to(device)))
+
+
+def _scatter(rows: Tensor, mask: Tensor) -> Tensor:
+    full = torch.zeros(*mask.shape, *rows.shape[1:], dtype=rows.dtype)
+    full[mask] = rows
+    return full
+
+
+def _identity(batch: Batch) -> Batch:
+    return batch

@@ -1,0 +1,26 @@
+"""Count the floating-point work of a block's calibration, for the ETA."""
+
+from lfq_lightning.model_skeleton import ModelSkeleton
+from lfq_lightning.plan import BlockPlan
+
+_CHECKS = 4  # validations during training, at Lightning's val_check_interval of 0.25
+
+
+def block_flops(plan: BlockPlan, skeleton: ModelSkeleton, tokens: int, held_out_tokens: int, seq_len: int) -> float:
+    """Return the FLOP of calibrating one block: teacher, observing, training, held-out checks, advancing.
+
+    Matrix products only; a few percent of scale searches and attention are left out.
+    """
+    shapes = skeleton.linear_shapes(plan.index).values()
+    forward = 2.0 * sum(o * i for o, i in shapes)  # per token
+    config = skeleton.checkpoint.config
+    readout = 4.0 * config.hidden_size * config.vocab_size if plan.objective.cls.logit_space else 0.0
+    everything = tokens + held_out_tokens
+    work = 2 * forward * everything + 2 * forward * held_out_tokens
+    if any(layer.closed_form.cls.needs_inputs for layer in plan.layers.values()):
+        inputs = {i for _, i in shapes}
+        work += tokens * (1.7 * forward + 4 * 2.0 * sum(i * i for i in inputs))  # fp32 products count four times
+    if plan.learned:
+        work += plan.steps * plan.batch_size * seq_len * (3 * forward + readout)
+        work += _CHECKS * held_out_tokens * (forward + readout)
+    return work + readout * everything

@@ -1,0 +1,19 @@
+"""BlockModule: one decoder block, compared by its hidden states."""
+
+from typing import final
+
+from torch import Tensor
+
+from lfq_lightning.calibration_block import CalibrationBlock
+
+
+@final
+class BlockModule(CalibrationBlock):
+    """One decoder layer, calibrated on its output hidden states (B, T, D)."""
+
+    @property
+    def head(self) -> None:
+        return None
+
+    def readout(self, hidden: Tensor) -> Tensor:
+        return hidden

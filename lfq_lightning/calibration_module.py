@@ -1,0 +1,42 @@
+"""CalibrationModule: the LightningModule a Trainer fits; it is the block that the scheduler has on the bench."""
+
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from lfq_lightning.activation_cache import Batch
+from lfq_lightning.calibration_block import CalibrationBlock
+from lfq_lightning.checkpoints import open_checkpoint
+
+
+class CalibrationModule(LightningModule):
+    """Delegates to the current CalibrationBlock, `block`, which the BlockScheduler puts in place.
+
+    Args:
+        checkpoint: the full-precision model: a Hugging Face folder, a hub id, or a .gguf file.
+    """
+
+    def __init__(self, checkpoint: str) -> None:
+        super().__init__()
+        self.checkpoint = open_checkpoint(checkpoint)
+        self.block: CalibrationBlock | None = None
+
+    @property
+    def current(self) -> CalibrationBlock:
+        assert self.block is not None, "the BlockScheduler callback places a block before each epoch"
+        return self.block
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
+        loss = self.current.training_step(batch, batch_idx)
+        if loss is not None:
+            self.log("train/loss", loss.detach())
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        loss = self.current.validation_step(batch, batch_idx)
+        self.log("held_out/loss", loss, on_epoch=True, batch_size=int(batch["mask"].sum()))
+
+    def configure_optimizers(self) -> dict[str, Any] | None:
+        # Lightning asks once before the first block is placed; the scheduler asks again at the start of each epoch.
+        return self.block.configure_optimizers() if self.block is not None else None

@@ -1,0 +1,41 @@
+"""BlockCallback: a Lightning callback that also hears when a block begins and ends."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from lightning.pytorch import Callback, Trainer
+
+from lfq_lightning.plan import BlockPlan
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """What calibrating one block did. Losses are those of its objective on the held-out split."""
+
+    index: int
+    name: str
+    objective: str
+    quantizers: list[str]
+    loss_before: float
+    loss_after: float
+    best_step: int
+    kl: float
+    seconds: float
+    peak_bytes: int
+    eta_seconds: float
+
+
+class BlockCallback(Callback):
+    """Base for callbacks that follow the BlockScheduler. All hooks do nothing by default."""
+
+    def on_run_start(self, trainer: Trainer, plans: list[BlockPlan]) -> None:
+        """Called once, with the plan of every block, when the run folder is open."""
+
+    def on_block_start(self, trainer: Trainer, plan: BlockPlan) -> None:
+        """Called when a block is read."""
+
+    def on_block_end(self, trainer: Trainer, report: BlockReport) -> None:
+        """Called when a block's shard is on disk and both activation streams stand behind it."""
+
+    def on_run_end(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
+        """Called once, with the content of metrics.json, when the folder is a complete model."""

@@ -1,0 +1,275 @@
+"""BlockScheduler: the method on one page. Takes one `Trainer.fit` through all blocks of a model."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from torch import Tensor
+
+from lfq_lightning.activation_cache import ActivationCache, Splits
+from lfq_lightning.block_flops import block_flops
+from lfq_lightning.block_module import BlockModule
+from lfq_lightning.calibration_block import CalibrationBlock
+from lfq_lightning.callbacks import CALLBACKS, BlockCallback, BlockReport
+from lfq_lightning.data import TokenSet
+from lfq_lightning.decoder_block import DecoderBlock
+from lfq_lightning.errors import UserError
+from lfq_lightning.final_block_module import FinalBlockModule
+from lfq_lightning.held_out import evaluate
+from lfq_lightning.model_skeleton import ModelSkeleton
+from lfq_lightning.objectives.kl import KL
+from lfq_lightning.pack_format import pack_tensors
+from lfq_lightning.peak_memory import peak_bytes
+from lfq_lightning.plan import BlockPlan, Plan, Rule
+from lfq_lightning.precision import compute_dtype, stream_dtype
+from lfq_lightning.preflight import check_trainer, output_bytes
+from lfq_lightning.quant_scheme import QuantScheme
+from lfq_lightning.quantized_tensor import QuantizedTensor
+from lfq_lightning.run_folder import RunFolder
+from lfq_lightning.solve import solve
+
+_LENS_TOKENS = 1024  # held-out tokens on which each block's KL is read
+
+
+@CALLBACKS.register
+class BlockScheduler(BlockCallback):
+    """Calibrates the blocks in order; an epoch of the Trainer is the training of one block.
+
+    For each block: the teacher runs on the full-precision stream; closed-form quantizers solve on the student stream;
+    learned quantizers train from there, and the step with the least held-out loss is kept, the start included; the
+    block ships as a shard; the student stream moves on with the weights that ship.
+
+    Args:
+        plan: the rules; first match wins.
+        output: folder for the packed model.
+        overwrite: replace an earlier run in `output`.
+        resolved_config: YAML text to keep beside the results.
+    """
+
+    paper = "block-wise calibration: BRECQ (arXiv 2102.05426); the final block: LFQ (arXiv 2605.29756)"
+
+    def __init__(
+        self, plan: list[Rule], output: str, overwrite: bool = False, resolved_config: str | None = None
+    ) -> None:
+        self.plan = Plan(plan)
+        self.output = output
+        self.overwrite = overwrite
+        self.resolved_config = resolved_config
+        self.finished = False
+
+    # ---- one fit: prepare, then block after block --------------------------------------------------------------------
+
+    def prepare(self, trainer: Trainer, module: LightningModule, data: LightningDataModule | None) -> None:
+        """Check everything that can be checked without weights and data. Raises UserError; changes nothing on disk."""
+        self.run_started = time.perf_counter()
+        self.module, self.data = check_trainer(trainer, module, data)
+        self.skeleton = ModelSkeleton(self.module.checkpoint)
+        self.plans = self.plan.resolve(self.skeleton)
+        self.folder = RunFolder(self.output, shards=len(self.plans) + 1, overwrite=self.overwrite)
+        self.folder.check(output_bytes(self.skeleton, self.plans))
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.prepare(trainer, pl_module, trainer.datamodule)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.trainer, self.device = trainer, trainer.strategy.root_device
+        self.folder.open(self.resolved_config)
+        train, self.held_out_tokens = self.data.token_sets(self.module.checkpoint, self.device)
+        self.splits = Splits(self._embed(train), self._embed(self.held_out_tokens))
+        self.head = self.skeleton.head(compute_dtype(trainer.precision)).to(self.device)
+        self.folder.write_shard(0, self.skeleton.checkpoint.tensors(self.skeleton.outer_names()))
+        self.schemes: dict[str, QuantScheme] = {}
+        for listener in self._listeners():
+            listener.on_run_start(self.trainer, self.plans)
+        self._begin(self.plans[0])
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        trainer.strategy.setup_optimizers(trainer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.step = (batch_idx + 1) // trainer.accumulate_grad_batches if self.current.plan.learned else 0
+        self.trained = batch_idx + 1 == trainer.num_training_batches
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._keep_if_best(float(trainer.callback_metrics["held_out/loss"]))
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self.trained:  # stopped in mid-block from outside: max_time, max_steps, another callback
+            return
+        if self.step != self.checked_step:  # validation interval and steps need not divide
+            with self._forward_only():
+                self._keep_if_best(self._held_out()[0])
+        self._end()
+        following = self.current.plan.index + 1
+        if following < len(self.plans):
+            self._begin(self.plans[following])
+        else:
+            self._finish()
+            trainer.should_stop = True
+
+    # ---- one block -----------------------------------------------------------------------------------------------------
+
+    def _begin(self, plan: BlockPlan) -> None:
+        """Run the teacher, solve in closed form, and put the block on the bench."""
+        self.block_started = time.perf_counter()
+        for listener in self._listeners():
+            listener.on_block_start(self.trainer, plan)
+        self.block = self.skeleton.block(plan.index).to(self.device)
+        self.current = self._module(plan)
+        with self._forward_only():
+            for split in self.splits.each():
+                split.advance_teacher(self.block, self.device)
+                split.set_target(self._target, self.device)
+            self._check_finite(plan.index, "full-precision", [split.teacher for split in self.splits.each()])
+            inputs = lambda: self.splits.train.student_batches(self.device)  # noqa: E731
+            self.solutions = solve(self.block, plan.layers, inputs, self.skeleton.checkpoint.dtype)
+        for name, layer in plan.layers.items():
+            if layer.learned is not None:
+                solution = self.solutions[name]
+                self.block.train_linear(name, layer.learned.build(solution.latent, solution.quantized).to(self.device))
+        self.module.block = self.current
+        self.data.place(self.splits, plan)
+        self.step, self.trained, self.best_loss = 0, False, float("inf")
+        with self._forward_only():
+            self.start_loss, self.start_hidden = self._held_out()
+        self._keep_if_best(self.start_loss)
+
+    def _end(self) -> None:
+        """Keep the best step, ship it, and move the student stream on with what ships."""
+        self.current.load_state_dict(self.best_state, strict=False)
+        plan = self.current.plan
+        shipped = {name: solution.quantized for name, solution in self.solutions.items()} | self.block.ship()
+        self._write(plan, shipped)
+        with self._forward_only():
+            for split in self.splits.each():
+                split.advance_student(self.block, self.device)
+            self._check_finite(plan.index, "quantised", [split.student for split in self.splits.each()])
+            report = self._report(plan, self._lens_kl())
+        self.folder.append_journal(vars(report))
+        for listener in self._listeners():
+            listener.on_block_end(self.trainer, report)
+
+    def _finish(self) -> None:
+        """Measure full precision, the last block as it was before training, and what ships; complete the folder."""
+        held_out, tokens = self.splits.held_out, self.held_out_tokens
+        streams = {
+            "full_precision": held_out.teacher,
+            "before_last_training": self.start_hidden,
+            "quantized": held_out.student,
+        }
+        metrics: dict[str, Any] = {}
+        with torch.no_grad():
+            h = {name: self.head.readout(hidden.float().to(self.device)) for name, hidden in streams.items()}
+            for name in streams:
+                found = evaluate(h[name], h["full_precision"], self.head.weight, tokens.input_ids, tokens.mask)
+                metrics[name] = {"held_out": found[0], "per_sequence": found[1]}
+        metrics = {
+            "held_out": metrics["quantized"]["held_out"],
+            **metrics,
+            "model_bytes": self.folder.total_bytes,
+            "seconds": time.perf_counter() - self.run_started,
+            "peak_bytes": peak_bytes(self.device),
+        }
+        dense = [name for name in self.skeleton.all_linears() if name not in self.schemes]
+        self.folder.finish(self.skeleton.checkpoint, self.skeleton.architecture, self.schemes, dense, metrics)
+        self.finished = True
+        for listener in self._listeners():
+            listener.on_run_end(self.trainer, metrics)
+
+    # ---- parts ---------------------------------------------------------------------------------------------------------
+
+    def _module(self, plan: BlockPlan) -> CalibrationBlock:
+        objective = plan.objective.build()
+        if objective.logit_space:
+            return FinalBlockModule(self.block, objective, plan, self.head)
+        return BlockModule(self.block, objective, plan)
+
+    def _embed(self, tokens: TokenSet) -> ActivationCache:
+        dtype = stream_dtype(self.trainer.precision)
+        rows = [self.skeleton.embed(ids[None]).to(dtype) for ids in tokens.input_ids]
+        return ActivationCache(torch.cat(rows), tokens.mask)
+
+    def _target(self, hidden: Tensor) -> dict[str, Tensor]:
+        return self.current.objective.target(self.current.readout(hidden), self.current.head)
+
+    def _held_out(self) -> tuple[float, Tensor]:
+        """Return the held-out loss now, as validation computes it, and the block's outputs."""
+        total, count, outputs = 0.0, 0, []
+        for batch in self.data.val_dataloader():
+            outputs.append(self.block(batch["inputs"].to(self.device)).to(self.splits.held_out.student))
+            tokens = int(batch["mask"].sum())
+            batch = self.module.transfer_batch_to_device(batch, self.device, 0)
+            total += float(self.current.validation_step(batch)) * tokens
+            count += tokens
+        return total / count, torch.cat(outputs)
+
+    def _keep_if_best(self, loss: float) -> None:
+        if not loss < float("inf"):
+            raise UserError(
+                f"block {self.current.plan.index}: the held-out loss is {loss} at step {self.step}; lower its lr, or "
+                "look for broken values in the model."
+            )
+        self.checked_step = self.step
+        if loss < self.best_loss:
+            self.best_loss, self.best_step = loss, self.step
+            trained = ((name, p) for name, p in self.current.named_parameters() if p.requires_grad)
+            self.best_state = {name: parameter.detach().clone() for name, parameter in trained}
+
+    def _check_finite(self, index: int, which: str, streams: list[Tensor]) -> None:
+        if not all(bool(stream.isfinite().all()) for stream in streams):
+            raise UserError(
+                f"block {index}: its {which} activations hold NaN or infinity; the model overflows in "
+                f"{self.trainer.precision}, or its weights are broken; try trainer.precision 32-true."
+            )
+
+    def _write(self, plan: BlockPlan, shipped: dict[str, QuantizedTensor]) -> None:
+        prefix = f"{self.skeleton.block_name(plan.index)}."
+        tensors: dict[str, Tensor] = {}
+        for name, quantized in shipped.items():
+            tensors |= pack_tensors(prefix + name, quantized)
+            self.schemes[prefix + name] = quantized.scheme
+        replaced = {f"{prefix}{name}.weight" for name in shipped}
+        kept = [name for name in self.skeleton.block_names(plan.index) if name not in replaced]
+        self.folder.write_shard(plan.index + 1, tensors | self.skeleton.checkpoint.tensors(kept))
+
+    def _lens_kl(self) -> float:
+        """Return KL(teacher ‖ student) of what the head reads after this block, on some held-out tokens."""
+        held_out, lens = self.splits.held_out, KL()
+        some = slice(max(1, _LENS_TOKENS // held_out.mask.shape[1]))
+        mask = held_out.mask[some]
+        teacher, student = (
+            self.head.readout(stream[some][mask].float().to(self.device)) for stream in (held_out.teacher, held_out.student)
+        )
+        return float(lens.token_loss(student, lens.target(teacher, self.head), self.head).mean())
+
+    def _report(self, plan: BlockPlan, kl: float) -> BlockReport:
+        tokens, held_out = self.splits.train.mask.numel(), self.splits.held_out.mask.numel()
+        flops = [block_flops(p, self.skeleton, tokens, held_out, self.data.seq_len) for p in self.plans]
+        now, done = time.perf_counter(), sum(flops[: plan.index + 1])
+        self.first_block_started = self.block_started if plan.index == 0 else self.first_block_started
+        return BlockReport(
+            index=plan.index,
+            name=self.skeleton.block_name(plan.index),
+            objective=plan.objective.name,
+            quantizers=sorted({(layer.learned or layer.closed_form).name for layer in plan.layers.values()}),
+            loss_before=self.start_loss,
+            loss_after=self.best_loss,
+            best_step=self.best_step,
+            kl=kl,
+            seconds=now - self.block_started,
+            peak_bytes=peak_bytes(self.device),
+            eta_seconds=(now - self.first_block_started) * (sum(flops) / done - 1),
+        )
+
+    def _listeners(self) -> list[BlockCallback]:
+        return [callback for callback in self.trainer.callbacks if isinstance(callback, BlockCallback)]
+
+    @contextmanager
+    def _forward_only(self) -> Iterator[None]:
+        with torch.no_grad(), self.trainer.precision_plugin.forward_context():
+            yield

@@ -1,0 +1,22 @@
+"""Where full-precision weights come from: a Hugging Face folder or hub id, or a GGUF file; read lazily."""
+
+from pathlib import Path
+
+from lfq_lightning.checkpoints.checkpoint import Checkpoint
+from lfq_lightning.errors import UserError
+
+__all__ = ["Checkpoint", "open_checkpoint"]
+
+
+def open_checkpoint(source: str) -> Checkpoint:
+    """Open a model by path or hub id; reads no weights. Raises UserError if it cannot be one of ours."""
+    path = Path(source).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise UserError(f"model.checkpoint: there is no file {source}; give the path of a GGUF file.")
+        from lfq_lightning.checkpoints.gguf_checkpoint import GGUFCheckpoint
+
+        return GGUFCheckpoint(path)
+    from lfq_lightning.checkpoints.hf_checkpoint import HFCheckpoint, download
+
+    return HFCheckpoint(path if path.is_dir() else download(source))

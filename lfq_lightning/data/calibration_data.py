@@ -1,0 +1,164 @@
+"""CalibrationData: the token sequences a model is calibrated and held-out-tested on."""
+
+import logging
+import random
+from collections.abc import Iterator
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
+
+from lfq_lightning.activation_cache import Batch, Splits
+from lfq_lightning.checkpoints import Checkpoint
+from lfq_lightning.data.read_documents import Document, read_documents
+from lfq_lightning.data.self_generate import self_generate
+from lfq_lightning.data.token_set import TokenSet
+from lfq_lightning.errors import UserError
+from lfq_lightning.plan import BlockPlan
+
+log = logging.getLogger(__name__)
+
+SELF_GENERATED = "self_generated"
+_SHORTEST_SHARE = 8  # windows shorter than 1/8 of seq_len are dropped
+
+
+class CalibrationData(LightningDataModule):
+    """Token sequences for calibration and a held-out split of its own; then each block's loaders over activations.
+
+    Args:
+        dataset: `self_generated` (the model's own samples), a .txt, a .jsonl (`text` or `messages`), or a hub name.
+        num_samples: calibration sequences.
+        seq_len: tokens per sequence, pads included.
+        num_held_out: sequences for selection and for the final table; their documents are not calibrated on, unless
+            there is only one document.
+        split: split of a hub dataset.
+        subset: configuration of a hub dataset.
+        seed: of shuffling and sampling.
+    """
+
+    def __init__(
+        self,
+        dataset: str = SELF_GENERATED,
+        num_samples: int = 128,
+        seq_len: int = 512,
+        num_held_out: int = 16,
+        split: str = "train",
+        subset: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.dataset = dataset
+        self.num_samples = num_samples
+        self.seq_len = seq_len
+        self.num_held_out = num_held_out
+        self.split = split
+        self.subset = subset
+        self.seed = seed
+        self.splits: Splits | None = None
+        self.plan: BlockPlan | None = None
+
+    def place(self, splits: Splits, plan: BlockPlan) -> None:
+        """Take the activations before the next block, which the BlockScheduler has made, and its plan."""
+        self.splits, self.plan = splits, plan
+
+    def train_dataloader(self) -> "DataLoader[Batch]":
+        """One epoch is the training of one block; a block with nothing to train gets one batch."""
+        assert self.splits is not None and self.plan is not None and self.trainer is not None
+        batches = self.plan.steps * self.trainer.accumulate_grad_batches if self.plan.learned else 1
+        order = self.seed * 1_000_003 + self.plan.index
+        return self.splits.train.shuffled(self.plan.batch_size, batches, order)
+
+    def val_dataloader(self) -> "DataLoader[Batch]":
+        assert self.splits is not None and self.plan is not None
+        return self.splits.held_out.in_order(self.plan.batch_size)
+
+    def check(self, checkpoint: Checkpoint) -> None:
+        """Raise UserError for what cannot work; reads no data."""
+        for name in ("num_samples", "seq_len", "num_held_out"):
+            if vars(self)[name] < (2 if name == "seq_len" else 1):
+                raise UserError(f"data.{name}: {vars(self)[name]} is too small; give a larger number.")
+        context = checkpoint.config.max_position_embeddings
+        if self.seq_len > context:
+            raise UserError(f"data.seq_len: {self.seq_len} is longer than the model's context; give at most {context}.")
+        if self.dataset.endswith((".txt", ".jsonl")):
+            read_documents(self.dataset, self.split, self.subset)
+
+    def token_sets(self, checkpoint: Checkpoint, device: torch.device) -> tuple[TokenSet, TokenSet]:
+        """Return the calibration and the held-out sequences. Raises UserError if there is too little data."""
+        tokenizer = checkpoint.tokenizer()
+        wanted = self.num_samples + self.num_held_out
+        if self.dataset == SELF_GENERATED:
+            train, held_out = self._generated(checkpoint, tokenizer, device)
+        else:
+            train, held_out = self._read(tokenizer)
+        if len(train) + len(held_out) < wanted:
+            raise UserError(
+                f"data: {self.dataset} gives {len(train) + len(held_out)} sequences of {self.seq_len} tokens, but "
+                f"num_samples + num_held_out is {wanted}; lower one of them or seq_len, or give more text."
+            )
+        random.Random(self.seed).shuffle(train)
+        return TokenSet.from_lists(train[: self.num_samples], self.seq_len), TokenSet.from_lists(held_out, self.seq_len)
+
+    def _generated(
+        self, checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase, device: torch.device
+    ) -> tuple[list[list[int]], list[list[int]]]:
+        wanted = self.num_samples + self.num_held_out
+        kept, short = self_generate(
+            checkpoint, tokenizer, wanted, self.seq_len, self._shortest, self.seed, device
+        )
+        self._log(len(kept), f"{short} dropped as shorter than {self._shortest} tokens", kept)
+        return kept[self.num_held_out :], kept[: self.num_held_out]
+
+    def _read(self, tokenizer: PreTrainedTokenizerBase) -> tuple[list[list[int]], list[list[int]]]:
+        wanted = self.num_samples + self.num_held_out
+        documents: list[list[list[int]]] = []
+        short = 0
+        for document in read_documents(self.dataset, self.split, self.subset):
+            windows = list(self._windows(tokenizer, document))
+            long_enough = [window for window in windows if len(window) >= self._shortest]
+            short += len(windows) - len(long_enough)
+            if long_enough:
+                documents.append(long_enough)
+            if len(documents) >= 8 * wanted:  # enough to choose from; a hub dataset may never end
+                break
+        random.Random(self.seed).shuffle(documents)
+        held_out: list[list[int]] = []
+        while len(documents) > 1 and len(held_out) < self.num_held_out:
+            held_out += documents.pop()
+        train = [window for document in documents for window in document]
+        missing = self.num_held_out - len(held_out)
+        if missing > 0:
+            train, rest = train[:-missing], train[-missing:]
+            held_out += rest
+        found = len(train) + len(held_out)
+        self._log(
+            min(found, wanted),
+            f"{short} dropped as shorter than {self._shortest} tokens, {max(0, found - wanted)} not needed",
+            train + held_out,
+        )
+        return train, held_out[: self.num_held_out]
+
+    @property
+    def _shortest(self) -> int:
+        return max(2, self.seq_len // _SHORTEST_SHARE)
+
+    def _windows(self, tokenizer: PreTrainedTokenizerBase, document: Document) -> Iterator[list[int]]:
+        """Cut a document into windows of at most seq_len tokens, each with the BOS token the tokenizer gives."""
+        if isinstance(document, str):
+            lead = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+            with_special = tokenizer("a")["input_ids"]
+            if with_special[: len(lead)] != lead:  # this tokenizer starts no text with its BOS
+                lead = []
+            tokens = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+            step = self.seq_len - len(lead)
+            yield from (lead + tokens[start : start + step] for start in range(0, len(tokens), step))
+            return
+        if not tokenizer.chat_template:
+            raise UserError("data: `messages` need a chat template, and this model has none; give `text` instead.")
+        text = tokenizer.apply_chat_template(document, tokenize=False)
+        yield tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][: self.seq_len]
+
+    def _log(self, count: int, dropped: str, sequences: list[list[int]]) -> None:
+        mean = sum(map(len, sequences)) / max(1, len(sequences))
+        log.info("data: %d sequences from %s, %.0f tokens on average; %s.", count, self.dataset, mean, dropped)

@@ -1,0 +1,70 @@
+"""Read documents from a text file, a JSONL file or a `datasets` hub name."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lfq_lightning.errors import UserError
+
+Document = str | list[dict[str, Any]]  # plain text, or the messages of a conversation
+
+_SEPARATOR = "<|endoftext|>"
+
+
+def read_documents(dataset: str, split: str, subset: str | None) -> Iterator[Document]:
+    """Yield documents: text (`<|endoftext|>` separates them in a .txt), or messages for the chat template.
+
+    Raises UserError if the source cannot be read or has neither a `text` nor a `messages` field.
+    """
+    path = Path(dataset).expanduser()
+    if path.suffix in {".txt", ".jsonl"}:
+        if not path.is_file():
+            raise UserError(f"data.dataset: there is no file {dataset}; give a .txt, a .jsonl or a hub name.")
+        return _read_text(path) if path.suffix == ".txt" else _read_jsonl(path)
+    return _read_hub(dataset, split, subset)
+
+
+def _read_text(path: Path) -> Iterator[Document]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"data.dataset: {path} is not UTF-8 text ({error.reason}); convert it first.") from error
+    yield from (document.strip() for document in text.split(_SEPARATOR) if document.strip())
+
+
+def _read_jsonl(path: Path) -> Iterator[Document]:
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise UserError(f"data.dataset: {path} line {number} is not JSON ({error}); mend the line.") from error
+            yield _document(row, f"{path} line {number}")
+
+
+def _read_hub(name: str, split: str, subset: str | None) -> Iterator[Document]:
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(name, subset, split=split, streaming=True)
+        for row in rows:
+            yield _document(row, name)
+    except (OSError, ValueError, RuntimeError) as error:
+        if isinstance(error, UserError):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"data.dataset: {name!r} cannot be read from the hub ({reason}); check the name, data.split, "
+            "data.subset and the network, or use `self_generated`, which needs none."
+        ) from error
+
+
+def _document(row: Any, where: str) -> Document:
+    if isinstance(row, dict) and isinstance(row.get("messages"), list):
+        return row["messages"]
+    if isinstance(row, dict) and isinstance(row.get("text"), str):
+        return row["text"]
+    raise UserError(f"data.dataset: {where} has neither a `text` nor a `messages` field; rename its field.")

@@ -1,0 +1,113 @@
+"""Let the full-precision model write its own calibration data."""
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lfq_lightning.checkpoints import Checkpoint
+from lfq_lightning.errors import UserError
+from lfq_lightning.meta_model import assign_weights, meta_model
+
+_BATCH = 40
+_LONGEST_QUESTION = 64
+_PATIENCE = 20  # gives up after this many times the wanted number of samples were too short
+_MARK = "\u2042"  # stands for the user's words while the chat template is cut around them
+
+
+def self_generate(
+    checkpoint: Checkpoint,
+    tokenizer: PreTrainedTokenizerBase,
+    wanted: int,
+    seq_len: int,
+    shortest: int,
+    seed: int,
+    device: torch.device,
+) -> tuple[list[list[int]], int]:
+    """Return `wanted` token sequences of `shortest` … `seq_len` tokens, sampled from the model at temperature 1.
+
+    A chat model first samples a question where the template expects the user's words, then answers it (Magpie, arXiv
+    2406.08464, section 2); a base model continues its BOS token (LLM-QAT, arXiv 2305.17888, section 3.1). The whole
+    model is in memory while this runs. Also returns how many sequences were dropped as too short; a model that writes
+    nearly nothing else makes the list shorter than wanted.
+    """
+    tokens = _template_ids(tokenizer) if tokenizer.chat_template else None
+    if tokens is None and tokenizer.bos_token_id is None:
+        raise UserError("data.dataset: self_generated needs a chat template or a BOS token; give a text file instead.")
+    model = meta_model(checkpoint.config)
+    assign_weights(model, checkpoint.tensors(checkpoint.names()), checkpoint.path)
+    model.to(device)
+    ends = _end_ids(checkpoint, tokenizer)
+    kept: list[list[int]] = []
+    short = 0
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        while len(kept) < wanted and short <= _PATIENCE * wanted:
+            count = min(_BATCH, wanted - len(kept))
+            if tokens is None:
+                written = _sample(model, [[tokenizer.bos_token_id]] * count, seq_len, ends)
+            else:
+                written = _ask_and_answer(model, *tokens, count, seq_len, ends)
+            long_enough = [sequence for sequence in written if len(sequence) >= shortest]
+            short += count - len(long_enough)
+            kept += long_enough
+    return kept, short
+
+
+def _ask_and_answer(
+    model: PreTrainedModel, before: list[int], after: list[int], count: int, seq_len: int, ends: set[int]
+) -> list[list[int]]:
+    longest = min(len(before) + _LONGEST_QUESTION, seq_len)
+    asked = _sample(model, [before] * count, longest, ends)
+    prompts = [[*(row[:-1] if row[-1] in ends else row), *after] for row in asked]
+    prompts = [prompt for prompt in prompts if len(prompt) < seq_len]
+    return _sample(model, prompts, seq_len, ends) if prompts else []
+
+
+def _template_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Return the template's tokens before the user's words, and from there to the start of the answer."""
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": _MARK}], tokenize=False, add_generation_prompt=True
+    )
+    before, _, after = text.partition(_MARK)
+    return (
+        tokenizer(before, add_special_tokens=False)["input_ids"],
+        tokenizer(after, add_special_tokens=False)["input_ids"],
+    )
+
+
+def _end_ids(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    generation = checkpoint.generation_config()
+    ends = generation.eos_token_id if generation is not None else None
+    ends = ends if ends is not None else checkpoint.config.eos_token_id
+    listed = ends if isinstance(ends, list) else [ends]
+    return {end for end in [*listed, tokenizer.eos_token_id] if end is not None}
+
+
+def _sample(model: PreTrainedModel, prompts: list[list[int]], seq_len: int, ends: set[int]) -> list[list[int]]:
+    """Continue each prompt to its end token or to `seq_len` tokens; the end token is kept."""
+    width = max(len(prompt) for prompt in prompts)
+    device = model.device
+    # Padded on the left for generation; cut off again below.
+    input_ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
+    attention_mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    output = model.generate(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_length=seq_len,
+        eos_token_id=sorted(ends) or None,
+        pad_token_id=min(ends) if ends else 0,
+    )
+    return [
+        _until_end(row[width - len(prompt) :], len(prompt), ends)
+        for prompt, row in zip(prompts, output.tolist(), strict=True)
+    ]
+
+
+def _until_end(row: list[int], prompt_length: int, ends: set[int]) -> list[int]:
+    for position in range(prompt_length, len(row)):
+        if row[position] in ends:
+            return row[: position + 1]
+    return row

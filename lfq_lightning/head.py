@@ -1,0 +1,31 @@
+"""Head: the frozen final norm and LM head as one linear map of the normed hidden state."""
+
+import torch
+from torch import Tensor, nn
+
+
+class Head(nn.Module):
+    """Frozen readout: logits = weight @ readout(hidden).
+
+    Args:
+        norm: the model's final norm, (…, D) → (…, D).
+        weight: (V, D), the LM head in the dtype its products should run in. Never changed: it may be the embedding.
+        bias: (V,) or None; kept as one more column of the weight, so that z = W h holds as it stands.
+        logit_scale: factor on the logits; kept on the hidden state.
+    """
+
+    def __init__(self, norm: nn.Module, weight: Tensor, bias: Tensor | None = None, logit_scale: float = 1.0) -> None:
+        super().__init__()
+        self.norm = norm.requires_grad_(False)
+        self.has_bias = bias is not None
+        if bias is not None:
+            weight = torch.cat([weight, bias[:, None].to(weight.dtype) / logit_scale], dim=1)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.logit_scale = logit_scale
+
+    def readout(self, hidden: Tensor) -> Tensor:
+        """Return h with z = weight @ h, from hidden states before the final norm: (…, D) → (…, D or D + 1)."""
+        h = self.norm(hidden)
+        if self.has_bias:
+            h = torch.cat([h, torch.ones_like(h[..., :1])], dim=-1)
+        return h * self.logit_scale if self.logit_scale != 1.0 else h

@@ -1,0 +1,115 @@
+"""What was lost on held-out tokens: KL, top-1 agreement, flip rate, perplexity, as torchmetrics."""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric, MetricCollection
+
+NO_NEXT = -1  # the label where no next token is known
+
+
+class TokenMean(Metric, ABC):
+    """Mean over tokens of a value that compares the student's and the teacher's log-probabilities."""
+
+    full_state_update = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, student: Tensor, teacher: Tensor, next_token: Tensor) -> None:
+        """Take log-probabilities (M, V) fp32 and the true next token (M,), NO_NEXT where there is none."""
+        values = self.values(student, teacher, next_token)
+        self.total += values.double().sum()
+        self.count += len(values)
+
+    def compute(self) -> Tensor:
+        return (self.total / self.count).float()
+
+    @abstractmethod
+    def values(self, student: Tensor, teacher: Tensor, next_token: Tensor) -> Tensor:
+        """Return one value per counted token."""
+
+
+class KLToTeacher(TokenMean):
+    """KL(teacher ‖ student) in nats per token; 0 at a perfect match."""
+
+    def values(self, student: Tensor, teacher: Tensor, next_token: Tensor) -> Tensor:
+        return (teacher.exp() * (teacher - student)).sum(-1)
+
+
+class Top1Agreement(TokenMean):
+    """Share of tokens whose most likely next token is the teacher's."""
+
+    def values(self, student: Tensor, teacher: Tensor, next_token: Tensor) -> Tensor:
+        return student.argmax(-1) == teacher.argmax(-1)
+
+
+class FlipRate(TokenMean):
+    """Share of tokens where top-1 turns from right to wrong or back, against the text (arXiv 2407.09141, section 3)."""
+
+    def values(self, student: Tensor, teacher: Tensor, next_token: Tensor) -> Tensor:
+        known = next_token != NO_NEXT
+        right = [(log_p.argmax(-1) == next_token)[known] for log_p in (student, teacher)]
+        return right[0] != right[1]
+
+
+class Perplexity(TokenMean):
+    """exp of the student's mean negative log-likelihood of the text."""
+
+    def values(self, student: Tensor, teacher: Tensor, next_token: Tensor) -> Tensor:
+        known = next_token != NO_NEXT
+        return -student[known].gather(1, next_token[known][:, None])[:, 0]
+
+    def compute(self) -> Tensor:
+        return super().compute().exp()
+
+
+class TeacherPerplexity(Perplexity):
+    """exp of the teacher's mean negative log-likelihood of the text."""
+
+    def values(self, student: Tensor, teacher: Tensor, next_token: Tensor) -> Tensor:
+        return super().values(teacher, teacher, next_token)
+
+
+def held_out_metrics() -> MetricCollection:
+    """Return a fresh set of all metrics under their public names."""
+    return MetricCollection(
+        {
+            "kl": KLToTeacher(),
+            "top1_agreement": Top1Agreement(),
+            "flip_rate": FlipRate(),
+            "perplexity": Perplexity(),
+            "perplexity_fp": TeacherPerplexity(),
+        },
+        compute_groups=False,
+    )
+
+
+def evaluate(
+    student: Tensor, teacher: Tensor, weight: Tensor, input_ids: Tensor, mask: Tensor
+) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """Return the metrics over all held-out tokens, and the same per sequence (for paired tests).
+
+    Logits are fp32 and exist for one sequence at a time.
+
+    Args:
+        student: (N, T, D), hidden states as the head reads them.
+        teacher: (N, T, D), the full-precision model's.
+        weight: (V, D), the head; used in fp32.
+        input_ids: int64 (N, T).
+        mask: bool (N, T).
+    """
+    metrics = held_out_metrics().to(weight.device)
+    per_sequence: dict[str, list[float]] = {name: [] for name in metrics}
+    weight = weight.float()
+    next_token = torch.full_like(input_ids, NO_NEXT)
+    next_token[:, :-1] = torch.where(mask[:, 1:], input_ids[:, 1:], NO_NEXT)
+    for row in range(len(input_ids)):
+        keep = mask[row]
+        log_p = [(h[row][keep].to(weight) @ weight.T).log_softmax(-1) for h in (student, teacher)]
+        for name, value in metrics(*log_p, next_token[row][keep].to(weight.device)).items():
+            per_sequence[name].append(float(value))
+    return {name: float(value) for name, value in metrics.compute().items()}, per_sequence

@@ -1,0 +1,8 @@
+"""Objectives: one file each. `OBJECTIVES` knows them by name."""
+
+from lfq_lightning.objectives.objective import Objective
+from lfq_lightning.registry import Registry
+
+OBJECTIVES: Registry[Objective] = Registry("objective", Objective)
+
+__all__ = ["OBJECTIVES", "Objective"]

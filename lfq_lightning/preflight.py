@@ -1,0 +1,42 @@
+"""Preflight: find the user's mistakes before anything long starts."""
+
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+
+from lfq_lightning.calibration_module import CalibrationModule
+from lfq_lightning.data import CalibrationData
+from lfq_lightning.errors import UserError
+from lfq_lightning.model_skeleton import ModelSkeleton
+from lfq_lightning.plan import BlockPlan
+from lfq_lightning.precision import compute_dtype
+
+
+def check_trainer(
+    trainer: Trainer, module: LightningModule, data: LightningDataModule | None
+) -> tuple[CalibrationModule, CalibrationData]:
+    """Return the module and its data. Raises UserError if the Trainer cannot take one fit through all blocks."""
+    if not isinstance(module, CalibrationModule) or not isinstance(data, CalibrationData):
+        raise UserError("call trainer.fit(CalibrationModule(…), datamodule=CalibrationData(…)).")
+    if trainer.world_size > 1:
+        raise UserError("calibration runs in one process so far; set trainer.devices and trainer.num_nodes to 1.")
+    if trainer.reload_dataloaders_every_n_epochs != 1:
+        raise UserError("each block has its own loaders; set trainer.reload_dataloaders_every_n_epochs to 1.")
+    if trainer.limit_val_batches == 0:
+        raise UserError("the best step is chosen on held-out sequences; set trainer.limit_val_batches above 0.")
+    if not isinstance(trainer.val_check_interval, float):
+        raise UserError("blocks differ in steps; give trainer.val_check_interval as a share of them, such as 0.25.")
+    compute_dtype(trainer.precision)
+    data.check(module.checkpoint)
+    return module, data
+
+
+def output_bytes(skeleton: ModelSkeleton, plans: list[BlockPlan]) -> int:
+    """Return about how many bytes the packed model takes on disk."""
+    config, width = skeleton.checkpoint.config, skeleton.checkpoint.dtype.itemsize
+    total = width * config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
+    for plan in plans:
+        prefix = f"{skeleton.block_name(plan.index)}."
+        for name, (o, i) in skeleton.linear_shapes(plan.index).items():
+            layer = plan.layers.get(name.removeprefix(prefix))
+            bits = 8 * width if layer is None else layer.scheme.bits_per_weight(i, scale_bits=8 * width)
+            total += int(o * i * bits / 8)
+    return total

@@ -1,0 +1,45 @@
+"""QuantizedTensor: exactly what ships; the one currency between quantizers, packers and kernels."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lfq_lightning.quant_scheme import QuantScheme
+
+
+@dataclass(frozen=True)
+class QuantizedTensor:
+    """Integer codes of one weight with their scales.
+
+    Args:
+        codes: uint8 (O, I), each in 0 … 2^bits-1.
+        scale: (O, G, 1) in the dtype that ships (the checkpoint's); may be negative.
+        zero_point: uint8 (O, G, 1); the constant 2^(bits-1) if the scheme is symmetric.
+        scheme: the grid, with I = G·K.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    scheme: QuantScheme
+
+    def __post_init__(self) -> None:
+        (o, i), groups = self.codes.shape, self.scale.shape[1]
+        assert self.codes.dtype == torch.uint8 and self.zero_point.dtype == torch.uint8
+        assert self.scale.shape == self.zero_point.shape == (o, groups, 1)
+        assert groups * self.scheme.group_of(i) == i
+
+    def dequantize(self) -> Tensor:
+        """Return the weight (O, I) in the scale's dtype: (codes - zero_point) · scale, rounded once.
+
+        Bit-equal to what compressed-tensors computes: the integer difference is exact, only the product rounds.
+        """
+        o, i = self.codes.shape
+        steps = self.codes.view(o, self.scale.shape[1], -1).float() - self.zero_point.float()
+        return (steps * self.scale.float()).to(self.scale.dtype).view(o, i)
+
+    def split(self, rows: list[int]) -> list["QuantizedTensor"]:
+        """Cut the output rows into consecutive parts (the matrices that were solved together)."""
+        parts = zip(self.codes.split(rows), self.scale.split(rows), self.zero_point.split(rows), strict=True)
+        return [QuantizedTensor(*part, self.scheme) for part in parts]

@@ -1,0 +1,8 @@
+"""Quantizers: one file each. `QUANTIZERS` knows them by name."""
+
+from lfq_lightning.quantizers.quantizer import ClosedFormQuantizer, LearnedQuantizer, Quantizer
+from lfq_lightning.registry import Registry
+
+QUANTIZERS: Registry[Quantizer] = Registry("quantizer", Quantizer)
+
+__all__ = ["QUANTIZERS", "ClosedFormQuantizer", "LearnedQuantizer", "Quantizer"]

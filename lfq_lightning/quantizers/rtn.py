@@ -1,0 +1,39 @@
+"""Round to nearest."""
+
+import torch
+from torch import Tensor
+
+from lfq_lightning.quant_scheme import QuantScheme
+from lfq_lightning.quantized_tensor import QuantizedTensor
+from lfq_lightning.quantizers import QUANTIZERS, ClosedFormQuantizer
+from lfq_lightning.scale_search import search_scale
+
+
+@QUANTIZERS.register
+class RTN(ClosedFormQuantizer):
+    """Round to nearest, with the scale of each group searched for the least squared error of the weight.
+
+    Args:
+        ratios: shrink factors tried per group; 1 is plain min-max.
+    """
+
+    paper = "the baseline of every PTQ paper; e.g. GPTQ (arXiv 2210.17323), section 4"
+
+    def __init__(
+        self, weight: Tensor, scheme: QuantScheme, scale_dtype: torch.dtype, *, ratios: int = 20
+    ) -> None:
+        super().__init__(weight, scheme, scale_dtype)
+        self.ratios = ratios
+
+    def solve(self) -> None:
+        self.scale, self.zero_point = search_scale(self.weight, self.scheme, self.scale_dtype, self.ratios)
+
+    @property
+    def latent(self) -> Tensor:
+        return self.weight
+
+    def export(self) -> QuantizedTensor:
+        o, i = self.weight.shape
+        grouped = self.weight.view(o, -1, self.scheme.group_of(i))
+        codes = (grouped / self.scale.float()).round_().add_(self.zero_point).clamp_(0, self.scheme.max_code)
+        return self.quantized(codes.view(o, i), self.scale, self.zero_point)

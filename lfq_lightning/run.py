@@ -1,0 +1,120 @@
+"""`lfq run`: a LightningCLI whose one subcommand quantises a model."""
+
+import logging
+import re
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lfq_lightning.errors import UserError
+from lfq_lightning.registry import did_you_mean, load_plugin_file
+
+warnings.filterwarnings("ignore", message=".*isinstance.treespec.*|.*does not have many workers.*|.*returned `None`.*")
+warnings.filterwarnings("ignore", message=".*`configure_optimizers` returned.*|.*smaller than the logging interval.*")
+warnings.filterwarnings("ignore", message=".*litlogger.*|.*is not empty.*|.*in eval mode at.*")
+warnings.filterwarnings("ignore", category=DeprecationWarning, module="jsonargparse")
+
+from jsonargparse import ArgumentError, Namespace  # noqa: E402
+from lightning.fabric.utilities.exceptions import MisconfigurationException  # noqa: E402
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI  # noqa: E402
+from lightning.pytorch.loggers import CSVLogger  # noqa: E402
+
+from lfq_lightning.calibration_module import CalibrationModule  # noqa: E402
+from lfq_lightning.callbacks import CALLBACKS  # noqa: E402
+from lfq_lightning.callbacks.block_scheduler import BlockScheduler  # noqa: E402
+from lfq_lightning.callbacks.console import Console  # noqa: E402
+from lfq_lightning.data import CalibrationData  # noqa: E402
+from lfq_lightning.plan import Rule  # noqa: E402
+from lfq_lightning.run_folder import LOGS  # noqa: E402
+from lfq_lightning.trainer import Trainer  # noqa: E402
+
+
+class CommandLine(LightningCLI):
+    """`run` with the keys of the YAML: seed_everything, model, data, plan, trainer, output, …"""
+
+    def __init__(self, arguments: list[str]) -> None:
+        super().__init__(
+            model_class=CalibrationModule,
+            datamodule_class=CalibrationData,
+            trainer_class=Trainer,
+            save_config_callback=None,
+            seed_everything_default=0,
+            parser_kwargs={"exit_on_error": False, "run": {"exit_on_error": False}, "prog": "lfq"},
+            auto_configure_optimizers=False,
+            args=arguments,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        return {"run": {"model", "datamodule"}}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--plan", type=list[Rule], required=True, help="rules; first match wins")
+        parser.add_argument("--output", type=str, required=True, help="new folder for the packed model")
+        parser.add_argument("--overwrite", type=bool, default=False, help="replace an earlier run in that folder")
+        parser.add_argument("--plugins", type=list[str], default=[], help="Python files with plugins of your own")
+        parser.add_argument("--callbacks", type=list[str | dict[str, Any]], default=[], help="registered callbacks")
+        parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        self.config = parser.parse_args(args)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        config: Namespace = self.config_init.run
+        resolved = self._parser("run").dump(self.config.run, skip_none=False)
+        scheduler = BlockScheduler(config.plan, config.output, config.overwrite, resolved)
+        given = config.trainer.callbacks or []
+        foreign = [CALLBACKS.parse(value).build() for value in config.callbacks]
+        kwargs["callbacks"] = [scheduler, Console(), *foreign, *(given if isinstance(given, list) else [given])]
+        if config.trainer.logger is None:
+            kwargs["logger"] = CSVLogger(config.output, name=LOGS, version="")
+        return super().instantiate_trainer(**kwargs)
+
+
+def run(arguments: list[str]) -> None:
+    """Parse `run …` and run it. Raises UserError for every mistake of the user."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    for name in ("httpx", "lightning.fabric.utilities.seed", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    _load_plugins(arguments)
+    try:
+        CommandLine(arguments)
+    except ArgumentError as error:
+        raise UserError(_one_sentence(str(error))) from error
+    except MisconfigurationException as error:
+        raise UserError(f"trainer: {_one_line(str(error))}") from error
+
+
+def _load_plugins(arguments: list[str]) -> None:
+    """Load the files of `plugins:` before parsing, so that their names are known; found from here or by the YAML."""
+    for position, argument in enumerate(arguments):
+        option, _, value = argument.partition("=")
+        if option in {"--config", "-c", "--plugins"} and not value:
+            value = arguments[position + 1] if position + 1 < len(arguments) else ""
+        if option in {"--config", "-c"} and Path(value).is_file():
+            try:
+                content = yaml.safe_load(Path(value).read_text())
+            except yaml.YAMLError as error:
+                raise UserError(f"{value} is not YAML: {_one_line(str(error))}") from error
+            named = content.get("plugins") if isinstance(content, dict) else None
+            beside = Path(value).parent
+        elif option == "--plugins":
+            named, beside = yaml.safe_load(value), Path()
+        else:
+            continue
+        for file in named or []:
+            load_plugin_file(Path(file) if Path(file).is_file() else beside / file)
+
+
+def _one_line(message: str) -> str:
+    return " ".join(message.split())
+
+
+def _one_sentence(message: str) -> str:
+    """Shorten jsonargparse's report, and add the nearest key to an unknown one."""
+    line = _one_line(message)
+    unknown = re.search(r"[Kk]ey ['\"]?([\w.]+)['\"]? is not expected|Unrecognized arguments: --([\w.]+)", line)
+    return line

@@ -1,0 +1,146 @@
+"""RunFolder: everything a run leaves on disk, written so that nothing half-done looks finished."""
+
+import json
+import os
+import shutil
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lfq_lightning.checkpoints import Checkpoint
+from lfq_lightning.errors import UserError
+from lfq_lightning.pack_format import quantization_config
+from lfq_lightning.quant_scheme import QuantScheme
+
+JOURNAL = "journal.jsonl"
+LOGS = "logs"  # Lightning's loggers may write here before the run does
+_VERSIONS = ("lfq-lightning", "torch", "lightning", "transformers", "safetensors", "triton")
+
+
+class RunFolder:
+    """The output folder of one run: shard by shard while it runs; config and index, which make it a model, at the end.
+
+    Args:
+        path: the folder.
+        shards: how many there will be: one for what is outside the blocks, one per block.
+        overwrite: replace an earlier run's folder; never a folder of anything else.
+    """
+
+    def __init__(self, path: str | Path, shards: int, overwrite: bool = False) -> None:
+        self.path = Path(path).expanduser()
+        self.shards = shards
+        self.overwrite = overwrite
+        self._weight_map: dict[str, str] = {}
+        self._total_bytes = 0
+
+    def check(self, bytes_needed: int) -> None:
+        """Raise UserError if the folder is taken or its disk too full; changes nothing."""
+        if self.path.is_file():
+            raise UserError(f"output: {self.path} is a file; give a folder.")
+        if self._content():
+            ours = (self.path / JOURNAL).is_file()
+            if not ours:
+                raise UserError(f"output: {self.path} holds other files; give a new or empty folder.")
+            if not self.overwrite:
+                raise UserError(f"output: {self.path} holds an earlier run; give another folder or --overwrite true.")
+        existing = self.path
+        while not existing.exists():
+            existing = existing.parent
+        if not os.access(existing, os.W_OK):
+            raise UserError(f"output: {existing} cannot be written to; give another folder.")
+        free = shutil.disk_usage(existing).free
+        if free < bytes_needed:
+            raise UserError(
+                f"output: {self.path} needs about {bytes_needed / 1e9:.2f} GB, but its disk has {free / 1e9:.2f} GB "
+                "free; free some or give a folder on another disk."
+            )
+
+    def open(self, resolved_config: str | None) -> None:
+        """Empty the folder of an earlier run, and start the journal."""
+        for old in self._content():
+            shutil.rmtree(old) if old.is_dir() else old.unlink()
+        self.path.mkdir(parents=True, exist_ok=True)
+        (self.path / JOURNAL).touch()
+        if resolved_config is not None:
+            self.write_text("lfq.yaml", resolved_config)
+        self.write_json("versions.json", {name: found for name in _VERSIONS if (found := _version(name))})
+
+    def write_shard(self, number: int, tensors: dict[str, Tensor]) -> None:
+        """Write shard `number` (0 is what is outside the blocks) whole or not at all."""
+        name = f"model-{number + 1:05d}-of-{self.shards:05d}.safetensors"
+        partial = self.path / f"{name}.partial"
+        save_file(tensors, partial, metadata={"format": "pt"})
+        partial.chmod((self.path / JOURNAL).stat().st_mode)  # safetensors lets only the owner read
+        _commit(partial, self.path / name)
+        self._weight_map |= dict.fromkeys(tensors, name)
+        self._total_bytes += sum(tensor.nbytes for tensor in tensors.values())
+
+    def append_journal(self, line: dict[str, Any]) -> None:
+        """Add one JSON line to the journal and bring it to the disk."""
+        with (self.path / JOURNAL).open("a", encoding="utf-8") as journal:
+            journal.write(json.dumps(line) + "\n")
+            journal.flush()
+            os.fsync(journal.fileno())
+
+    def finish(
+        self,
+        checkpoint: Checkpoint,
+        architecture: str,
+        schemes: dict[str, QuantScheme],
+        ignore: list[str],
+        metrics: dict[str, Any],
+    ) -> None:
+        """Write metrics, tokenizer, index and, last of all, config.json: from here on it is a model."""
+        self.write_json("metrics.json", metrics)
+        checkpoint.tokenizer().save_pretrained(self.path)
+        generation = checkpoint.generation_config()
+        if generation is not None:
+            generation.save_pretrained(self.path)
+        index = {"metadata": {"total_size": self._total_bytes}, "weight_map": dict(sorted(self._weight_map.items()))}
+        self.write_json("model.safetensors.index.json", index)
+        config = _model_config(checkpoint, architecture)
+        if schemes:
+            config["quantization_config"] = quantization_config(schemes, ignore)
+        self.write_json("config.json", config)
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all tensors written so far."""
+        return self._total_bytes
+
+    def _content(self) -> list[Path]:
+        return [entry for entry in self.path.iterdir() if entry.name != LOGS] if self.path.is_dir() else []
+
+    def write_json(self, name: str, content: dict[str, Any]) -> None:
+        self.write_text(name, json.dumps(content, indent=2) + "\n")
+
+    def write_text(self, name: str, content: str) -> None:
+        partial = self.path / f"{name}.partial"
+        partial.write_text(content, encoding="utf-8")
+        _commit(partial, self.path / name)
+
+
+def _model_config(checkpoint: Checkpoint, architecture: str) -> dict[str, Any]:
+    config = checkpoint.config.to_dict()
+    rope = config.get("rope_parameters")
+    if isinstance(rope, dict) and "rope_theta" in rope:
+        config["rope_theta"] = rope["rope_theta"]  # transformers 5 nests it; other engines read it here
+    config["architectures"] = [architecture]
+    config["dtype"] = str(checkpoint.dtype).removeprefix("torch.")
+    return config
+
+
+def _commit(partial: Path, final: Path) -> None:
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    partial.replace(final)
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None

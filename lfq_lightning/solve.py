@@ -1,0 +1,105 @@
+"""Solve a block: run the closed-form quantizers of its layers, in the order the data flows."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lfq_lightning.decoder_block import DecoderBlock
+from lfq_lightning.plan import LayerPlan
+from lfq_lightning.quantized_tensor import QuantizedTensor
+
+Inputs = Callable[[], Iterator[tuple[Tensor, Tensor]]]  # yields hidden states (B, T, D) and masks (B, T), each time anew
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A layer's closed-form codes, and the weight (O, I) fp32 whose rounding they are."""
+
+    quantized: QuantizedTensor
+    latent: Tensor
+
+
+class _Reached(Exception):
+    """Raised by a hook to leave the block's forward where the wanted inputs are known."""
+
+
+def solve(
+    block: DecoderBlock, layers: dict[str, LayerPlan], inputs: Inputs, scale_dtype: torch.dtype
+) -> dict[str, Solution]:
+    """Quantise the linear layers of `block` in closed form, in place, and return each layer's solution.
+
+    True-sequential (GPTQ, section 4): a layer's quantizer sees inputs made by the already quantised layers before it.
+    Layers that read the same tensor and have the same plan (q, k, v; gate, up) share one pass and one solve.
+    """
+    linears = block.linears()
+    solutions: dict[str, Solution] = {}
+    for stage in _stages(block, inputs):
+        groups: dict[tuple[str, str], list[str]] = {}
+        for name in stage:
+            if name in layers:
+                groups.setdefault(_key(layers[name]), []).append(name)
+        quantizers = []
+        for names in groups.values():
+            plan = layers[names[0]]
+            weight = torch.cat([linears[name].weight.detach() for name in names])
+            quantizers.append((names, plan.closed_form.build(weight, plan.scheme, scale_dtype)))
+        watching = [quantizer for _, quantizer in quantizers if quantizer.needs_inputs]
+        if watching:
+            for rows in _inputs_of(block, linears[stage[0]], inputs):
+                for quantizer in watching:
+                    quantizer.observe(rows)
+        for names, quantizer in quantizers:
+            quantizer.solve()
+            sizes = [linears[name].out_features for name in names]
+            parts = zip(quantizer.export().split(sizes), quantizer.latent.split(sizes), strict=True)
+            for name, (quantized, latent) in zip(names, parts, strict=True):
+                solutions[name] = Solution(quantized, latent)
+                linears[name].weight.copy_(quantized.dequantize())
+    return solutions
+
+
+def _key(plan: LayerPlan) -> tuple[str, str]:
+    return repr(plan.scheme), repr(plan.closed_form)
+
+
+def _stages(block: DecoderBlock, inputs: Inputs) -> list[list[str]]:
+    """Return the linear layers grouped by the tensor they read, in the order of the forward."""
+    seen: list[tuple[Tensor, list[str]]] = []
+
+    def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            for tensor, names in seen:
+                if tensor is arguments[0]:
+                    names.append(name)
+                    return
+            seen.append((arguments[0], [name]))
+
+        return hook
+
+    hooks = [linear.register_forward_pre_hook(note(name)) for name, linear in block.linears().items()]
+    hidden, _ = next(inputs())
+    block(hidden[:1])
+    for hook in hooks:
+        hook.remove()
+    return [names for _, names in seen]
+
+
+def _inputs_of(block: DecoderBlock, linear: nn.Linear, inputs: Inputs) -> Iterator[Tensor]:
+    """Yield the inputs (tokens, I) of one layer, pads removed, for each batch."""
+    caught: list[Tensor] = []
+
+    def leave(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        caught.append(arguments[0])
+        raise _Reached
+
+    hook = linear.register_forward_pre_hook(leave)
+    try:
+        for hidden, mask in inputs():
+            try:
+                block(hidden)
+            except _Reached:
+                yield caught.pop()[mask]
+    finally:
+        hook.remove()
