@@ -97,6 +97,7 @@ def _sample(model: PreTrainedModel, prompts: list[list[int]], seq_len: int, ends
         top_k=0,
         top_p=1.0,
         max_length=seq_len,
+        logits_to_keep=0,  # of the prompt: all; a sliced hidden state makes PyTorch copy the head once per sequence
         eos_token_id=sorted(ends) or None,
         pad_token_id=min(ends) if ends else 0,
     )

@@ -1,0 +1,1 @@
+"""Measurements. Each file is one command; results are CSV in benchmarks/results."""
