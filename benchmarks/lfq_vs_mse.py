@@ -102,6 +102,7 @@ def _row(case: str, seed: int, last: str, held_out: dict[str, float]) -> dict[st
 def _append(rows: list[dict[str, Any]]) -> None:
     extra = [f"{name}_{what}" for name in ("kl", "top1_agreement") for what in ("minus_mse", "standard_error")]
     columns = [*(column for column in rows[0] if column not in extra), *extra]
+    RESULTS.parent.mkdir(exist_ok=True)
     new = not RESULTS.exists()
     with RESULTS.open("a", newline="") as file:
         writer = csv.DictWriter(file, columns)

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from lfq_lightning.head import Head
 from lfq_lightning.objectives import OBJECTIVES, Objective
-from lfq_lightning.ops.linear_soft_ce import linear_soft_ce, logit_moment
+from lfq_lightning.ops.linear_soft_ce import linear_soft_ce, logit_mean, logit_moment
 
 
 @OBJECTIVES.register
@@ -17,7 +17,7 @@ class KL(Objective):
     def target(self, hidden: Tensor, head: Head | None) -> dict[str, Tensor]:
         assert head is not None
         lse, moment = logit_moment(hidden, head.weight)
-        return {"moment": moment, "entropy": lse - (moment * hidden).sum(-1, dtype=lse.dtype)}
+        return {"moment": moment, "entropy": lse - logit_mean(hidden, head.weight, moment)}
 
     def token_loss(self, hidden: Tensor, target: dict[str, Tensor], head: Head | None) -> Tensor:
         assert head is not None

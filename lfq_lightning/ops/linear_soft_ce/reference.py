@@ -46,11 +46,19 @@ def logit_moment(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return lse, moment
 
 
+def logit_mean(hidden: Tensor, weight: Tensor, moment: Tensor) -> Tensor:
+    """Return the mean logit Σ_v p_v z_v = m·h (M,) under the distribution whose moment Wᵀp is `moment` (M, D).
+
+    h is rounded as it is in the logits, so that lse - m·h is the cross-entropy of one and the same logits.
+    """
+    return (moment * hidden.to(weight.dtype)).sum(-1)
+
+
 class _LinearSoftCE(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, teacher_moment: Tensor) -> Tensor:
         lse, moment = logit_moment(hidden, weight)
-        loss = lse - (teacher_moment * hidden).sum(-1, dtype=lse.dtype)
+        loss = lse - logit_mean(hidden, weight, teacher_moment)
         ctx.save_for_backward(moment.sub_(teacher_moment))
         ctx.hidden_dtype = hidden.dtype
         return loss
