@@ -21,7 +21,9 @@ def load(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     path = Path(folder).expanduser()
     index = path / "model.safetensors.index.json"
     if not (path / "config.json").is_file() or not index.is_file():
-        raise UserError(f"{path} is not a finished packed model (no config.json with its index); run `lfq run` to make one.")
+        raise UserError(
+            f"{path} is not a finished packed model (no config.json with its index); run `lfq run` to make one."
+        )
     config = AutoConfig.from_pretrained(path, local_files_only=True)
     quantization = json.loads((path / "config.json").read_text()).get("quantization_config")
     if quantization is None or quantization.get("format") != "pack-quantized":

@@ -11,7 +11,7 @@ from lfq_lightning.quant_scheme import QuantScheme
 from lfq_lightning.quantizers import QUANTIZERS, ClosedFormQuantizer, LearnedQuantizer
 from lfq_lightning.registry import Plugin
 
-_SCHEME_KEYS = {"bits", "group_size", "symmetric"}
+_SCHEME_KEYS = {"bits": int, "group_size": int, "symmetric": bool}
 
 
 @dataclass
@@ -145,22 +145,23 @@ def _parse(rule: Rule, where: str) -> _ParsedRule:
 
 def _parse_quantizer(value: str | dict[str, Any]) -> LayerPlan:
     given = {"name": value} if isinstance(value, str) else dict(value)
-    keys = {key: given.pop(key) for key in _SCHEME_KEYS & set(given)}
-    for key, kind in (("bits", int), ("group_size", int), ("symmetric", bool)):
-        if key in keys and type(keys[key]) is not kind:
-            raise UserError(f"quantizer: {key} is {keys[key]!r}, but must be {kind.__name__}.")
-    scheme = QuantScheme(keys.get("bits", 4), keys.get("group_size", -1), keys.get("symmetric", True))
+    keys: dict[str, Any] = {key: given.pop(key) for key in _SCHEME_KEYS if key in given}
+    for key, value in keys.items():
+        if type(value) is not _SCHEME_KEYS[key]:
+            raise UserError(f"quantizer: {key} is {value!r}, but must be of type {_SCHEME_KEYS[key].__name__}.")
+    scheme = QuantScheme(**{"num_bits" if key == "bits" else key: value for key, value in keys.items()})
     cls = QUANTIZERS.get(given["name"]) if isinstance(given.get("name"), str) else None
     if cls is None or not issubclass(cls, LearnedQuantizer):
-        plugin = QUANTIZERS.parse(given)
-        return LayerPlan(scheme, _closed_form(plugin), None)
+        return LayerPlan(scheme, _closed_form(QUANTIZERS.parse(given, _SCHEME_KEYS)), None)
     init = QUANTIZERS.parse(given.pop("init", cls.default_init))
-    return LayerPlan(scheme, _closed_form(init), QUANTIZERS.parse(given))  # type: ignore[arg-type]
+    return LayerPlan(scheme, _closed_form(init), QUANTIZERS.parse(given, {*_SCHEME_KEYS, "init"}))
 
 
 def _closed_form(plugin: Plugin[Any]) -> Plugin[ClosedFormQuantizer]:
     if not issubclass(plugin.cls, ClosedFormQuantizer):
-        raise UserError(f"quantizer: init {plugin.name!r} is itself learned; start from a closed-form one such as gptq.")
+        raise UserError(
+            f"quantizer: init {plugin.name!r} is itself learned; start from a closed-form one such as gptq."
+        )
     return plugin
 
 

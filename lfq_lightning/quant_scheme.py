@@ -15,7 +15,7 @@ class QuantScheme:
         symmetric: the zero point is fixed to 2^(num_bits-1), so that code 0 is the most negative value.
     """
 
-    num_bits: int
+    num_bits: int = 4
     group_size: int = -1
     symmetric: bool = True
 

@@ -89,8 +89,11 @@ class Registry(Generic[T]):
         parameters = inspect.signature(self.get(name).__init__).parameters.values()
         return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
-    def parse(self, value: str | dict[str, Any]) -> Plugin[T]:
-        """Turn YAML (`mse` or `{name: mse, option: …}`) into a Plugin; names, options and types are checked."""
+    def parse(self, value: str | dict[str, Any], elsewhere: Iterable[str] = ()) -> Plugin[T]:
+        """Turn YAML (`mse` or `{name: mse, option: …}`) into a Plugin; names, options and types are checked.
+
+        `elsewhere` are keys that stand beside the plugin's options but are not its own; only for the "did you mean".
+        """
         given = {"name": value} if isinstance(value, str) else dict(value)
         if not isinstance(given.get("name"), str):
             raise UserError(f"{self.kind}: {value!r} has no name; write `{self.kind}: {{name: …}}`.")
@@ -98,7 +101,9 @@ class Registry(Generic[T]):
         cls, known = self.get(name), self.options(name)
         for key in given:
             if key not in known:
-                raise UserError(f"{self.kind} {name!r} has no option {key!r}: {did_you_mean(key, known)}")
+                raise UserError(
+                    f"{self.kind} {name!r} has no option {key!r}: {did_you_mean(key, [*known, *elsewhere])}"
+                )
         parser = ArgumentParser(exit_on_error=False)
         positional = {p for p in inspect.signature(cls.__init__).parameters if p not in known and p != "self"}
         parser.add_class_arguments(cls, None, skip=positional)

@@ -4,6 +4,7 @@ import logging
 import re
 import sys
 import warnings
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,12 @@ class CommandLine(LightningCLI):
             trainer_class=Trainer,
             save_config_callback=None,
             seed_everything_default=0,
-            parser_kwargs={"exit_on_error": False, "run": {"exit_on_error": False}, "prog": "lfq"},
+            parser_kwargs={
+                "prog": "lfq",
+                "exit_on_error": False,
+                "allow_abbrev": False,
+                "run": {"exit_on_error": False},
+            },
             auto_configure_optimizers=False,
             args=arguments,
         )
@@ -60,7 +66,11 @@ class CommandLine(LightningCLI):
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        self.config = parser.parse_args(args)
+        try:
+            self.config = parser.parse_args(args)
+        except ArgumentError as error:
+            known = {*self._parser("run").get_defaults().keys(), *(field.name for field in fields(Rule))}
+            raise UserError(_with_cure(_one_line(str(error)), known)) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config: Namespace = self.config_init.run
@@ -71,7 +81,10 @@ class CommandLine(LightningCLI):
         kwargs["callbacks"] = [scheduler, Console(), *foreign, *(given if isinstance(given, list) else [given])]
         if config.trainer.logger is None:
             kwargs["logger"] = CSVLogger(config.output, name=LOGS, version="")
-        return super().instantiate_trainer(**kwargs)
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, ValueError, TypeError) as error:
+            raise UserError(f"trainer: {_one_line(str(error))}") from error
 
 
 def run(arguments: list[str]) -> None:
@@ -82,8 +95,6 @@ def run(arguments: list[str]) -> None:
     _load_plugins(arguments)
     try:
         CommandLine(arguments)
-    except ArgumentError as error:
-        raise UserError(_one_sentence(str(error))) from error
     except MisconfigurationException as error:
         raise UserError(f"trainer: {_one_line(str(error))}") from error
 
@@ -113,8 +124,11 @@ def _one_line(message: str) -> str:
     return " ".join(message.split())
 
 
-def _one_sentence(message: str) -> str:
-    """Shorten jsonargparse's report, and add the nearest key to an unknown one."""
-    line = _one_line(message)
-    unknown = re.search(r"[Kk]ey ['\"]?([\w.]+)['\"]? is not expected|Unrecognized arguments: --([\w.]+)", line)
-    return line
+def _with_cure(message: str, known: set[str]) -> str:
+    """Add the nearest key to jsonargparse's report of an unknown one."""
+    unknown = re.search(r"[Oo]ption '([\w.]+)'|[Kk]ey '([\w.]+)' is not|arguments: --([\w.]+)", message)
+    if unknown is None:
+        return message
+    word = next(group for group in unknown.groups() if group)
+    near = did_you_mean(word, known)
+    return f"{message.rstrip('.')}; {near}" if near.startswith("did") else message

@@ -10,7 +10,9 @@ from lfq_lightning.decoder_block import DecoderBlock
 from lfq_lightning.plan import LayerPlan
 from lfq_lightning.quantized_tensor import QuantizedTensor
 
-Inputs = Callable[[], Iterator[tuple[Tensor, Tensor]]]  # yields hidden states (B, T, D) and masks (B, T), each time anew
+Inputs = Callable[
+    [], Iterator[tuple[Tensor, Tensor]]
+]  # yields hidden states (B, T, D) and masks (B, T), each time anew
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class Solution:
     latent: Tensor
 
 
-class _Reached(Exception):
+class _ReachedError(Exception):
     """Raised by a hook to leave the block's forward where the wanted inputs are known."""
 
 
@@ -92,14 +94,14 @@ def _inputs_of(block: DecoderBlock, linear: nn.Linear, inputs: Inputs) -> Iterat
 
     def leave(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         caught.append(arguments[0])
-        raise _Reached
+        raise _ReachedError
 
     hook = linear.register_forward_pre_hook(leave)
     try:
         for hidden, mask in inputs():
             try:
                 block(hidden)
-            except _Reached:
+            except _ReachedError:
                 yield caught.pop()[mask]
     finally:
         hook.remove()

@@ -76,8 +76,8 @@ class BlockScheduler(BlockCallback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.trainer, self.device = trainer, trainer.strategy.root_device
-        self.folder.open(self.resolved_config)
         train, self.held_out_tokens = self.data.token_sets(self.module.checkpoint, self.device)
+        self.folder.open(self.resolved_config)
         self.splits = Splits(self._embed(train), self._embed(self.held_out_tokens))
         self.head = self.skeleton.head(compute_dtype(trainer.precision)).to(self.device)
         self.folder.write_shard(0, self.skeleton.checkpoint.tensors(self.skeleton.outer_names()))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
@@ -58,7 +58,9 @@ class HFCheckpoint(Checkpoint):
             return files
         single = self.path / "model.safetensors"
         if not single.is_file():
-            raise UserError(f"{self.path} has no model.safetensors; only safetensors are read, convert the model first.")
+            raise UserError(
+                f"{self.path} has no model.safetensors; only safetensors are read, convert the model first."
+            )
         try:
             with safe_open(single, "pt") as shard:
                 return dict.fromkeys(shard.keys(), single)
@@ -91,7 +93,9 @@ class HFCheckpoint(Checkpoint):
         try:
             return AutoTokenizer.from_pretrained(self.path, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError) as error:
-            raise UserError(f"{self.path}: the tokenizer cannot be read: {' '.join(str(error).split())[:300]}") from error
+            raise UserError(
+                f"{self.path}: the tokenizer cannot be read: {' '.join(str(error).split())[:300]}"
+            ) from error
 
     def generation_config(self) -> GenerationConfig | None:
         if not (self.path / "generation_config.json").is_file():

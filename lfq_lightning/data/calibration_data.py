@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lfq_lightning.activation_cache import Batch, Splits
 from lfq_lightning.checkpoints import Checkpoint
-from lfq_lightning.data.read_documents import Document, read_documents
+from lfq_lightning.data.read_documents import Document, check_documents, read_documents
 from lfq_lightning.data.self_generate import self_generate
 from lfq_lightning.data.token_set import TokenSet
 from lfq_lightning.errors import UserError
@@ -81,8 +81,8 @@ class CalibrationData(LightningDataModule):
         context = checkpoint.config.max_position_embeddings
         if self.seq_len > context:
             raise UserError(f"data.seq_len: {self.seq_len} is longer than the model's context; give at most {context}.")
-        if self.dataset.endswith((".txt", ".jsonl")):
-            read_documents(self.dataset, self.split, self.subset)
+        if self.dataset != SELF_GENERATED:
+            check_documents(self.dataset)
 
     def token_sets(self, checkpoint: Checkpoint, device: torch.device) -> tuple[TokenSet, TokenSet]:
         """Return the calibration and the held-out sequences. Raises UserError if there is too little data."""
@@ -104,9 +104,7 @@ class CalibrationData(LightningDataModule):
         self, checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase, device: torch.device
     ) -> tuple[list[list[int]], list[list[int]]]:
         wanted = self.num_samples + self.num_held_out
-        kept, short = self_generate(
-            checkpoint, tokenizer, wanted, self.seq_len, self._shortest, self.seed, device
-        )
+        kept, short = self_generate(checkpoint, tokenizer, wanted, self.seq_len, self._shortest, self.seed, device)
         self._log(len(kept), f"{short} dropped as shorter than {self._shortest} tokens", kept)
         return kept[self.num_held_out :], kept[: self.num_held_out]
 

@@ -5,11 +5,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
 from lfq_lightning.errors import UserError
 
 Document = str | list[dict[str, Any]]  # plain text, or the messages of a conversation
 
+_FILES = {".txt", ".jsonl"}
 _SEPARATOR = "<|endoftext|>"
+
+
+def check_documents(dataset: str) -> None:
+    """Raise UserError if the source is not there; reads none of it. The hub is asked once."""
+    path = Path(dataset).expanduser()
+    if path.suffix not in _FILES:
+        _check_hub(dataset)
+    elif not path.is_file():
+        raise UserError(f"data.dataset: there is no file {dataset}; give a .txt, a .jsonl or a hub name.")
 
 
 def read_documents(dataset: str, split: str, subset: str | None) -> Iterator[Document]:
@@ -18,48 +31,58 @@ def read_documents(dataset: str, split: str, subset: str | None) -> Iterator[Doc
     Raises UserError if the source cannot be read or has neither a `text` nor a `messages` field.
     """
     path = Path(dataset).expanduser()
-    if path.suffix in {".txt", ".jsonl"}:
-        if not path.is_file():
-            raise UserError(f"data.dataset: there is no file {dataset}; give a .txt, a .jsonl or a hub name.")
+    if path.suffix in _FILES:
         return _read_text(path) if path.suffix == ".txt" else _read_jsonl(path)
     return _read_hub(dataset, split, subset)
 
 
 def _read_text(path: Path) -> Iterator[Document]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"data.dataset: {path} is not UTF-8 text ({error.reason}); convert it first.") from error
-    yield from (document.strip() for document in text.split(_SEPARATOR) if document.strip())
+    yield from (document.strip() for document in _decode(path).split(_SEPARATOR) if document.strip())
 
 
 def _read_jsonl(path: Path) -> Iterator[Document]:
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"data.dataset: {path} line {number} is not JSON ({error}); mend the line.") from error
-            yield _document(row, f"{path} line {number}")
+    for number, line in enumerate(_decode(path).splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"data.dataset: {path} line {number} is not JSON ({error}); mend the line.") from error
+        yield _document(row, f"{path} line {number}")
+
+
+def _decode(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"data.dataset: {path} is not UTF-8 text ({error.reason}); convert it first.") from error
+
+
+def _check_hub(name: str) -> None:
+    try:
+        snapshot_download(name, repo_type="dataset", allow_patterns=["README.md"])
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise _unreadable(name, error) from error
 
 
 def _read_hub(name: str, split: str, subset: str | None) -> Iterator[Document]:
     import datasets
 
     try:
-        rows = datasets.load_dataset(name, subset, split=split, streaming=True)
-        for row in rows:
+        for row in datasets.load_dataset(name, subset, split=split, streaming=True):
             yield _document(row, name)
+    except UserError:
+        raise
     except (OSError, ValueError, RuntimeError) as error:
-        if isinstance(error, UserError):
-            raise
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"data.dataset: {name!r} cannot be read from the hub ({reason}); check the name, data.split, "
-            "data.subset and the network, or use `self_generated`, which needs none."
-        ) from error
+        raise _unreadable(name, error) from error
+
+
+def _unreadable(name: str, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())[:200]
+    return UserError(
+        f"data.dataset: {name!r} cannot be read from the hub ({reason}); check the name, data.split, data.subset and "
+        "the network, or use `self_generated`, which needs none."
+    )
 
 
 def _document(row: Any, where: str) -> Document:

@@ -1,0 +1,85 @@
+"""GGUF files written here and read both by us, lazily, and by transformers, whole."""
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from lfq_lightning.checkpoints import open_checkpoint
+from lfq_lightning.errors import UserError
+
+gguf = pytest.importorskip("gguf")
+
+NAMES = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+    "input_layernorm.weight": "attn_norm.weight",
+    "post_attention_layernorm.weight": "ffn_norm.weight",
+    **{
+        f"self_attn.{x}_proj.weight": f"attn_{y}.weight" for x, y in zip("qkvo", ("q", "k", "v", "output"), strict=True)
+    },
+    **{f"mlp.{x}_proj.weight": f"ffn_{x}.weight" for x in ("gate", "up", "down")},
+}
+
+
+def interleave(weight, heads):
+    """llama.cpp's order of the rotary halves."""
+    return weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
+
+
+def write(folder, path, architecture="llama"):
+    """Write a tiny safetensors model as GGUF, as llama.cpp's converter would."""
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_context_length(64)
+    writer.add_embedding_length(32)
+    writer.add_block_count(3)
+    writer.add_feed_forward_length(48)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_key_length(8)
+    writer.add_value_length(8)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_rope_dimension_count(8)
+    writer.add_vocab_size(300)
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        array = tensor.float().numpy()
+        if "q_proj" in name or "k_proj" in name:
+            array = interleave(array, 4 if "q_proj" in name else 2)
+        layer = name.removeprefix("model.layers.")
+        target = NAMES[name] if layer == name else f"blk.{layer[0]}.{NAMES[layer[2:]]}"
+        quantised = array.ndim == 2 and "proj" in name and array.shape[1] % 32 == 0
+        kind = gguf.GGMLQuantizationType.Q4_1 if quantised else gguf.GGMLQuantizationType.F32
+        writer.add_tensor(target, gguf.quants.quantize(np.ascontiguousarray(array), kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_same_weights_as_transformers(tmp_path, tied):
+    from tests.conftest import save_tiny
+
+    write(save_tiny(tmp_path / "model", tied=tied), tmp_path / "model.gguf")
+    checkpoint = open_checkpoint(str(tmp_path / "model.gguf"))
+    assert checkpoint.config.tie_word_embeddings == tied
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", dtype=torch.float32).state_dict()
+    names = checkpoint.names()
+    assert set(expected) - set(names) == ({"lm_head.weight"} if tied else set())
+    for name, tensor in checkpoint.tensors(names).items():
+        assert tensor.dtype == torch.bfloat16
+        assert torch.equal(tensor, expected[name].bfloat16()), name
+
+
+def test_broken_file(tmp_path):
+    (tmp_path / "x.gguf").write_bytes(b"GGUF?" * 100)
+    with pytest.raises(UserError, match="not a readable GGUF"):
+        open_checkpoint(str(tmp_path / "x.gguf"))
+    with pytest.raises(UserError, match="no tensor"):
+        from tests.conftest import save_tiny
+
+        write(save_tiny(tmp_path / "model"), tmp_path / "model.gguf")
+        open_checkpoint(str(tmp_path / "model.gguf")).tensors(["model.layers.9.mlp.up_proj.weight"])

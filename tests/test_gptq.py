@@ -1,0 +1,84 @@
+"""GPTQ against the textbook: one column at a time, with the inverse Hessian recomputed each time, in fp64."""
+
+import logging
+
+import pytest
+import torch
+
+from lfq_lightning.quant_scheme import QuantScheme
+from lfq_lightning.quantizers.gptq import GPTQ
+from lfq_lightning.scale_search import search_scale
+
+ROWS, COLUMNS = 5, 21
+
+
+def inputs(tokens=300, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(tokens, COLUMNS, generator=generator) @ torch.randn(COLUMNS, COLUMNS, generator=generator)
+
+
+def textbook(weight, x, scheme, act_order, damp):
+    """Optimal brain quantisation in a fixed order (GPTQ, equations 2 and 3)."""
+    scale, zero = (value.double() for value in search_scale(weight, scheme, torch.float32, ratios=20))
+    hessian = x.double().T @ x.double()
+    hessian += damp * hessian.diagonal().mean() * torch.eye(COLUMNS)
+    left = sorted(range(COLUMNS), key=lambda c: -hessian[c, c].item()) if act_order else list(range(COLUMNS))
+    work, codes = weight.double().clone(), torch.empty(ROWS, COLUMNS)
+    while left:
+        inverse = torch.linalg.inv(hessian[left][:, left])
+        c, group = left[0], left[0] // scheme.group_of(COLUMNS)
+        code = ((work[:, c] / scale[:, group, 0]).round() + zero[:, group, 0]).clamp(0, scheme.max_code)
+        error = work[:, c] - (code - zero[:, group, 0]) * scale[:, group, 0]
+        work[:, left] -= error[:, None] / inverse[0, 0] * inverse[0]
+        codes[:, c] = code
+        left = left[1:]
+    return codes
+
+
+@pytest.mark.parametrize("act_order", [True, False])
+@pytest.mark.parametrize("block_size", [1, 8, 128])
+@pytest.mark.parametrize("scheme", [QuantScheme(3, 7), QuantScheme(2, -1, symmetric=False), QuantScheme(4, 3)], ids=str)
+def test_same_codes_as_the_textbook(scheme, block_size, act_order):
+    weight, x = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(3)), inputs()
+    quantizer = GPTQ(weight, scheme, torch.float32, act_order=act_order, block_size=block_size, damp=0.01)
+    for part in x.split(77):
+        quantizer.observe(part)
+    quantizer.solve()
+    expected = textbook(weight, x, scheme, act_order, 0.01)
+    assert (quantizer.export().codes == expected.byte()).float().mean() >= 0.99  # fp32 may round a tie the other way
+
+
+def test_an_input_that_is_always_zero_is_rounded_alone():
+    x = inputs()
+    x[:, 4] = 0
+    weight = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(3))
+    quantizer = GPTQ(weight, QuantScheme(4, 7), torch.float32)
+    quantizer.observe(x)
+    quantizer.solve()
+    assert torch.equal(quantizer.latent[:, 4], weight[:, 4])
+
+
+def test_damping_grows_and_says_so(caplog):
+    weight = torch.randn(ROWS, COLUMNS)
+    quantizer = GPTQ(weight, QuantScheme(4, 7), torch.float32, damp=1e-12)
+    quantizer.observe(torch.randn(3, COLUMNS) * 1e3)  # rank 3 of 21
+    with caplog.at_level(logging.WARNING):
+        quantizer.solve()
+    assert "not positive definite" in caplog.text
+    assert bool(quantizer.latent.isfinite().all())
+
+
+def test_broken_inputs_raise():
+    quantizer = GPTQ(torch.randn(ROWS, COLUMNS), QuantScheme(4, 7), torch.float32)
+    quantizer.observe(torch.full((4, COLUMNS), float("nan")))
+    with pytest.raises(ArithmeticError, match="indefinite"):
+        quantizer.solve()
+
+
+def test_bf16_inputs_are_summed_in_fp32():
+    x = inputs(2000).bfloat16()
+    quantizer = GPTQ(torch.randn(ROWS, COLUMNS), QuantScheme(4, 7), torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        quantizer.observe(x)
+    exact = x.double().T @ x.double()
+    assert (quantizer.hessian.double() - exact).norm() < 1e-5 * exact.norm()

@@ -1,0 +1,91 @@
+"""The LFQ loss against autograd on the naive formula in fp64."""
+
+import pytest
+import torch
+
+from lfq_lightning.head import Head
+from lfq_lightning.objectives import OBJECTIVES
+from lfq_lightning.ops.linear_soft_ce import linear_soft_ce, logit_moment
+
+SHAPES = [(1, 1, 2), (3, 5, 7), (63, 33, 1000), (513, 16, 4097), (1000, 100, 63)]
+
+
+def naive(hidden, teacher, weight, bias=None, scale=1.0):
+    """Soft cross-entropy and its hidden gradient by autograd, all in fp64."""
+    hidden, teacher, weight = hidden.double().requires_grad_(), teacher.double(), weight.double()
+    bias = torch.zeros(len(weight), dtype=torch.float64) if bias is None else bias.double()
+    p = ((teacher @ weight.T) * scale + bias).softmax(-1)
+    loss = -(p * ((hidden @ weight.T) * scale + bias).log_softmax(-1)).sum(-1)
+    (gradient,) = torch.autograd.grad(loss.sum(), hidden)
+    return loss.detach(), gradient, -(p * p.log()).sum(-1)
+
+
+def sample(tokens, width, vocabulary):
+    torch.manual_seed(tokens)
+    hidden = torch.randn(tokens, width)
+    return hidden, hidden + 0.3 * torch.randn(tokens, width), torch.randn(vocabulary, width)
+
+
+@pytest.mark.parametrize(("tokens", "width", "vocabulary"), SHAPES)
+def test_loss_and_gradient(tokens, width, vocabulary):
+    hidden, teacher, weight = sample(tokens, width, vocabulary)
+    expected, gradient, _ = naive(hidden, teacher, weight)
+    hidden.requires_grad_()
+    loss = linear_soft_ce(hidden, weight, logit_moment(teacher, weight)[1])
+    loss.sum().backward()
+    size = float(
+        (hidden @ weight.T).detach().abs().max()
+    )  # the loss is a difference of two numbers as large as the logits
+    assert torch.allclose(loss.double(), expected, rtol=1e-5, atol=1e-6 * size)
+    assert (hidden.grad.double() - gradient).norm() <= 1e-5 * gradient.norm()
+
+
+def test_upstream_gradient_weighs_tokens():
+    hidden, teacher, weight = sample(5, 4, 9)
+    _, gradient, _ = naive(hidden, teacher, weight)
+    hidden.requires_grad_()
+    upstream = torch.arange(5.0)
+    (linear_soft_ce(hidden, weight, logit_moment(teacher, weight)[1]) * upstream).sum().backward()
+    assert torch.allclose(hidden.grad.double(), gradient * upstream[:, None].double(), rtol=1e-4, atol=1e-5)
+
+
+def test_large_logits_do_not_overflow():
+    hidden, teacher, weight = sample(4, 8, 50)
+    loss = linear_soft_ce(1e3 * hidden, weight, logit_moment(1e3 * teacher, weight)[1])
+    expected, _, _ = naive(1e3 * hidden, 1e3 * teacher, weight)
+    assert torch.allclose(loss.double(), expected, rtol=1e-4, atol=1e-1)
+
+
+def test_bf16_head():
+    hidden, teacher, weight = sample(64, 32, 500)
+    weight = weight.bfloat16()
+    moment = logit_moment(teacher, weight)[1]
+    assert moment.dtype == torch.float32
+    loss = linear_soft_ce(hidden, weight, moment)
+    expected, _, _ = naive(hidden.bfloat16(), teacher.bfloat16(), weight)
+    error = loss.double() - expected  # logits are of size 20, rounded to 8 bits
+    assert error.abs().mean() < 0.06
+    assert error.mean().abs() < 0.02
+
+
+@pytest.mark.parametrize("name", ["logit_ce", "kl"])
+def test_objectives_with_bias_and_scale(name):
+    """A head bias and a logit scale are exact: against the naive formula of the real logits."""
+    hidden, teacher, weight = sample(21, 6, 40)
+    bias = torch.randn(40)
+    head = Head(torch.nn.Identity(), weight, bias, logit_scale=0.5)
+    objective = OBJECTIVES.get(name)()
+    expected, gradient, entropy = naive(hidden, teacher, weight, bias, scale=0.5)
+    expected = expected - entropy if name == "kl" else expected
+    hidden.requires_grad_()
+    loss = objective.token_loss(head.readout(hidden), objective.target(head.readout(teacher), head), head)
+    loss.sum().backward()
+    assert torch.allclose(loss.double(), expected, rtol=1e-4, atol=1e-5)
+    assert (hidden.grad.double() - gradient).norm() <= 1e-5 * gradient.norm()
+
+
+def test_kl_is_zero_at_a_perfect_match():
+    hidden, _, weight = sample(30, 8, 100)
+    head, objective = Head(torch.nn.Identity(), weight), OBJECTIVES.get("kl")()
+    loss = objective.token_loss(hidden, objective.target(hidden, head), head)
+    assert loss.abs().max() < 1e-5

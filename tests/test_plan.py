@@ -1,0 +1,68 @@
+"""Rules: first match wins, and every mistake is named."""
+
+import pytest
+
+from lfq_lightning.checkpoints import open_checkpoint
+from lfq_lightning.errors import UserError
+from lfq_lightning.model_skeleton import ModelSkeleton
+from lfq_lightning.plan import Plan, Rule
+
+FLEXROUND = {"name": "flexround", "bits": 3, "group_size": 16, "init": "gptq"}
+
+
+@pytest.fixture(scope="module")
+def skeleton(llama):
+    return ModelSkeleton(open_checkpoint(str(llama)))
+
+
+def test_first_match_wins(skeleton):
+    plans = Plan(
+        [
+            Rule("*.mlp.*", {"name": "rtn", "bits": 8}),
+            Rule("last", FLEXROUND, objective="logit_ce", steps=5),
+            Rule(0, "gptq"),
+            Rule("model.layers.1.self_attn.[qk]_proj", {"name": "gptq", "bits": 2, "symmetric": False}),
+        ]
+    ).resolve(skeleton)
+    names = {
+        n: (p.closed_form.name, p.learned and p.learned.name, p.scheme.num_bits) for n, p in plans[2].layers.items()
+    }
+    assert names["mlp.up_proj"] == ("rtn", None, 8)
+    assert names["self_attn.q_proj"] == ("gptq", "flexround", 3)
+    assert plans[2].objective.name == "logit_ce"  # the rule that trains decides, though another matched first
+    assert plans[2].steps == 5
+    assert plans[0].layers["self_attn.q_proj"].scheme.num_bits == 4
+    assert set(plans[1].layers) == {
+        "self_attn.q_proj",
+        "self_attn.k_proj",
+        *(f"mlp.{x}_proj" for x in ("gate", "up", "down")),
+    }
+    assert not plans[1].layers["self_attn.q_proj"].scheme.symmetric
+    assert not plans[1].learned
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ([], "no rule"),
+        ([Rule("all", "gpqt")], "did you mean 'gptq'"),
+        ([Rule("all", {"bits": 3})], "has no name"),
+        ([Rule("all", "gptq", objective="logit_cee")], "did you mean 'logit_ce'"),
+        ([Rule("all", {"name": "gptq", "bits": 1})], "outside 2 … 8"),
+        ([Rule("all", {"name": "gptq", "bits": "3"})], "must be of type int"),
+        ([Rule("all", {"name": "gptq", "symetric": True})], "did you mean 'symmetric'"),
+        ([Rule("all", {"name": "gptq", "damp": "much"})], "damp"),
+        ([Rule("all", {"name": "gptq", "group_size": 0})], "group_size"),
+        ([Rule("all", {"name": "gptq", "group_size": 32})], "48 inputs of model.layers.0.mlp.down_proj; .* 16, or -1"),
+        ([Rule("all", {**FLEXROUND, "init": "flexround"})], "itself learned"),
+        ([Rule("all", {**FLEXROUND, "init": "gtpq"})], "did you mean 'gptq'"),
+        ([Rule("all", "gptq", steps=0)], "steps"),
+        ([Rule("all", "gptq", lr=-1.0)], "lr"),
+        ([Rule("all", "gptq"), Rule(3, "gptq")], r"plan\[1\]: match 3 matches nothing"),
+        ([Rule("*.qq_proj", "gptq")], "matches nothing"),
+        ([Rule("*.mlp.*", FLEXROUND), Rule("all", FLEXROUND, lr=1e-3)], "both train block 0"),
+    ],
+)
+def test_mistakes(skeleton, rules, message):
+    with pytest.raises(UserError, match=message):
+        Plan(rules).resolve(skeleton)

@@ -1,0 +1,44 @@
+"""The scale search against a brute-force loop in fp64."""
+
+import pytest
+import torch
+
+from lfq_lightning.quant_scheme import QuantScheme
+from lfq_lightning.scale_search import search_scale
+
+
+def error_of(group, scale, zero, scheme):
+    codes = ((group / scale).round() + zero).clamp(0, scheme.max_code)
+    return float(((codes - zero) * scale - group).square().sum())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scheme", [QuantScheme(3, 10), QuantScheme(2, 10, False), QuantScheme(4, -1)], ids=str)
+def test_no_candidate_is_better(scheme, dtype):
+    weight = torch.randn(6, 50, generator=torch.Generator().manual_seed(0))
+    scale, zero = search_scale(weight, scheme, dtype, ratios=20)
+    assert scale.dtype == dtype
+    groups = weight.double().view(6, -1, scheme.group_of(50))
+    for o in range(6):
+        for g in range(groups.shape[1]):
+            group = groups[o, g]
+            found = error_of(group, scale[o, g].double(), zero[o, g].double(), scheme)
+            low, high = min(group.min().item(), 0), max(group.max().item(), 0)
+            for ratio in torch.linspace(1, 0.5, 20).tolist():
+                if scheme.symmetric:
+                    size = max(-low, high) * ratio / (scheme.middle_code - 0.5)
+                    candidates = [(size, scheme.middle_code), (-size, scheme.middle_code)]
+                else:
+                    step = (high - low) * ratio / scheme.max_code
+                    candidates = [(step, min(max(round(-low * ratio / step), 0), scheme.max_code))]
+                for size, z in candidates:
+                    size = torch.tensor(size).to(dtype).double()
+                    assert found <= error_of(group, size, z, scheme) * (1 + 1e-5)
+
+
+def test_the_range_is_used():
+    """A grid that holds the weights exactly is found."""
+    weight = torch.tensor([[-4.0, -2, 0, 1, 3, 2, -1, -3]])
+    scale, zero = search_scale(weight / 4 * 3.5, QuantScheme(3), torch.float32, ratios=41)
+    codes = (weight / 4 * 3.5 / scale[0] + zero[0]).clamp(0, 7).round()
+    assert torch.allclose((codes - zero[0]) * scale[0], weight / 4 * 3.5, atol=1e-2)

@@ -1,0 +1,272 @@
+"""One fit through all blocks: against a hand-written loop, deterministic, and with Lightning's own features."""
+
+import json
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
+from safetensors.torch import load_file
+
+from lfq_lightning.activation_cache import ActivationCache
+from lfq_lightning.block_module import BlockModule
+from lfq_lightning.calibration_module import CalibrationModule
+from lfq_lightning.callbacks import BlockCallback
+from lfq_lightning.callbacks.block_scheduler import BlockScheduler
+from lfq_lightning.checkpoints import open_checkpoint
+from lfq_lightning.data import CalibrationData
+from lfq_lightning.errors import UserError
+from lfq_lightning.final_block_module import FinalBlockModule
+from lfq_lightning.model_skeleton import ModelSkeleton
+from lfq_lightning.pack_format import pack_tensors
+from lfq_lightning.plan import Plan, Rule
+from lfq_lightning.solve import solve
+from lfq_lightning.trainer import Trainer
+
+FLEXROUND = {"name": "flexround", "bits": 3, "group_size": 16, "init": "gptq"}
+STEPS, LR, BATCH = 8, 5e-3, 4
+RULES = [
+    Rule("last", FLEXROUND, objective="logit_ce", steps=STEPS, lr=LR, batch_size=BATCH),
+    Rule(1, {**FLEXROUND, "symmetric": False, "init": "rtn"}, steps=STEPS, lr=LR, batch_size=BATCH),
+    Rule("all", {"name": "gptq", "bits": 3, "group_size": 16}),
+]
+SEED = 3
+
+
+def calibrate(model, text, output, *callbacks, rules=RULES, **trainer):
+    scheduler = BlockScheduler(rules, str(output))
+    data = CalibrationData(str(text), num_samples=12, seq_len=32, num_held_out=5, seed=SEED)
+    settings = {"accelerator": "cpu", "precision": "32-true", "logger": False, **trainer}
+    Trainer(callbacks=[scheduler, *callbacks], **settings).run(CalibrationModule(str(model)), data)
+    return scheduler
+
+
+def shards(output):
+    tensors = {}
+    for file in sorted(output.glob("*.safetensors")):
+        tensors |= load_file(file)
+    return tensors
+
+
+def by_hand(model, text):
+    """The method as a plain PyTorch loop: the same parts, no Lightning and no scheduler."""
+    checkpoint = open_checkpoint(str(model))
+    skeleton = ModelSkeleton(checkpoint)
+    plans = Plan(RULES).resolve(skeleton)
+    data = CalibrationData(str(text), num_samples=12, seq_len=32, num_held_out=5, seed=SEED)
+    tokens = data.token_sets(checkpoint, torch.device("cpu"))
+    splits = [ActivationCache(torch.cat([skeleton.embed(i[None]) for i in t.input_ids]), t.mask) for t in tokens]
+    packed = {}
+    for plan in plans:
+        block, objective = skeleton.block(plan.index), plan.objective.build()
+        final = objective.logit_space
+        head = skeleton.head(torch.float32) if final else None
+        module = FinalBlockModule(block, objective, plan, head) if final else BlockModule(block, objective, plan)
+        with torch.no_grad():
+            for split in splits:
+                split.teacher = torch.cat([block(x) for x in split.teacher.split(8)])
+                if final:
+                    h = head.readout(split.teacher[split.mask])
+                    split.set_target(lambda _, h=h: {}, torch.device("cpu"))
+                    rows = objective.target(h, head)["moment"]
+                    moment = torch.zeros_like(split.teacher)
+                    moment[split.mask] = rows
+                    split.target = {"moment": moment}
+                else:
+                    split.target = {}
+            inputs = lambda: zip(splits[0].student.split(8), splits[0].mask.split(8), strict=True)  # noqa: E731
+            shipped = {n: s for n, s in solve(block, plan.layers, inputs, checkpoint.dtype).items()}
+        for name, solution in shipped.items():
+            if plan.layers[name].learned:
+                block.train_linear(name, plan.layers[name].learned.build(solution.latent, solution.quantized))
+        shipped = {name: solution.quantized for name, solution in shipped.items()}
+        if plan.learned:
+            parameters = [p for p in module.parameters() if p.requires_grad]
+            optimizer = torch.optim.Adam(parameters, lr=LR)
+            cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=STEPS)
+
+            def held_out(module=module, split=splits[1]):
+                total = 0.0
+                for start in range(0, len(split), BATCH):
+                    batch = split.__getitems__(list(range(start, min(start + BATCH, len(split)))))
+                    with torch.no_grad():
+                        total += float(module.validation_step(batch)) * int(batch["mask"].sum())
+                return total / int(split.mask.sum())
+
+            order = torch.Generator().manual_seed(SEED * 1_000_003 + plan.index)
+            indices = []
+            while len(indices) < STEPS * BATCH:
+                indices += torch.randperm(12, generator=order).tolist()
+            best, kept = held_out(), [p.detach().clone() for p in parameters]
+            for step in range(STEPS):
+                batch = splits[0].__getitems__(indices[step * BATCH : (step + 1) * BATCH])
+                optimizer.zero_grad()
+                module.training_step(batch).backward()
+                optimizer.step()
+                cosine.step()
+                if (step + 1) % 2 == 0 and held_out() < best:
+                    best, kept = held_out(), [p.detach().clone() for p in parameters]
+            with torch.no_grad():
+                for parameter, value in zip(parameters, kept, strict=True):
+                    parameter.copy_(value)
+            shipped |= block.ship()
+        for name, quantized in shipped.items():
+            packed |= pack_tensors(f"{skeleton.block_name(plan.index)}.{name}", quantized)
+        with torch.no_grad():
+            for split in splits:
+                split.student = torch.cat([block(x) for x in split.student.split(8)])
+    return packed
+
+
+def test_bit_equal_to_a_hand_written_loop(llama, text_file, tmp_path):
+    calibrate(llama, text_file, tmp_path / "run")
+    ours, expected = shards(tmp_path / "run"), by_hand(llama, text_file)
+    assert len(expected) > 3 * 7 * 2
+    for name, tensor in expected.items():
+        assert torch.equal(ours[name], tensor), name
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_same_seed_same_bytes(llama, text_file, tmp_path, precision):
+    for run in ("a", "b"):
+        calibrate(llama, text_file, tmp_path / run, precision=precision)
+    files = sorted(file.name for file in (tmp_path / "a").iterdir())
+    assert sum(name.endswith(".safetensors") for name in files) == 4
+    for name in files:
+        if name not in {"metrics.json", "journal.jsonl"}:  # these hold times
+            assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+
+
+def test_training_helps_and_is_reported(llama, text_file, tmp_path):
+    calibrate(llama, text_file, tmp_path / "run")
+    journal = [json.loads(line) for line in (tmp_path / "run" / "journal.jsonl").read_text().splitlines()]
+    assert [line["index"] for line in journal] == [0, 1, 2]
+    assert journal[0]["best_step"] == 0
+    for line in journal[1:]:
+        assert line["loss_after"] < line["loss_before"]
+        assert line["best_step"] > 0
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert set(metrics["held_out"]) == {"kl", "top1_agreement", "flip_rate", "perplexity", "perplexity_fp"}
+    final, before, fp = (metrics[k]["held_out"] for k in ("quantized", "before_last_training", "full_precision"))
+    assert metrics["held_out"] == final
+    assert 0 < final["kl"] < before["kl"]
+    assert fp["kl"] == pytest.approx(0, abs=1e-6)
+    assert fp["top1_agreement"] == 1
+    assert fp["perplexity"] == fp["perplexity_fp"] == final["perplexity_fp"]
+    assert len(metrics["quantized"]["per_sequence"]["kl"]) == 5
+
+
+class Watcher(BlockCallback):
+    def __init__(self):
+        self.seen, self.validations, self.rates = [], 0, []
+
+    def on_block_end(self, trainer, report):
+        self.seen.append((report.index, trainer.global_step))
+
+    def on_validation_end(self, trainer, pl_module):
+        self.validations += 1
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.optimizers and pl_module.block.plan.learned:
+            self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+
+def test_lightning_features_work_together(llama, text_file, tmp_path):
+    watcher = Watcher()
+    calibrate(
+        llama,
+        text_file,
+        tmp_path / "run",
+        watcher,
+        LearningRateMonitor(),
+        ModelCheckpoint(dirpath=tmp_path / "ckpt", monitor="held_out/loss"),
+        logger=True,
+        default_root_dir=str(tmp_path / "logs"),
+        enable_checkpointing=True,
+        enable_progress_bar=True,
+        gradient_clip_val=0.1,
+        accumulate_grad_batches=3,
+        log_every_n_steps=1,
+    )
+    assert [index for index, _ in watcher.seen] == [0, 1, 2]
+    rates = watcher.rates[::3]  # one optimizer step for three batches
+    assert len(rates) == 2 * STEPS
+    assert rates[:2] == rates[STEPS : STEPS + 2]  # each block begins a cosine of its own
+    assert rates[0] == LR
+    assert 0 < rates[STEPS - 1] < 0.1 * LR
+    assert watcher.validations >= 9
+    assert list((tmp_path / "ckpt").glob("*.ckpt"))
+    assert list((tmp_path / "logs").rglob("metrics.csv")) or list((tmp_path / "logs").rglob("events*"))
+
+
+def test_clipping_changes_what_is_learned(llama, text_file, tmp_path):
+    calibrate(llama, text_file, tmp_path / "a")
+    calibrate(llama, text_file, tmp_path / "b", gradient_clip_val=1e-12)
+    name = "model.layers.1.mlp.up_proj.weight_scale"
+    assert not torch.equal(shards(tmp_path / "a")[name], shards(tmp_path / "b")[name])
+
+
+class StopAfter(Callback):
+    def __init__(self, batches):
+        self.left = batches
+
+    def on_train_batch_end(self, trainer, *_):
+        self.left -= 1
+        trainer.should_stop = trainer.should_stop or self.left == 0
+
+
+@pytest.mark.parametrize("how", ["max_time", "callback", "max_steps", "max_epochs"])
+def test_a_stopped_run_leaves_shards_and_no_model(llama, text_file, tmp_path, how):
+    callbacks = [StopAfter(4)] if how == "callback" else []
+    limits = {"max_time": {"max_time": {"seconds": 0}}, "max_steps": {"max_steps": 3}, "max_epochs": {"max_epochs": 1}}
+    with pytest.raises(UserError, match="stopped before its last block"):
+        calibrate(llama, text_file, tmp_path / "run", *callbacks, **limits.get(how, {}))
+    if how != "max_time":  # which stops at once here
+        assert (tmp_path / "run" / "model-00002-of-00004.safetensors").is_file()
+    assert not (tmp_path / "run" / "config.json").exists()
+    assert not list((tmp_path / "run").glob("*.partial"))
+
+
+def test_blocks_without_a_rule_stay_in_full_precision(llama, text_file, tmp_path):
+    rules = [Rule(0, {"name": "rtn", "bits": 8, "group_size": 16})]
+    calibrate(llama, text_file, tmp_path / "run", rules=rules)
+    config = json.loads((tmp_path / "run" / "config.json").read_text())["quantization_config"]
+    assert "model.layers.1.mlp.up_proj" in config["ignore"]
+    assert "model.layers.0.mlp.up_proj" not in config["ignore"]
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert 0 < metrics["held_out"]["kl"] < 0.2
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"precision": "bf16-true"}, "fp32 masters"),
+        ({"limit_val_batches": 0}, "limit_val_batches"),
+        ({"val_check_interval": 5}, "val_check_interval"),
+        ({"reload_dataloaders_every_n_epochs": 0}, "reload_dataloaders"),
+        ({"devices": 2}, "one process"),
+    ],
+)
+def test_trainers_that_cannot_work(llama, text_file, tmp_path, settings, message):
+    with pytest.raises(UserError, match=message):
+        calibrate(llama, text_file, tmp_path / "run", **settings)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("where", ["block", "embedding", "activations"])
+def test_broken_numbers_are_named(llama, text_file, tmp_path, where):
+    from safetensors.torch import save_file
+
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in llama.iterdir():
+        (broken / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(broken / "model.safetensors")
+    name = {"embedding": "model.embed_tokens.weight"}.get(where, "model.layers.1.mlp.down_proj.weight")
+    tensors[name][3, 3] = 3e38 if where == "activations" else float("nan")
+    if where == "activations":
+        tensors[name][:] = 3e38
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    expected = {"embedding": "embed_tokens.weight holds NaN", "block": "block 1: .*down_proj.weight holds NaN"}
+    with pytest.raises(UserError, match=expected.get(where, "block 1: its full-precision activations")):
+        calibrate(broken, text_file, tmp_path / "run")
+    assert not (tmp_path / "run" / "config.json").exists()

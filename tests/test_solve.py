@@ -1,0 +1,66 @@
+"""Solving a block: stages, true-sequential inputs, pads."""
+
+import pytest
+import torch
+
+from lfq_lightning.checkpoints import open_checkpoint
+from lfq_lightning.model_skeleton import ModelSkeleton
+from lfq_lightning.plan import Plan, Rule
+from lfq_lightning.quantizers.gptq import GPTQ
+from lfq_lightning.solve import solve
+
+
+@pytest.fixture
+def skeleton(llama):
+    skeleton = ModelSkeleton(open_checkpoint(str(llama)))
+    skeleton.embed(torch.zeros(1, 16, dtype=torch.int64))
+    return skeleton
+
+
+def batches():
+    hidden = torch.randn(6, 16, 32, generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(6, 16, dtype=torch.bool)
+    mask[1, 5:] = False
+    mask[4, 1:] = False
+    return lambda: iter([(hidden[:4], mask[:4]), (hidden[4:], mask[4:])])
+
+
+def test_true_sequential_by_hand(skeleton):
+    """Layer by layer: hook the real inputs after quantising everything before, drop pads, solve alone."""
+    plan = Plan([Rule("all", {"name": "gptq", "bits": 3, "group_size": 16})]).resolve(skeleton)[1]
+    block, inputs = skeleton.block(1), batches()
+    with torch.no_grad():
+        solutions = solve(block, plan.layers, inputs, torch.float32)
+        assert list(solutions) == [
+            *(f"self_attn.{x}_proj" for x in "qkvo"),
+            *(f"mlp.{x}_proj" for x in ("gate", "up", "down")),
+        ]
+        for stage in (["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]):
+            reference = skeleton.block(1)
+            earlier = list(solutions)[: [n.rpartition(".")[2] for n in solutions].index(stage[0])]
+            for name in earlier:
+                reference.linears()[name].weight.copy_(solutions[name].quantized.dequantize())
+            for name in solutions:
+                if name.rpartition(".")[2] not in stage:
+                    continue
+                linear = reference.linears()[name]
+                quantizer = GPTQ(linear.weight.detach().clone(), plan.layers[name].scheme, torch.float32)
+                seen = []
+                hook = linear.register_forward_pre_hook(lambda _, arguments, seen=seen: seen.append(arguments[0]))
+                for hidden, mask in inputs():
+                    reference(hidden)
+                    quantizer.observe(seen.pop()[mask])
+                hook.remove()
+                quantizer.solve()
+                assert torch.equal(quantizer.export().codes, solutions[name].quantized.codes), name
+                assert torch.equal(block.linears()[name].weight, solutions[name].quantized.dequantize())
+
+
+def test_layers_without_a_rule_stay(skeleton):
+    plan = Plan([Rule("*.down_proj", {"name": "gptq", "group_size": 16})]).resolve(skeleton)[0]
+    block = skeleton.block(0)
+    with torch.no_grad():
+        solutions = solve(block, plan.layers, batches(), torch.float32)
+    assert list(solutions) == ["mlp.down_proj"]
+    for name, linear in skeleton.block(0).linears().items():
+        assert torch.equal(linear.weight, block.linears()[name].weight) == (name != "mlp.down_proj")
