@@ -2,8 +2,8 @@
 
     python -m benchmarks.lfq_vs_mse --case smollm2-w3g64 --checkpoint MODEL --dataset TEXT
 
-Runs `lfq run` three times per seed (last block by mse, by logit_ce, and left in full precision; all other blocks by GPTQ)
-and appends a row per run to benchmarks/results/lfq_vs_mse.csv. The difference is paired over held-out sequences.
+Runs `lfq run` three times per seed (last block by mse, by logit_ce, and left in full precision; the others by GPTQ) and
+appends a row per run to benchmarks/results/lfq_vs_mse.csv. The difference is paired over held-out sequences.
 """
 
 import argparse

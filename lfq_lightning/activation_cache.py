@@ -96,5 +96,5 @@ def _scatter(rows: Tensor, mask: Tensor) -> Tensor:
     return full
 
 
-def _identity(batch: Batch) -> Batch:
+def _identity(batch: Any) -> Any:
     return batch

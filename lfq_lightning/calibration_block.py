@@ -49,7 +49,7 @@ class CalibrationBlock(LightningModule, ABC):
     def validation_step(self, batch: Batch, batch_idx: int = 0) -> Tensor:
         return self.objective.loss(self(batch["inputs"]), batch["target"], batch["mask"], self.head)
 
-    def configure_optimizers(self) -> dict[str, Any] | None:
+    def configure_optimizers(self) -> Any:
         """Adam with a cosine to 0 over the plan's steps; None if the block has nothing to train."""
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
         if not parameters:

@@ -37,6 +37,6 @@ class CalibrationModule(LightningModule):
         loss = self.current.validation_step(batch, batch_idx)
         self.log("held_out/loss", loss, on_epoch=True, batch_size=int(batch["mask"].sum()))
 
-    def configure_optimizers(self) -> dict[str, Any] | None:
+    def configure_optimizers(self) -> Any:
         # Lightning asks once before the first block is placed; the scheduler asks again at the start of each epoch.
         return self.block.configure_optimizers() if self.block is not None else None

@@ -30,7 +30,7 @@ class DecoderBlock(nn.Module):
 
     def train_linear(self, name: str, quantizer: LearnedQuantizer) -> None:
         """Let a linear layer take its weight from a learned quantizer from now on."""
-        linear = self.layer.get_submodule(name)
+        linear = self.linears()[name]
         self.layer.set_submodule(name, QuantizedLinear(quantizer, linear.bias))
 
     def ship(self) -> dict[str, QuantizedTensor]:
@@ -39,9 +39,11 @@ class DecoderBlock(nn.Module):
         shipped = {name: module.quantizer.export() for name, module in trained.items()}
         for name, quantized in shipped.items():
             weight = quantized.dequantize().float()
-            linear = nn.Linear(*reversed(weight.shape), bias=False, device="meta")
+            bias = trained[name].bias
+            linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
             linear.weight = nn.Parameter(weight, requires_grad=False)
-            linear.bias = trained[name].bias
+            if bias is not None:
+                linear.bias = bias
             self.layer.set_submodule(name, linear)
         return shipped
 

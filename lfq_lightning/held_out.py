@@ -13,6 +13,8 @@ class TokenMean(Metric, ABC):
     """Mean over tokens of a value that compares the student's and the teacher's log-probabilities."""
 
     full_state_update = False
+    total: Tensor
+    count: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -103,7 +105,7 @@ def evaluate(
         mask: bool (N, T).
     """
     metrics = held_out_metrics().to(weight.device)
-    per_sequence: dict[str, list[float]] = {name: [] for name in metrics}
+    per_sequence: dict[str, list[float]] = {str(name): [] for name in metrics}
     weight = weight.float()
     next_token = torch.full_like(input_ids, NO_NEXT)
     next_token[:, :-1] = torch.where(mask[:, 1:], input_ids[:, 1:], NO_NEXT)

@@ -53,9 +53,9 @@ def generate(folder: str | Path, prompt: str, max_new_tokens: int) -> str:
     text = prompt
     if tokenizer.chat_template:
         messages = [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
     inputs = tokenizer(text, add_special_tokens=not tokenizer.chat_template, return_tensors="pt")
     inputs.pop("token_type_ids", None)
     with torch.no_grad():
-        output = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
-    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        output = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)  # type: ignore[operator]
+    return str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))

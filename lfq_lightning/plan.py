@@ -154,7 +154,8 @@ def _parse_quantizer(value: str | dict[str, Any]) -> LayerPlan:
     if cls is None or not issubclass(cls, LearnedQuantizer):
         return LayerPlan(scheme, _closed_form(QUANTIZERS.parse(given, _SCHEME_KEYS)), None)
     init = QUANTIZERS.parse(given.pop("init", cls.default_init))
-    return LayerPlan(scheme, _closed_form(init), QUANTIZERS.parse(given, {*_SCHEME_KEYS, "init"}))
+    learned: Plugin[Any] = QUANTIZERS.parse(given, {*_SCHEME_KEYS, "init"})
+    return LayerPlan(scheme, _closed_form(init), learned)
 
 
 def _closed_form(plugin: Plugin[Any]) -> Plugin[ClosedFormQuantizer]:

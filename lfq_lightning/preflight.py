@@ -18,7 +18,7 @@ def check_trainer(
         raise UserError("call trainer.fit(CalibrationModule(…), datamodule=CalibrationData(…)).")
     if trainer.world_size > 1:
         raise UserError("calibration runs in one process so far; set trainer.devices and trainer.num_nodes to 1.")
-    if trainer.reload_dataloaders_every_n_epochs != 1:
+    if trainer.reload_dataloaders_every_n_epochs != 1:  # type: ignore[attr-defined]
         raise UserError("each block has its own loaders; set trainer.reload_dataloaders_every_n_epochs to 1.")
     if trainer.limit_val_batches == 0:
         raise UserError("the best step is chosen on held-out sequences; set trainer.limit_val_batches above 0.")

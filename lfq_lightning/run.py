@@ -72,7 +72,7 @@ class CommandLine(LightningCLI):
             known = {*self._parser("run").get_defaults().keys(), *(field.name for field in fields(Rule))}
             raise UserError(_with_cure(_one_line(str(error)), known)) from error
 
-    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
         config: Namespace = self.config_init.run
         resolved = self._parser("run").dump(self.config.run, skip_none=False)
         scheduler = BlockScheduler(config.plan, config.output, config.overwrite, resolved)

@@ -10,9 +10,8 @@ from lfq_lightning.decoder_block import DecoderBlock
 from lfq_lightning.plan import LayerPlan
 from lfq_lightning.quantized_tensor import QuantizedTensor
 
-Inputs = Callable[
-    [], Iterator[tuple[Tensor, Tensor]]
-]  # yields hidden states (B, T, D) and masks (B, T), each time anew
+# Yields hidden states (B, T, D) and masks (B, T), each time anew.
+Inputs = Callable[[], Iterator[tuple[Tensor, Tensor]]]
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ class Trainer(pl.Trainer):
     ) -> None:
         super().__init__(
             devices=devices,
-            precision=precision,
+            precision=precision,  # type: ignore[arg-type]
             max_epochs=max_epochs,
             val_check_interval=val_check_interval,
             num_sanity_val_steps=num_sanity_val_steps,
@@ -45,7 +45,8 @@ class Trainer(pl.Trainer):
 
         Raises UserError if the run was stopped before its last block.
         """
-        schedulers = [callback for callback in self.callbacks if isinstance(callback, BlockScheduler)]
+        everyone = self.callbacks  # type: ignore[attr-defined]
+        schedulers = [callback for callback in everyone if isinstance(callback, BlockScheduler)]
         for scheduler in schedulers:
             scheduler.prepare(self, model, datamodule)
         self.fit(model, datamodule=datamodule)

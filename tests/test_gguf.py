@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from lfq_lightning.checkpoints import open_checkpoint
 from lfq_lightning.errors import UserError
+from tests.conftest import save_tiny
 
 gguf = pytest.importorskip("gguf")
 
@@ -61,8 +62,6 @@ def write(folder, path, architecture="llama"):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_same_weights_as_transformers(tmp_path, tied):
-    from tests.conftest import save_tiny
-
     write(save_tiny(tmp_path / "model", tied=tied), tmp_path / "model.gguf")
     checkpoint = open_checkpoint(str(tmp_path / "model.gguf"))
     assert checkpoint.config.tie_word_embeddings == tied
@@ -78,8 +77,7 @@ def test_broken_file(tmp_path):
     (tmp_path / "x.gguf").write_bytes(b"GGUF?" * 100)
     with pytest.raises(UserError, match="not a readable GGUF"):
         open_checkpoint(str(tmp_path / "x.gguf"))
+    write(save_tiny(tmp_path / "model"), tmp_path / "model.gguf")
+    checkpoint = open_checkpoint(str(tmp_path / "model.gguf"))
     with pytest.raises(UserError, match="no tensor"):
-        from tests.conftest import save_tiny
-
-        write(save_tiny(tmp_path / "model"), tmp_path / "model.gguf")
-        open_checkpoint(str(tmp_path / "model.gguf")).tensors(["model.layers.9.mlp.up_proj.weight"])
+        checkpoint.tensors(["model.layers.9.mlp.up_proj.weight"])

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from lfq_lightning.preflight import check_trainer, output_bytes
 from lfq_lightning.quant_scheme import QuantScheme
 from lfq_lightning.quantized_tensor import QuantizedTensor
 from lfq_lightning.run_folder import RunFolder
-from lfq_lightning.solve import solve
+from lfq_lightning.solve import Solution, solve
 
 _LENS_TOKENS = 1024  # held-out tokens on which each block's KL is read
 
@@ -72,7 +73,7 @@ class BlockScheduler(BlockCallback):
         self.folder.check(output_bytes(self.skeleton, self.plans))
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self.prepare(trainer, pl_module, trainer.datamodule)
+        self.prepare(trainer, pl_module, trainer.datamodule)  # type: ignore[attr-defined]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.trainer, self.device = trainer, trainer.strategy.root_device
@@ -84,10 +85,11 @@ class BlockScheduler(BlockCallback):
         self.schemes: dict[str, QuantScheme] = {}
         for listener in self._listeners():
             listener.on_run_start(self.trainer, self.plans)
+        self.blocks_started = time.perf_counter()
         self._begin(self.plans[0])
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        trainer.strategy.setup_optimizers(trainer)
+        trainer.strategy.setup_optimizers(trainer)  # a new block: its own parameters, its own schedule
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -126,8 +128,7 @@ class BlockScheduler(BlockCallback):
                 split.advance_teacher(self.block, self.device)
                 split.set_target(self._target, self.device)
             self._check_finite(plan.index, "full-precision", [split.teacher for split in self.splits.each()])
-            inputs = lambda: self.splits.train.student_batches(self.device)  # noqa: E731
-            self.solutions = solve(self.block, plan.layers, inputs, self.skeleton.checkpoint.dtype)
+            self.solutions = self._solve(plan)
         for name, layer in plan.layers.items():
             if layer.learned is not None:
                 solution = self.solutions[name]
@@ -188,6 +189,13 @@ class BlockScheduler(BlockCallback):
         if objective.logit_space:
             return FinalBlockModule(self.block, objective, plan, self.head)
         return BlockModule(self.block, objective, plan)
+
+    def _solve(self, plan: BlockPlan) -> dict[str, Solution]:
+        inputs = partial(self.splits.train.student_batches, self.device)
+        try:
+            return solve(self.block, plan.layers, inputs, self.skeleton.checkpoint.dtype)
+        except ArithmeticError as error:
+            raise UserError(f"block {plan.index}: {error}; try trainer.precision 32-true or more samples.") from error
 
     def _embed(self, tokens: TokenSet) -> ActivationCache:
         dtype = stream_dtype(self.trainer.precision)
@@ -251,7 +259,6 @@ class BlockScheduler(BlockCallback):
         tokens, held_out = self.splits.train.mask.numel(), self.splits.held_out.mask.numel()
         flops = [block_flops(p, self.skeleton, tokens, held_out, self.data.seq_len) for p in self.plans]
         now, done = time.perf_counter(), sum(flops[: plan.index + 1])
-        self.first_block_started = self.block_started if plan.index == 0 else self.first_block_started
         return BlockReport(
             index=plan.index,
             name=self.skeleton.block_name(plan.index),
@@ -263,11 +270,12 @@ class BlockScheduler(BlockCallback):
             kl=kl,
             seconds=now - self.block_started,
             peak_bytes=peak_bytes(self.device),
-            eta_seconds=(now - self.first_block_started) * (sum(flops) / done - 1),
+            eta_seconds=(now - self.blocks_started) * (sum(flops) / done - 1),
         )
 
     def _listeners(self) -> list[BlockCallback]:
-        return [callback for callback in self.trainer.callbacks if isinstance(callback, BlockCallback)]
+        everyone = self.trainer.callbacks  # type: ignore[attr-defined]
+        return [callback for callback in everyone if isinstance(callback, BlockCallback)]
 
     @contextmanager
     def _forward_only(self) -> Iterator[None]:

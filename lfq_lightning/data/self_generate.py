@@ -34,7 +34,7 @@ def self_generate(
         raise UserError("data.dataset: self_generated needs a chat template or a BOS token; give a text file instead.")
     model = meta_model(checkpoint.config)
     assign_weights(model, checkpoint.tensors(checkpoint.names()), checkpoint.path)
-    model.to(device)
+    model.to(device=device)  # type: ignore[call-arg]
     ends = _end_ids(checkpoint, tokenizer)
     kept: list[list[int]] = []
     short = 0
@@ -67,7 +67,7 @@ def _template_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[i
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": _MARK}], tokenize=False, add_generation_prompt=True
     )
-    before, _, after = text.partition(_MARK)
+    before, _, after = str(text).partition(_MARK)
     return (
         tokenizer(before, add_special_tokens=False)["input_ids"],
         tokenizer(after, add_special_tokens=False)["input_ids"],
@@ -89,7 +89,7 @@ def _sample(model: PreTrainedModel, prompts: list[list[int]], seq_len: int, ends
     # Padded on the left for generation; cut off again below.
     input_ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
     attention_mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-    output = model.generate(
+    output = model.generate(  # type: ignore[operator]
         input_ids=input_ids,
         attention_mask=attention_mask,
         do_sample=True,

@@ -3,6 +3,6 @@
 from lfq_lightning.objectives.objective import Objective
 from lfq_lightning.registry import Registry
 
-OBJECTIVES: Registry[Objective] = Registry("objective", Objective)
+OBJECTIVES: Registry[Objective] = Registry("objective", Objective)  # type: ignore[type-abstract]
 
 __all__ = ["OBJECTIVES", "Objective"]

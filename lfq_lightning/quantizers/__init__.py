@@ -3,6 +3,6 @@
 from lfq_lightning.quantizers.quantizer import ClosedFormQuantizer, LearnedQuantizer, Quantizer
 from lfq_lightning.registry import Registry
 
-QUANTIZERS: Registry[Quantizer] = Registry("quantizer", Quantizer)
+QUANTIZERS: Registry[Quantizer] = Registry("quantizer", Quantizer)  # type: ignore[type-abstract]
 
 __all__ = ["QUANTIZERS", "ClosedFormQuantizer", "LearnedQuantizer", "Quantizer"]

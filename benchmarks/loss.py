@@ -1,0 +1,95 @@
+"""The LFQ loss and its gradient by the identity, against naive autograd in the same dtype: time and extra peak memory.
+
+    python -m benchmarks.loss
+
+Naive: the student's logits by autograd, the teacher's recomputed each step (nobody stores T·V numbers a token). Each side
+runs in a process of its own, so that its peak memory is its own. Appends rows to benchmarks/results/loss.csv.
+"""
+
+import argparse
+import csv
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results" / "loss.csv"
+SIDES = ("naive", "identity")
+
+
+def measure(side: str, dtype_name: str, tokens: int, width: int, vocabulary: int, repeats: int) -> dict[str, float]:
+    """Return median seconds per loss-and-gradient and the extra peak resident bytes, in this process."""
+    import torch
+
+    from lfq_lightning.ops.linear_soft_ce import linear_soft_ce, logit_moment
+
+    torch.manual_seed(0)
+    dtype = getattr(torch, dtype_name)
+    weight = (torch.randn(vocabulary, width) * 0.1).to(dtype)
+    teacher = torch.randn(tokens, width)
+    hidden = teacher + 0.3 * torch.randn(tokens, width)
+    moment = logit_moment(teacher, weight)[1] if side == "identity" else None
+    weight @ torch.ones(width, 8, dtype=dtype)  # the kernels' own buffers are not counted
+
+    def naive() -> None:
+        h = hidden.to(dtype).requires_grad_()
+        with torch.no_grad():
+            p = (teacher.to(dtype) @ weight.T).float().softmax(-1)
+        loss = -(p * (h @ weight.T).float().log_softmax(-1)).sum(-1).mean()
+        loss.backward()
+
+    def identity() -> None:
+        h = hidden.clone().requires_grad_()
+        assert moment is not None
+        linear_soft_ce(h, weight, moment).mean().backward()
+
+    step = {"naive": naive, "identity": identity}[side]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    step()
+    extra = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    seconds = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - started)
+    return {"seconds": statistics.median(seconds), "extra_peak_bytes": extra * 1024}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--width", type=int, default=576)
+    parser.add_argument("--vocabulary", type=int, default=49152)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--dtype", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    shape = (given.tokens, given.width, given.vocabulary)
+    if given.side:
+        print(json.dumps(measure(given.side, given.dtype, *shape, given.repeats)))
+        return
+    RESULTS.parent.mkdir(exist_ok=True)
+    new = not RESULTS.exists()
+    with RESULTS.open("a", newline="") as file:
+        writer = csv.writer(file)
+        if new:
+            writer.writerow(["dtype", "tokens", "width", "vocabulary", "side", "seconds", "extra_peak_mb"])
+        for dtype in ("float32", "bfloat16"):
+            found = {}
+            for side in SIDES:
+                command = [sys.executable, "-m", "benchmarks.loss", "--side", side, "--dtype", dtype]
+                sizes = zip(("--tokens", "--width", "--vocabulary", "--repeats"), (*shape, given.repeats), strict=True)
+                command += [word for name, size in sizes for word in (name, str(size))]
+                output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+                found[side] = json.loads(output.splitlines()[-1])
+                seconds, extra = found[side]["seconds"], found[side]["extra_peak_bytes"] / 1e6
+                writer.writerow([dtype, *shape, side, f"{seconds:.4f}", f"{extra:.1f}"])
+            ratio = {name: found["naive"][name] / found["identity"][name] for name in found["naive"]}
+            print(f"{dtype}: {ratio['seconds']:.2f}x faster, 1/{ratio['extra_peak_bytes']:.1f} of the extra memory")
+
+
+if __name__ == "__main__":
+    main()

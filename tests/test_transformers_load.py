@@ -1,0 +1,40 @@
+"""Packed folders of every scheme, read back by transformers with compressed-tensors: bit-equal weights."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
+from lfq_lightning.cli import main
+from lfq_lightning.load import load
+
+
+def quantizer(bits, group_size, symmetric=True):
+    return {"name": "rtn", "bits": bits, "group_size": group_size, "symmetric": symmetric}
+
+
+PLANS = {
+    **{f"w{bits}g16": [{"match": "all", "quantizer": quantizer(bits, 16)}] for bits in (2, 3, 4, 8)},
+    "w3 per channel": [{"match": "all", "quantizer": quantizer(3, -1)}],
+    "w3g16 asymmetric": [{"match": "all", "quantizer": quantizer(3, 16, symmetric=False)}],
+    "w4 per channel asymmetric": [{"match": "all", "quantizer": quantizer(4, -1, symmetric=False)}],
+    "mixed": [
+        {"match": "*.down_proj", "quantizer": quantizer(8, 48)},
+        {"match": 1, "quantizer": quantizer(4, -1)},
+        {"match": "model.layers.0.*", "quantizer": quantizer(2, 8)},
+    ],
+}
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_same_weights(plan, config, tmp_path):
+    main(["run", "--config", str(config(plan=PLANS[plan]))])
+    ours, _ = load(tmp_path / "run")
+    asymmetric = "asymmetric" in plan
+    settings = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if asymmetric else {}
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "run", **settings)
+    input_ids = torch.arange(20)[None]
+    with torch.no_grad():
+        assert torch.equal(ours(input_ids).logits, theirs(input_ids).logits)
+    weights = theirs.state_dict()
+    for name, parameter in ours.named_parameters():
+        assert torch.equal(parameter, weights[name]), name
