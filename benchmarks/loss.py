@@ -27,7 +27,7 @@ def measure(side: str, dtype_name: str, tokens: int, width: int, vocabulary: int
     from lfq_lightning.ops.linear_soft_ce import linear_soft_ce, logit_moment
 
     torch.manual_seed(0)
-    dtype = getattr(torch, dtype_name)
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype_name]
     weight = (torch.randn(vocabulary, width) * 0.1).to(dtype)
     teacher = torch.randn(tokens, width)
     hidden = teacher + 0.3 * torch.randn(tokens, width)

@@ -1,5 +1,7 @@
 """Preflight: find the user's mistakes before anything long starts."""
 
+import os
+
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
 from lfq_lightning.calibration_module import CalibrationModule
@@ -16,7 +18,8 @@ def check_trainer(
     """Return the module and its data. Raises UserError if the Trainer cannot take one fit through all blocks."""
     if not isinstance(module, CalibrationModule) or not isinstance(data, CalibrationData):
         raise UserError("call trainer.fit(CalibrationModule(…), datamodule=CalibrationData(…)).")
-    if trainer.world_size > 1:
+    launched = int(os.environ.get("WORLD_SIZE", "1"))  # by torchrun; with devices: 1 each process would run alone
+    if trainer.world_size > 1 or launched > 1:
         raise UserError("calibration runs in one process so far; set trainer.devices and trainer.num_nodes to 1.")
     if trainer.reload_dataloaders_every_n_epochs != 1:  # type: ignore[attr-defined]
         raise UserError("each block has its own loaders; set trainer.reload_dataloaders_every_n_epochs to 1.")

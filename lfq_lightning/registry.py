@@ -129,7 +129,7 @@ def load_plugin_file(path: Path) -> None:
     if not path.is_file():
         raise UserError(f"plugins: there is no file {path}; give the path of a Python file.")
     if path.stem in sys.modules:
-        if getattr(sys.modules[path.stem], "__file__", None) == str(path.resolve()):
+        if vars(sys.modules[path.stem]).get("__file__") == str(path.resolve()):
             return
         raise UserError(f"plugins: the name {path.stem!r} is taken by another module; rename {path}.")
     spec = importlib.util.spec_from_file_location(path.stem, path.resolve())

@@ -104,6 +104,7 @@ class CalibrationData(LightningDataModule):
         self, checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase, device: torch.device
     ) -> tuple[list[list[int]], list[list[int]]]:
         wanted = self.num_samples + self.num_held_out
+        log.info("data: the model writes %d sequences of up to %d tokens …", wanted, self.seq_len)
         kept, short = self_generate(checkpoint, tokenizer, wanted, self.seq_len, self._shortest, self.seed, device)
         self._log(len(kept), f"{short} dropped as shorter than {self._shortest} tokens", kept)
         return kept[self.num_held_out :], kept[: self.num_held_out]
