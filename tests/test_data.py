@@ -76,6 +76,20 @@ def test_jsonl(chat_llama, checkpoint, tmp_path):
     assert all("plain" in checkpoint.tokenizer().decode(row) for row in lines(train))
 
 
+def test_datasets_folder(checkpoint, tmp_path):
+    """A folder goes through `datasets.load_dataset`, the same path as a hub name."""
+    folder = tmp_path / "set"
+    folder.mkdir()
+    rows = "\n".join(json.dumps({"text": f"row {i} of a data set"}) for i in range(9))
+    (folder / "train.jsonl").write_text(rows)
+    data = CalibrationData(str(folder), 5, 24, num_held_out=3)
+    data.check(checkpoint)
+    train, _ = data.token_sets(checkpoint, CPU)
+    assert all("of a data set" in checkpoint.tokenizer().decode(row) for row in lines(train))
+    with pytest.raises(UserError, match="cannot be read"):
+        CalibrationData(str(folder), 5, 24, split="nonsense").token_sets(checkpoint, CPU)
+
+
 @pytest.mark.parametrize(
     ("content", "name", "message"),
     [

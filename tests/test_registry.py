@@ -1,5 +1,9 @@
 """The registry is strict, and foreign plugins come in by file."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from lfq_lightning.errors import UserError
@@ -66,9 +70,20 @@ def test_missing_file_and_link(tmp_path):
     with pytest.raises(UserError, match="there is no file"):
         load_plugin_file(tmp_path / "none.py")
     cls = type("Twin", (OBJECTIVES.get("mse"),), {"__doc__": "d", "paper": "p", "__module__": "objectives.mse"})
-    import sys
-
     sys.modules["objectives.mse"] = sys.modules["lfq_lightning.objectives.mse"]
     with pytest.raises(UserError, match="import it as lfq_lightning"):
         OBJECTIVES.register(cls)
     del sys.modules["objectives.mse"]
+
+
+def test_entry_points(tmp_path):
+    """An installed distribution with an entry point in our group is known by name."""
+    (tmp_path / "their_objective.py").write_text(PLUGIN)
+    metadata = tmp_path / "theirs-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text("[lfq_lightning.objectives]\ntheir_objective = their_objective\n")
+    code = "from lfq_lightning.objectives import OBJECTIVES; print(OBJECTIVES.names())"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    printed = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert "their_objective" in printed.stdout

@@ -1,4 +1,4 @@
-"""Read documents from a text file, a JSONL file or a `datasets` hub name."""
+"""Read documents from a text file, a JSONL file, or anything `datasets` loads: a hub name or a folder."""
 
 import json
 from collections.abc import Iterator
@@ -19,10 +19,10 @@ _SEPARATOR = "<|endoftext|>"
 def check_documents(dataset: str) -> None:
     """Raise UserError if the source is not there; reads none of it. The hub is asked once."""
     path = Path(dataset).expanduser()
-    if path.suffix not in _FILES:
-        _check_hub(dataset)
-    elif not path.is_file():
+    if path.suffix in _FILES and not path.is_file():
         raise UserError(f"data.dataset: there is no file {dataset}; give a .txt, a .jsonl or a hub name.")
+    if path.suffix not in _FILES and not path.is_dir():
+        _check_hub(dataset)
 
 
 def read_documents(dataset: str, split: str, subset: str | None) -> Iterator[Document]:

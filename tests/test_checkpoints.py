@@ -1,0 +1,57 @@
+"""Where models come from: sharded folders, the hub's local cache, and what is refused."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from lfq_lightning.checkpoints import open_checkpoint
+from lfq_lightning.errors import UserError
+
+
+def test_sharded_folder(llama, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(llama)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    checkpoint = open_checkpoint(str(tmp_path))
+    single = load_file(llama / "model.safetensors")
+    assert checkpoint.names() == sorted(single)
+    for name, tensor in checkpoint.tensors(checkpoint.names()).items():
+        assert torch.equal(tensor, single[name])
+    next(iter(tmp_path.glob("*2-of*.safetensors"))).unlink()
+    with pytest.raises(UserError, match="is missing"):
+        open_checkpoint(str(tmp_path))
+
+
+def test_hub_id_from_the_local_cache(llama, tmp_path):
+    """Offline, a hub id is served from the cache that an earlier download filled."""
+    home = tmp_path / "hub" / "models--someone--tiny"
+    revision = "0" * 40
+    shutil.copytree(llama, home / "snapshots" / revision)
+    (home / "refs").mkdir()
+    (home / "refs" / "main").write_text(revision)
+    code = "from lfq_lightning.checkpoints import open_checkpoint; print(len(open_checkpoint('someone/tiny').names()))"
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    printed = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert int(printed.stdout) == len(load_file(llama / "model.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "already quantised"),
+        ({"model_type": "bert"}, "not a decoder-only family"),
+    ],
+)
+def test_refused(llama, tmp_path, change, message):
+    shutil.copytree(llama, tmp_path / "model")
+    config = json.loads((llama / "config.json").read_text()) | change
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=message):
+        open_checkpoint(str(tmp_path / "model"))
