@@ -2,7 +2,7 @@
 
     python -m benchmarks.loss
 
-Naive: the student's logits by autograd, the teacher's recomputed each step (nobody stores T·V numbers a token). Each side
+Naive: the student's logits by autograd, the teacher's recomputed each step (nobody stores V numbers a token). Each side
 runs in a process of its own, so that its peak memory is its own. Appends rows to benchmarks/results/loss.csv.
 """
 

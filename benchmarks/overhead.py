@@ -2,8 +2,8 @@
 
     python -m benchmarks.overhead --checkpoint MODEL
 
-Both train the final block by LFQ on the same activations, in alternating stretches of steps in one process (the machine's
-drift then hits both); the framework's stretch is timed from its own callbacks. Appends to benchmarks/results/overhead.csv.
+Both train the final block by LFQ on the same activations, in alternating stretches of steps in one process, so that the
+machine's drift hits both; the framework's stretch is timed from callbacks. Rows go to benchmarks/results/overhead.csv.
 """
 
 import argparse
