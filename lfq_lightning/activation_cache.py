@@ -18,7 +18,8 @@ class ActivationCache(Dataset[Batch]):
 
     The teacher stream holds what the full-precision model sees; once the teacher has run it holds the block's
     full-precision outputs, which are both the objective's target and the next block's inputs. The student stream holds
-    what the quantised prefix gives. Two streams of N·T·D values are all there is.
+    what the quantised prefix gives. Beside these two streams of N·T·D values there is only what the block's objective
+    keeps of the teacher (`logit_ce`: D fp32 numbers a token).
 
     Args:
         embeddings: (N, T, D), the first block's inputs, in the dtype of both streams.

@@ -38,16 +38,17 @@ class CalibrationBlock(LightningModule, ABC):
     def readout(self, hidden: Tensor) -> Tensor:
         """Map the block's output (…, D) to where the objective compares."""
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        return self.readout(self.block(inputs))
+    def loss(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """Return the objective's loss of the block's outputs `hidden` (B, T, D) for the batch they came from."""
+        return self.objective.loss(self.readout(hidden), batch["target"], batch["mask"], self.head)
 
     def training_step(self, batch: Batch, batch_idx: int = 0) -> Tensor | None:
         """Return the batch's loss; None, which Lightning skips, if the block has nothing to train."""
-        loss = self.objective.loss(self(batch["inputs"]), batch["target"], batch["mask"], self.head)
+        loss = self.loss(self.block(batch["inputs"]), batch)
         return loss if loss.requires_grad else None
 
     def validation_step(self, batch: Batch, batch_idx: int = 0) -> Tensor:
-        return self.objective.loss(self(batch["inputs"]), batch["target"], batch["mask"], self.head)
+        return self.loss(self.block(batch["inputs"]), batch)
 
     def configure_optimizers(self) -> Any:
         """Adam with a cosine to 0 over the plan's steps; None if the block has nothing to train."""

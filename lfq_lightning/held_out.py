@@ -24,7 +24,7 @@ class TokenMean(Metric, ABC):
     def update(self, student: Tensor, teacher: Tensor, next_token: Tensor) -> None:
         """Take log-probabilities (M, V) fp32 and the true next token (M,), NO_NEXT where there is none."""
         values = self.values(student, teacher, next_token)
-        self.total += values.double().sum()
+        self.total += values.float().sum().cpu()  # states stay on the CPU: not every accelerator has fp64
         self.count += len(values)
 
     def compute(self) -> Tensor:
@@ -104,7 +104,7 @@ def evaluate(
         input_ids: int64 (N, T).
         mask: bool (N, T).
     """
-    metrics = held_out_metrics().to(weight.device)
+    metrics = held_out_metrics()
     per_sequence: dict[str, list[float]] = {str(name): [] for name in metrics}
     weight = weight.float()
     next_token = torch.full_like(input_ids, NO_NEXT)

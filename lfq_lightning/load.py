@@ -24,13 +24,17 @@ def load(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         raise UserError(
             f"{path} is not a finished packed model (no config.json with its index); run `lfq run` to make one."
         )
-    config = AutoConfig.from_pretrained(path, local_files_only=True)
-    quantization = json.loads((path / "config.json").read_text()).get("quantization_config")
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        quantization = json.loads((path / "config.json").read_text()).get("quantization_config")
+        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: config or index is damaged ({str(error)[:100]}); copy the model again.") from error
     if quantization is None or quantization.get("format") != "pack-quantized":
         raise UserError(f"{path} is not in the format pack-quantized; load it with transformers.")
     del config.quantization_config
     stored: dict[str, Tensor] = {}
-    for file in sorted(set(json.loads(index.read_text())["weight_map"].values())):
+    for file in files:
         try:
             with safe_open(path / file, "pt") as shard:
                 stored |= {name: shard.get_tensor(name) for name in shard.keys()}
@@ -38,8 +42,11 @@ def load(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
             raise UserError(f"{path / file} cannot be read ({error}); copy the model again.") from error
     layers = [name.removesuffix(".weight_packed") for name in stored if name.endswith(".weight_packed")]
     weights = {name: tensor for name, tensor in stored.items() if not name.endswith(SUFFIXES)}
-    for name, scheme in schemes_of(quantization, layers).items():
-        weights[f"{name}.weight"] = unpack_tensors(name, stored, scheme).dequantize()
+    try:
+        for name, scheme in schemes_of(quantization, layers).items():
+            weights[f"{name}.weight"] = unpack_tensors(name, stored, scheme).dequantize()
+    except KeyError as error:
+        raise UserError(f"{path}: the shards hold no {error}; copy the model again.") from error
     model = meta_model(config)
     assign_weights(model, weights, path)
     if (path / "generation_config.json").is_file():

@@ -1,7 +1,7 @@
 """Build a model without weights, and give it weights without copying them."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from lfq_lightning.errors import UserError
@@ -18,16 +18,29 @@ def meta_model(config: PretrainedConfig) -> PreTrainedModel:
     return model
 
 
+def check_shapes(module: nn.Module, tensors: dict[str, Tensor], source: object) -> None:
+    """Raise UserError if a tensor is unknown to the module or has another shape than the config gives it."""
+    expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    for name, tensor in tensors.items():
+        if name not in expected:
+            raise UserError(f"{source} holds a tensor {name} that its config knows nothing of; the two do not match.")
+        if tuple(tensor.shape) != expected[name]:
+            raise UserError(
+                f"{source}: {name} has shape {tuple(tensor.shape)}, but its config says {expected[name]}; "
+                "the two do not match."
+            )
+
+
 def assign_weights(model: PreTrainedModel, tensors: dict[str, Tensor], source: object) -> None:
     """Put `tensors` in place, as they are, and tie what the config ties.
 
     Raises UserError naming `source` if a weight is absent.
     """
+    check_shapes(model, tensors, source)
     state = model.load_state_dict(tensors, strict=False, assign=True)
     model.tie_weights()
     still_meta = {name for name, parameter in model.named_parameters() if parameter.is_meta}
     absent = sorted(still_meta & set(state.missing_keys))
-    if absent or state.unexpected_keys:
-        what = f"no tensor {absent[0]}" if absent else f"an unknown tensor {state.unexpected_keys[0]}"
-        raise UserError(f"{source} has {what}; fetch the model again.")
+    if absent:
+        raise UserError(f"{source} has no tensor {absent[0]}; fetch the model again.")
     model.requires_grad_(False)

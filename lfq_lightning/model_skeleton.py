@@ -10,7 +10,7 @@ from lfq_lightning.checkpoints import Checkpoint
 from lfq_lightning.decoder_block import DecoderBlock
 from lfq_lightning.errors import UserError
 from lfq_lightning.head import Head
-from lfq_lightning.meta_model import assign_weights, meta_model
+from lfq_lightning.meta_model import assign_weights, check_shapes, meta_model
 
 
 class _Recorder(nn.Module):
@@ -71,7 +71,7 @@ class ModelSkeleton:
         return [*names, self.checkpoint.family.head]
 
     def outer_names(self) -> list[str]:
-        """Return the stored tensors outside all blocks; a head tied to the embedding is not stored."""
+        """Return the names of the stored tensors outside all blocks; a tied head is not among them."""
         return [name for name in self.checkpoint.names() if not name.startswith(tuple(self._block_prefixes))]
 
     def block_names(self, index: int) -> list[str]:
@@ -104,6 +104,7 @@ class ModelSkeleton:
         absent = set(layer.state_dict()) - set(weights)
         if absent:
             raise UserError(f"{self.checkpoint.path} has no tensor {prefix}{min(absent)}; fetch the model again.")
+        check_shapes(layer, weights, f"{self.checkpoint.path}, block {index}")
         layer.load_state_dict(weights, assign=True)
         layer.requires_grad_(False)
         return DecoderBlock(layer, self._recorders[index].arguments)

@@ -1,4 +1,4 @@
-"""Read the peak memory of this process."""
+"""The peak memory of this process."""
 
 import resource
 import sys
@@ -6,8 +6,14 @@ import sys
 import torch
 
 
+def reset_peak(device: torch.device) -> None:
+    """Start counting anew on a CUDA device; the host's peak cannot be reset."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def peak_bytes(device: torch.device) -> int:
-    """Return the most memory ever held: allocated on a CUDA device, else resident on the host, in bytes."""
+    """Return the most memory held, in bytes: on a CUDA device since `reset_peak`, else resident on the host, ever."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024

@@ -1,7 +1,7 @@
 """Plan: which quantizer and objective each block and layer gets. First match wins."""
 
 import fnmatch
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from lfq_lightning.errors import UserError
@@ -67,7 +67,14 @@ class _ParsedRule:
     layer: LayerPlan
     objective: Plugin[Objective]
     where: str
-    matched: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """Which rules matched a layer, and which were the first to."""
+
+    matched: set[str]
+    won: set[str]
 
 
 class Plan:
@@ -80,9 +87,15 @@ class Plan:
 
     def resolve(self, skeleton: ModelSkeleton) -> list[BlockPlan]:
         """Return the plan of each block. Raises UserError for a rule that matches nothing or a group that fits not."""
-        blocks = [self._resolve_block(skeleton, index) for index in range(len(skeleton))]
+        outcome = _Outcome(set(), set())
+        blocks = [self._resolve_block(skeleton, index, outcome) for index in range(len(skeleton))]
         for parsed in self._rules:
-            if not parsed.matched:
+            if parsed.where in outcome.matched - outcome.won and parsed.rule.match != "all":
+                raise UserError(
+                    f"{parsed.where}: match {parsed.rule.match!r} is never used, since rules above it match all its "
+                    "layers; the first match wins, so move it up."
+                )
+            if parsed.where not in outcome.matched:
                 layers = ", ".join(list(skeleton.linear_shapes(0))[:2])
                 raise UserError(
                     f"{parsed.where}: match {parsed.rule.match!r} matches nothing; use last, all, a block index from 0 "
@@ -90,18 +103,18 @@ class Plan:
                 )
         return blocks
 
-    def _resolve_block(self, skeleton: ModelSkeleton, index: int) -> BlockPlan:
+    def _resolve_block(self, skeleton: ModelSkeleton, index: int, outcome: "_Outcome") -> BlockPlan:
         layers: dict[str, LayerPlan] = {}
         used: list[_ParsedRule] = []
         last = index == len(skeleton) - 1
         prefix = f"{skeleton.block_name(index)}."
         for name, (_, in_features) in skeleton.linear_shapes(index).items():
             matching = [parsed for parsed in self._rules if _matches(parsed.rule.match, name, index, last)]
-            for parsed in matching:
-                parsed.matched.append(name)
+            outcome.matched.update(parsed.where for parsed in matching)
             if not matching:
                 continue
             first = matching[0]
+            outcome.won.add(first.where)
             _check_group(first, name, in_features, skeleton, index)
             layers[name.removeprefix(prefix)] = first.layer
             if first not in used:
@@ -113,7 +126,9 @@ class Plan:
                     f"{parsed.where} and {learned[0].where} both train block {index}, with different objective, "
                     "steps, lr or batch_size; make them equal."
                 )
-        lead = (learned or used or self._rules)[0]
+        if not used:
+            used = [_parse(Rule(index, "rtn"), "")]  # nothing to do; it only reports
+        lead = (learned or used)[0]
         rule = lead.rule
         return BlockPlan(index, layers, lead.objective, rule.steps, rule.lr, rule.batch_size)
 

@@ -3,6 +3,8 @@
 import os
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from lfq_lightning.calibration_module import CalibrationModule
 from lfq_lightning.data import CalibrationData
@@ -21,10 +23,20 @@ def check_trainer(
     launched = int(os.environ.get("WORLD_SIZE", "1"))  # by torchrun; with devices: 1 each process would run alone
     if trainer.world_size > 1 or launched > 1:
         raise UserError("calibration runs in one process so far; set trainer.devices and trainer.num_nodes to 1.")
+    if not isinstance(trainer.strategy, SingleDeviceStrategy):
+        raise UserError("calibration runs on one device so far; set trainer.strategy to auto.")
     if trainer.reload_dataloaders_every_n_epochs != 1:  # type: ignore[attr-defined]
         raise UserError("each block has its own loaders; set trainer.reload_dataloaders_every_n_epochs to 1.")
-    if trainer.limit_val_batches == 0:
-        raise UserError("the best step is chosen on held-out sequences; set trainer.limit_val_batches above 0.")
+    if trainer.limit_val_batches != 1.0 or trainer.overfit_batches or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        raise UserError(
+            "the best step is chosen on all held-out sequences; leave trainer.limit_val_batches, overfit_batches and "
+            "fast_dev_run alone, and lower data.num_held_out for a quick run."
+        )
+    if trainer.min_epochs or trainer.min_steps:
+        raise UserError("a run ends with its last block; leave trainer.min_epochs and trainer.min_steps alone.")
+    schedulers = [c for c in trainer.callbacks if isinstance(c, GradientAccumulationScheduler)]  # type: ignore[attr-defined]
+    if any(scheduler.going_to_accumulate_grad_batches() and len(scheduler.scheduling) > 1 for scheduler in schedulers):
+        raise UserError("steps must mean the same in every block; set trainer.accumulate_grad_batches to one number.")
     if not isinstance(trainer.val_check_interval, float):
         raise UserError("blocks differ in steps; give trainer.val_check_interval as a share of them, such as 0.25.")
     compute_dtype(trainer.precision)

@@ -94,6 +94,8 @@ class Registry(Generic[T]):
 
         `elsewhere` are keys that stand beside the plugin's options but are not its own; only for the "did you mean".
         """
+        if not isinstance(value, str | dict):
+            raise UserError(f"{self.kind}: {value!r} is neither a name nor `{{name: …, option: …}}`.")
         given = {"name": value} if isinstance(value, str) else dict(value)
         if not isinstance(given.get("name"), str):
             raise UserError(f"{self.kind}: {value!r} has no name; write `{self.kind}: {{name: …}}`.")
@@ -136,4 +138,8 @@ def load_plugin_file(path: Path) -> None:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except (SyntaxError, ImportError) as error:
+        del sys.modules[path.stem]
+        raise UserError(f"plugins: {path} cannot be imported: {error}; mend the file.") from error

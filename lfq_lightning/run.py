@@ -61,7 +61,7 @@ class CommandLine(LightningCLI):
         parser.add_argument("--plan", type=list[Rule], required=True, help="rules; first match wins")
         parser.add_argument("--output", type=str, required=True, help="new folder for the packed model")
         parser.add_argument("--overwrite", type=bool, default=False, help="replace an earlier run in that folder")
-        parser.add_argument("--plugins", type=list[str], default=[], help="Python files with plugins of your own")
+        parser.add_argument("--plugins", type=list[str] | str, default=[], help="Python files with plugins of your own")
         parser.add_argument("--callbacks", type=list[str | dict[str, Any]], default=[], help="registered callbacks")
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
 
@@ -77,8 +77,16 @@ class CommandLine(LightningCLI):
         resolved = self._parser("run").dump(self.config.run, skip_none=False)
         scheduler = BlockScheduler(config.plan, config.output, config.overwrite, resolved)
         given = config.trainer.callbacks or []
-        foreign = [CALLBACKS.parse(value).build() for value in config.callbacks]
-        kwargs["callbacks"] = [scheduler, Console(), *foreign, *(given if isinstance(given, list) else [given])]
+        foreign = [CALLBACKS.parse(value) for value in config.callbacks]
+        for plugin in foreign:
+            if issubclass(plugin.cls, (BlockScheduler, Console)):
+                raise UserError(f"callbacks: {plugin.name} is always there; remove it.")
+        kwargs["callbacks"] = [
+            scheduler,
+            Console(),
+            *(p.build() for p in foreign),
+            *(given if isinstance(given, list) else [given]),
+        ]
         if config.trainer.logger is None:
             kwargs["logger"] = CSVLogger(config.output, name=LOGS, version="")
         try:
@@ -106,18 +114,26 @@ def _load_plugins(arguments: list[str]) -> None:
         if option in {"--config", "-c", "--plugins"} and not value:
             value = arguments[position + 1] if position + 1 < len(arguments) else ""
         if option in {"--config", "-c"} and Path(value).is_file():
-            try:
-                content = yaml.safe_load(Path(value).read_text())
-            except yaml.YAMLError as error:
-                raise UserError(f"{value} is not YAML: {_one_line(str(error))}") from error
+            content = _yaml(Path(value).read_text(), value)
             named = content.get("plugins") if isinstance(content, dict) else None
             beside = Path(value).parent
         elif option == "--plugins":
-            named, beside = yaml.safe_load(value), Path()
+            named, beside = _yaml(value, "--plugins"), Path()
         else:
             continue
+        if isinstance(named, str):
+            named = [named]
+        if not isinstance(named, list | None) or not all(isinstance(file, str) for file in named or []):
+            raise UserError(f"plugins: {named!r} is not a list of Python files; write `plugins: [my_objective.py]`.")
         for file in named or []:
             load_plugin_file(Path(file) if Path(file).is_file() else beside / file)
+
+
+def _yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{where} is not YAML: {_one_line(str(error))}") from error
 
 
 def _one_line(message: str) -> str:

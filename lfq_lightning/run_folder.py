@@ -1,5 +1,6 @@
 """RunFolder: everything a run leaves on disk, written so that nothing half-done looks finished."""
 
+import fnmatch
 import json
 import os
 import shutil
@@ -17,6 +18,21 @@ from lfq_lightning.quant_scheme import QuantScheme
 
 JOURNAL = "journal.jsonl"
 LOGS = "logs"  # Lightning's loggers may write here before the run does
+_OURS = (  # all that a run may leave in its folder
+    "model-?????-of-?????.safetensors*",
+    "model.safetensors.index.json*",
+    "*config.json*",
+    "metrics.json*",
+    "versions.json*",
+    "lfq.yaml*",
+    "tokenizer*",
+    "chat_template.jinja",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    JOURNAL,
+)
 _VERSIONS = ("lfq-lightning", "torch", "lightning", "transformers", "safetensors", "triton")
 
 
@@ -41,14 +57,17 @@ class RunFolder:
         if self.path.is_file():
             raise UserError(f"output: {self.path} is a file; give a folder.")
         if self._content():
-            ours = (self.path / JOURNAL).is_file()
-            if not ours:
-                raise UserError(f"output: {self.path} holds other files; give a new or empty folder.")
+            foreign = [entry.name for entry in self._content() if not _is_ours(entry)]
+            if foreign or not (self.path / JOURNAL).is_file():
+                named = ", ".join(sorted(foreign)[:3]) or "none of a run"
+                raise UserError(f"output: {self.path} holds other files ({named}); give a new or empty folder.")
             if not self.overwrite:
                 raise UserError(f"output: {self.path} holds an earlier run; give another folder or --overwrite true.")
         existing = self.path
         while not existing.exists():
             existing = existing.parent
+        if not existing.is_dir():
+            raise UserError(f"output: {existing} is a file, so {self.path} cannot be a folder; give another one.")
         if not os.access(existing, os.W_OK):
             raise UserError(f"output: {existing} cannot be written to; give another folder.")
         free = shutil.disk_usage(existing).free
@@ -60,8 +79,9 @@ class RunFolder:
 
     def open(self, resolved_config: str | None) -> None:
         """Empty the folder of an earlier run, and start the journal."""
-        for old in self._content():
-            shutil.rmtree(old) if old.is_dir() else old.unlink()
+        # Config first: what is left is no model then. The journal last: until then the folder is known as a run's.
+        for old in sorted(self._content(), key=lambda entry: (entry.name == JOURNAL, entry.name != "config.json")):
+            old.unlink()
         self.path.mkdir(parents=True, exist_ok=True)
         (self.path / JOURNAL).touch()
         if resolved_config is not None:
@@ -131,6 +151,10 @@ def _model_config(checkpoint: Checkpoint, architecture: str) -> dict[str, Any]:
     config["architectures"] = [architecture]
     config["dtype"] = str(checkpoint.dtype).removeprefix("torch.")
     return config
+
+
+def _is_ours(entry: Path) -> bool:
+    return not entry.is_dir() and any(fnmatch.fnmatch(entry.name, pattern) for pattern in _OURS)
 
 
 def _commit(partial: Path, final: Path) -> None:

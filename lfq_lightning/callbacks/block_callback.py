@@ -1,6 +1,7 @@
 """BlockCallback: a Lightning callback that also hears when a block begins and ends."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
@@ -37,5 +38,5 @@ class BlockCallback(Callback):
     def on_block_end(self, trainer: Trainer, report: BlockReport) -> None:
         """Called when a block's shard is on disk and both activation streams stand behind it."""
 
-    def on_run_end(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
-        """Called once, with the content of metrics.json, when the folder is a complete model."""
+    def on_run_end(self, trainer: Trainer, metrics: dict[str, Any], folder: Path) -> None:
+        """Called once, with the content of metrics.json, when `folder` is a complete model."""

@@ -23,7 +23,7 @@ from lfq_lightning.held_out import evaluate
 from lfq_lightning.model_skeleton import ModelSkeleton
 from lfq_lightning.objectives.kl import KL
 from lfq_lightning.pack_format import pack_tensors
-from lfq_lightning.peak_memory import peak_bytes
+from lfq_lightning.peak_memory import peak_bytes, reset_peak
 from lfq_lightning.plan import BlockPlan, Plan, Rule
 from lfq_lightning.precision import compute_dtype, stream_dtype
 from lfq_lightning.preflight import check_trainer, output_bytes
@@ -59,6 +59,7 @@ class BlockScheduler(BlockCallback):
         self.output = output
         self.overwrite = overwrite
         self.resolved_config = resolved_config
+        self.prepared = False
         self.finished = False
 
     # ---- one fit: prepare, then block after block --------------------------------------------------------------------
@@ -71,9 +72,11 @@ class BlockScheduler(BlockCallback):
         self.plans = self.plan.resolve(self.skeleton)
         self.folder = RunFolder(self.output, shards=len(self.plans) + 1, overwrite=self.overwrite)
         self.folder.check(output_bytes(self.skeleton, self.plans))
+        self.prepared = True
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self.prepare(trainer, pl_module, trainer.datamodule)  # type: ignore[attr-defined]
+        if not self.prepared:
+            self.prepare(trainer, pl_module, trainer.datamodule)  # type: ignore[attr-defined]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.trainer, self.device = trainer, trainer.strategy.root_device
@@ -83,6 +86,7 @@ class BlockScheduler(BlockCallback):
         self.head = self.skeleton.head(compute_dtype(trainer.precision)).to(self.device)
         self.folder.write_shard(0, self.skeleton.checkpoint.tensors(self.skeleton.outer_names()))
         self.schemes: dict[str, QuantScheme] = {}
+        self.peak_bytes = peak_bytes(self.device)
         for listener in self._listeners():
             listener.on_run_start(self.trainer, self.plans)
         self.blocks_started = time.perf_counter()
@@ -98,7 +102,8 @@ class BlockScheduler(BlockCallback):
         self.trained = batch_idx + 1 == trainer.num_training_batches
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._keep_if_best(float(trainer.callback_metrics["held_out/loss"]))
+        if not trainer.sanity_checking:
+            self._keep_if_best(float(trainer.callback_metrics["held_out/loss"]))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.trained:  # stopped in mid-block from outside: max_time, max_steps, another callback
@@ -119,6 +124,7 @@ class BlockScheduler(BlockCallback):
     def _begin(self, plan: BlockPlan) -> None:
         """Run the teacher, solve in closed form, and put the block on the bench."""
         self.block_started = time.perf_counter()
+        reset_peak(self.device)
         for listener in self._listeners():
             listener.on_block_start(self.trainer, plan)
         self.block = self.skeleton.block(plan.index).to(self.device)
@@ -151,6 +157,8 @@ class BlockScheduler(BlockCallback):
                 split.advance_student(self.block, self.device)
             self._check_finite(plan.index, "quantised", [split.student for split in self.splits.each()])
             report = self._report(plan, self._lens_kl())
+        self.peak_bytes = max(self.peak_bytes, report.peak_bytes)
+        self.trainer.strategy.optimizers = []  # let go of this block before the next one is read
         self.folder.append_journal(vars(report))
         for listener in self._listeners():
             listener.on_block_end(self.trainer, report)
@@ -174,21 +182,21 @@ class BlockScheduler(BlockCallback):
             **metrics,
             "model_bytes": self.folder.total_bytes,
             "seconds": time.perf_counter() - self.run_started,
-            "peak_bytes": peak_bytes(self.device),
+            "peak_bytes": max(self.peak_bytes, peak_bytes(self.device)),
         }
         dense = [name for name in self.skeleton.all_linears() if name not in self.schemes]
         self.folder.finish(self.skeleton.checkpoint, self.skeleton.architecture, self.schemes, dense, metrics)
         self.finished = True
         for listener in self._listeners():
-            listener.on_run_end(self.trainer, metrics)
+            listener.on_run_end(self.trainer, metrics, self.folder.path)
 
     # ---- parts ---------------------------------------------------------------------------------------------------------
 
     def _module(self, plan: BlockPlan) -> CalibrationBlock:
         objective = plan.objective.build()
         if objective.logit_space:
-            return FinalBlockModule(self.block, objective, plan, self.head)
-        return BlockModule(self.block, objective, plan)
+            return FinalBlockModule(self.block, objective, plan, self.head).to(self.device)
+        return BlockModule(self.block, objective, plan).to(self.device)
 
     def _solve(self, plan: BlockPlan) -> dict[str, Solution]:
         inputs = partial(self.splits.train.student_batches, self.device)
@@ -209,11 +217,11 @@ class BlockScheduler(BlockCallback):
         """Return the held-out loss now, as validation computes it, and the block's outputs."""
         total, count, outputs = 0.0, 0, []
         for batch in self.data.val_dataloader():
-            outputs.append(self.block(batch["inputs"].to(self.device)).to(self.splits.held_out.student))
-            tokens = int(batch["mask"].sum())
             batch = self.module.transfer_batch_to_device(batch, self.device, 0)
-            total += float(self.current.validation_step(batch)) * tokens
+            hidden, tokens = self.block(batch["inputs"]), int(batch["mask"].sum())
+            total += float(self.current.loss(hidden, batch)) * tokens
             count += tokens
+            outputs.append(hidden.to(self.splits.held_out.student))
         return total / count, torch.cat(outputs)
 
     def _keep_if_best(self, loss: float) -> None:

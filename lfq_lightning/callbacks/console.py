@@ -1,5 +1,6 @@
 """Console: what a run prints."""
 
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -61,7 +62,7 @@ class Console(BlockCallback):
             f"{report.seconds:.1f} s  peak {report.peak_bytes / 2**30:.2f} GiB  eta {_clock(report.eta_seconds)}"
         )
 
-    def on_run_end(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
+    def on_run_end(self, trainer: Trainer, metrics: dict[str, Any], folder: Path) -> None:
         self._stop()
         table = Table(title="on held-out tokens")
         table.add_column("model")
@@ -77,7 +78,8 @@ class Console(BlockCallback):
                 f"{row['perplexity']:.2f}",
             )
         self.console.print(table)
-        self.console.print(f"{metrics['model_bytes'] / 1e6:.1f} MB of weights, made in {_clock(metrics['seconds'])}")
+        size, minutes = f"{metrics['model_bytes'] / 1e6:.1f} MB of weights", _clock(metrics["seconds"])
+        self.console.print(f"{folder}: {size}, made in {minutes}, peak {metrics['peak_bytes'] / 2**30:.2f} GiB")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._stop()

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrained
 from lfq_lightning.checkpoints.checkpoint import Checkpoint
 from lfq_lightning.errors import UserError
 
+_COMPUTED = "rotary_emb.inv_freq"  # old checkpoints store what the model computes
 _WANTED = ["*.json", "*.safetensors", "tokenizer.model", "*.txt", "*.jinja"]
 
 
@@ -40,8 +41,7 @@ class HFCheckpoint(Checkpoint):
             raise UserError(f"{path}/config.json cannot be read: {' '.join(str(error).split())[:300]}") from error
         super().__init__(path, config)
         self._files = self._index()
-        first = self.tensors([self.names()[0]])
-        self._dtype = next(iter(first.values())).dtype
+        self._dtype = self._stored_dtype()
         config.dtype = self._dtype
 
     def _index(self) -> dict[str, Path]:
@@ -67,19 +67,28 @@ class HFCheckpoint(Checkpoint):
         except SafetensorError as error:
             raise UserError(f"{single} cannot be read ({error}); fetch the model again.") from error
 
+    def _stored_dtype(self) -> torch.dtype:
+        """Return the dtype of the blocks' matrices; norms are sometimes stored wider."""
+        matrices = [name for name in self.names() if name.startswith(self.family.blocks) and "norm" not in name]
+        name = (matrices or self.names())[0]
+        with safe_open(self._files[name], "pt") as shard:
+            return shard.get_tensor(name).dtype
+
     @property
     def dtype(self) -> torch.dtype:
         return self._dtype
 
     def names(self) -> list[str]:
-        return sorted(self._files)
+        unwanted = {f"{self.family.head}.weight"} if self.config.tie_word_embeddings else set()
+        return sorted(name for name in self._files if name not in unwanted and not name.endswith(_COMPUTED))
 
     def tensors(self, names: list[str]) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         for file in sorted({self._file(name) for name in names}):
             try:
                 with safe_open(file, "pt") as shard:
-                    found |= {name: shard.get_tensor(name) for name in names if self._files[name] == file}
+                    here = [name for name in names if self._files[name] == file]
+                    found |= {name: shard.get_tensor(name).to(self.dtype) for name in here}
             except SafetensorError as error:
                 raise UserError(f"{file} cannot be read ({error}); fetch the model again.") from error
         return found

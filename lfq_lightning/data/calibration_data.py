@@ -5,6 +5,7 @@ import random
 from collections.abc import Iterator
 
 import torch
+from jinja2 import TemplateError
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
@@ -30,8 +31,8 @@ class CalibrationData(LightningDataModule):
         dataset: `self_generated` (the model's own samples), a .txt, a .jsonl (`text` or `messages`), or a hub name.
         num_samples: calibration sequences.
         seq_len: tokens per sequence, pads included.
-        num_held_out: sequences for selection and for the final table; their documents are not calibrated on, unless
-            there is only one document.
+        num_held_out: sequences for selection and for the final table; their documents are calibrated on only if the
+            others are too short, and never the same window.
         split: split of a hub dataset.
         subset: configuration of a hub dataset.
         seed: of shuffling and sampling.
@@ -126,6 +127,8 @@ class CalibrationData(LightningDataModule):
         while len(documents) > 1 and len(held_out) < self.num_held_out:
             held_out += documents.pop()
         train = [window for document in documents for window in document]
+        held_out, surplus = held_out[: self.num_held_out], held_out[self.num_held_out :]
+        train += surplus[: max(0, self.num_samples - len(train))]
         missing = self.num_held_out - len(held_out)
         if missing > 0:
             train, rest = train[:-missing], train[-missing:]
@@ -136,7 +139,7 @@ class CalibrationData(LightningDataModule):
             f"{short} dropped as shorter than {self._shortest} tokens, {max(0, found - wanted)} not needed",
             train + held_out,
         )
-        return train, held_out[: self.num_held_out]
+        return train, held_out
 
     @property
     def _shortest(self) -> int:
@@ -155,7 +158,10 @@ class CalibrationData(LightningDataModule):
             return
         if not tokenizer.chat_template:
             raise UserError("data: `messages` need a chat template, and this model has none; give `text` instead.")
-        text = tokenizer.apply_chat_template(document, tokenize=False)
+        try:
+            text = tokenizer.apply_chat_template(document, tokenize=False)
+        except TemplateError as error:
+            raise UserError(f"data: the chat template refuses {str(document)[:80]}…: {error}; mend the row.") from error
         yield tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][: self.seq_len]
 
     def _log(self, count: int, dropped: str, sequences: list[list[int]]) -> None:

@@ -87,6 +87,9 @@ def _unreadable(name: str, error: Exception) -> UserError:
 
 def _document(row: Any, where: str) -> Document:
     if isinstance(row, dict) and isinstance(row.get("messages"), list):
+        for message in row["messages"]:
+            if not isinstance(message, dict) or not {"role", "content"} <= set(message):
+                raise UserError(f"data.dataset: {where} has a message without role and content; mend the row.")
         return row["messages"]
     if isinstance(row, dict) and isinstance(row.get("text"), str):
         return row["text"]

@@ -32,6 +32,8 @@ def self_generate(
     tokens = _template_ids(tokenizer) if tokenizer.chat_template else None
     if tokens is None and tokenizer.bos_token_id is None:
         raise UserError("data.dataset: self_generated needs a chat template or a BOS token; give a text file instead.")
+    if tokens is not None and seq_len <= (least := len(tokens[0]) + len(tokens[1]) + 1):
+        raise UserError(f"data.seq_len: {seq_len} leaves no room beside the chat template; give more than {least}.")
     model = meta_model(checkpoint.config)
     assign_weights(model, checkpoint.tensors(checkpoint.names()), checkpoint.path)
     model.to(device=device)  # type: ignore[call-arg]
@@ -83,7 +85,7 @@ def _end_ids(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> set[
 
 
 def _sample(model: PreTrainedModel, prompts: list[list[int]], seq_len: int, ends: set[int]) -> list[list[int]]:
-    """Continue each prompt to its end token or to `seq_len` tokens; the end token is kept."""
+    """Continue each prompt to its end token, which is kept, or until the longest has `seq_len` tokens."""
     width = max(len(prompt) for prompt in prompts)
     device = model.device
     # Padded on the left for generation; cut off again below.
