@@ -3,7 +3,7 @@
     python -m benchmarks.loss
 
 Naive: the student's logits by autograd, the teacher's recomputed each step (nobody stores V numbers a token). Each side
-runs in a process of its own, so that its peak memory is its own. Appends rows to benchmarks/results/loss.csv.
+runs in processes of its own, in turn. Appends rows to benchmarks/results/loss.csv.
 """
 
 import argparse
@@ -69,6 +69,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=576)
     parser.add_argument("--vocabulary", type=int, default=49152)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3, help="the sides take turns; medians over rounds")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--dtype", help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -83,15 +84,20 @@ def main() -> None:
         if new:
             writer.writerow(["dtype", "tokens", "width", "vocabulary", "side", "seconds", "extra_peak_mb"])
         for dtype in ("float32", "bfloat16"):
-            found = {}
-            for side in SIDES:
+            rounds: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
+            for side in SIDES * given.rounds:
                 command = [sys.executable, "-m", "benchmarks.loss", "--side", side, "--dtype", dtype]
                 sizes = zip(("--tokens", "--width", "--vocabulary", "--repeats"), (*shape, given.repeats), strict=True)
                 command += [word for name, size in sizes for word in (name, str(size))]
                 output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-                found[side] = json.loads(output.splitlines()[-1])
-                seconds, extra = found[side]["seconds"], found[side]["extra_peak_bytes"] / 1e6
-                writer.writerow([dtype, *shape, side, f"{seconds:.4f}", f"{extra:.1f}"])
+                rounds[side].append(json.loads(output.splitlines()[-1]))
+            found = {
+                side: {name: statistics.median(run[name] for run in runs) for name in ("seconds", "extra_peak_bytes")}
+                for side, runs in rounds.items()
+            }
+            for side, medians in found.items():
+                seconds, extra = f"{medians['seconds']:.4f}", f"{medians['extra_peak_bytes'] / 1e6:.1f}"
+                writer.writerow([dtype, *shape, side, seconds, extra])
             ratio = {name: found["naive"][name] / found["identity"][name] for name in found["naive"]}
             print(f"{dtype}: {ratio['seconds']:.2f}x faster, 1/{ratio['extra_peak_bytes']:.1f} of the extra memory")
 

@@ -12,7 +12,8 @@ pass, ever; the student one per step, which gives the loss and its gradient. A b
 import torch
 from torch import Tensor
 
-_TILE_LOGITS = 2**20  # logits held at once: a tile of 512 tokens x 2048 words
+_TILE_TOKENS = 1024
+_TILE_LOGITS = 2**20  # logits held at once
 
 
 def logit_moment(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -22,7 +23,7 @@ def logit_moment(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         hidden: (M, D), any float dtype; the two products run in the dtype of `weight`, all sums in fp32 or wider.
         weight: (V, D), the head.
     """
-    rows = max(1, min(512, len(hidden)))
+    rows = max(1, min(_TILE_TOKENS, len(hidden)))
     words = max(1, _TILE_LOGITS // rows)
     sums = torch.promote_types(weight.dtype, torch.float32)
     lse = torch.empty(len(hidden), dtype=sums, device=hidden.device)
