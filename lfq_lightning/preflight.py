@@ -27,7 +27,9 @@ def check_trainer(
         raise UserError("calibration runs on one device so far; set trainer.strategy to auto.")
     if trainer.reload_dataloaders_every_n_epochs != 1:  # type: ignore[attr-defined]
         raise UserError("each block has its own loaders; set trainer.reload_dataloaders_every_n_epochs to 1.")
-    if trainer.limit_val_batches != 1.0 or trainer.overfit_batches or trainer.fast_dev_run:  # type: ignore[attr-defined]
+    limit = trainer.limit_val_batches  # type: ignore[attr-defined]
+    some = isinstance(limit, int) or limit != 1.0  # 1 is one batch, 1.0 is all
+    if some or trainer.overfit_batches or trainer.fast_dev_run:  # type: ignore[attr-defined]
         raise UserError(
             "the best step is chosen on all held-out sequences; leave trainer.limit_val_batches, overfit_batches and "
             "fast_dev_run alone, and lower data.num_held_out for a quick run."

@@ -8,11 +8,12 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lfq_lightning.checkpoints import open_checkpoint
 from lfq_lightning.errors import UserError
+from lfq_lightning.model_skeleton import ModelSkeleton
 
 
 def test_sharded_folder(llama, tmp_path):
@@ -55,3 +56,42 @@ def test_refused(llama, tmp_path, change, message):
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=message):
         open_checkpoint(str(tmp_path / "model"))
+
+
+def changed(llama, folder, change):
+    shutil.copytree(llama, folder)
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return open_checkpoint(str(folder))
+
+
+def test_norms_stored_wider_than_matrices(llama, tmp_path):
+    def narrow(tensors):
+        for name in tensors:
+            tensors[name] = tensors[name] if "norm" in name else tensors[name].bfloat16()
+
+    checkpoint = changed(llama, tmp_path / "model", narrow)
+    assert checkpoint.dtype == torch.bfloat16
+    assert {tensor.dtype for tensor in checkpoint.tensors(checkpoint.names()).values()} == {torch.bfloat16}
+
+
+def test_tensors_that_models_compute_or_tie_are_passed_over(llama, tmp_path):
+    def add(tensors):
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+
+    checkpoint = changed(llama, tmp_path / "model", add)
+    assert checkpoint.names() == open_checkpoint(str(llama)).names()
+
+
+def test_shapes_that_do_not_match_the_config(llama, tmp_path):
+    def cut(tensors):
+        tensors["model.layers.1.mlp.up_proj.weight"] = torch.zeros(40, 32)
+
+    skeleton = ModelSkeleton(changed(llama, tmp_path / "model", cut))
+    skeleton.embed(torch.zeros(1, 8, dtype=torch.int64))
+    with pytest.raises(
+        UserError, match=r"block 1: mlp.up_proj.weight has shape \(40, 32\), but its config says \(48, 32\)"
+    ):
+        skeleton.block(1)

@@ -133,7 +133,12 @@ def test_version_and_help_are_light():
         (["--plan", "[{match: all, quantizer: gptq, objectiv: mse}]"], "did you mean 'objective'"),
         (["--plan", "[{match: all, quantizer: gptq, steps: [1]}]"], "steps"),
         (["--plugins", "[gone.py]"], "no file gone.py"),
+        (["--plugins", "gone.py"], "no file gone.py"),
+        (["--plugins", "3"], "not a list of Python files"),
+        (["--plugins", "[a.py"], "is not YAML"),
         (["--callbacks", "[consol]"], "did you mean 'console'"),
+        (["--callbacks", "[console]"], "always there"),
+        (["--output", __file__ + "/run"], "is a file"),
     ],
 )
 def test_mistakes(config, capsys, arguments, message, monkeypatch):
@@ -179,6 +184,9 @@ def test_output_folders_in_the_way(config, capsys, tmp_path, monkeypatch):
     run(config())
     before = (output / "model-00002-of-00004.safetensors").read_bytes()
     assert "holds an earlier run" in fails(capsys, "run", "--config", str(config()))
+    (output / "thesis.txt").write_text("years of work")
+    assert "thesis.txt" in fails(capsys, "run", "--config", str(config()), "--overwrite", "true")
+    (output / "thesis.txt").unlink()
     run(config(), "--overwrite", "true")
     assert (output / "model-00002-of-00004.safetensors").read_bytes() == before
     import shutil
@@ -208,6 +216,26 @@ def test_models_that_are_not_ours(config, capsys, tmp_path, llama):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_bytes((llama / name).read_bytes())
     assert "has no tensor model.layers.2" in fails(capsys, "run", "--config", str(config(model=checkpoint)))
+
+
+def test_damaged_results(config, capsys, tmp_path):
+    run(config())
+    output = tmp_path / "run"
+    for name, keep in (
+        ("config.json", 50),
+        ("model.safetensors.index.json", 50),
+        ("model-00002-of-00004.safetensors", 500),
+    ):
+        whole = (output / name).read_bytes()
+        (output / name).write_bytes(whole[:keep])
+        assert "copy the model again" in fails(capsys, "generate", str(output), "hi")
+        (output / name).write_bytes(whole)
+
+
+def test_broken_plugin(config, capsys, tmp_path):
+    (tmp_path / "half_a_plugin.py").write_text("def f(:")
+    message = fails(capsys, "run", "--config", str(config(plugins=["half_a_plugin.py"])))
+    assert "half_a_plugin.py cannot be imported" in message
 
 
 def _bert(folder):

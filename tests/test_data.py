@@ -59,6 +59,23 @@ def test_one_long_document_is_split_by_windows(checkpoint, tmp_path):
     assert not {tuple(row) for row in lines(train)} & {tuple(row) for row in lines(held_out)}
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_few_documents_are_enough(checkpoint, tmp_path, seed):
+    """One document is much longer than the other: whichever is held out, its surplus is calibrated on."""
+    file = tmp_path / "two.txt"
+    file.write_text("".join(f"{i} " for i in range(600)) + "<|endoftext|>" + "a short one, of three windows or so " * 3)
+    train, held_out = CalibrationData(str(file), 30, 32, num_held_out=6, seed=seed).token_sets(checkpoint, CPU)
+    assert (len(train), len(held_out)) == (30, 6)
+    long = {tuple(row) for row in lines(held_out) if len(row) == 32 and row[1] < 60}
+    assert not long & {tuple(row) for row in lines(train)}
+
+
+def test_template_refusals(chat_llama, tmp_path):
+    chat = open_checkpoint(str(chat_llama))
+    with pytest.raises(UserError, match="leaves no room beside the chat template"):
+        CalibrationData(num_samples=2, seq_len=3).token_sets(chat, CPU)
+
+
 def test_jsonl(chat_llama, checkpoint, tmp_path):
     file = tmp_path / "data.jsonl"
     rows = [{"messages": [{"role": "user", "content": f"hello {i}"}]} for i in range(8)]
@@ -97,6 +114,7 @@ def test_datasets_folder(checkpoint, tmp_path):
         ("tiny", "a.txt", "gives 1 sequences|gives 0 sequences"),
         ('{"text": "x"}\n{oops', "a.jsonl", "line 2 is not JSON"),
         ('{"body": "x"}', "a.jsonl", "neither a `text` nor a `messages`"),
+        ('{"messages": ["hi"]}', "a.jsonl", "line 1 has a message without role and content"),
         (b"\xff\xfe\x00", "a.txt", "not UTF-8"),
         (b"\xff\xfe\x00", "a.jsonl", "not UTF-8"),
     ],

@@ -12,17 +12,7 @@ from tests.conftest import save_tiny
 
 gguf = pytest.importorskip("gguf")
 
-NAMES = {
-    "model.embed_tokens.weight": "token_embd.weight",
-    "model.norm.weight": "output_norm.weight",
-    "lm_head.weight": "output.weight",
-    "input_layernorm.weight": "attn_norm.weight",
-    "post_attention_layernorm.weight": "ffn_norm.weight",
-    **{
-        f"self_attn.{x}_proj.weight": f"attn_{y}.weight" for x, y in zip("qkvo", ("q", "k", "v", "output"), strict=True)
-    },
-    **{f"mlp.{x}_proj.weight": f"ffn_{x}.weight" for x in ("gate", "up", "down")},
-}
+ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3_text": "gemma3"}
 
 
 def interleave(weight, heads):
@@ -45,14 +35,18 @@ def write(folder, path, architecture="llama"):
     writer.add_rope_freq_base(10000.0)
     writer.add_rope_dimension_count(8)
     writer.add_vocab_size(300)
+    writer.add_sliding_window(8)
+    numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
+    names = gguf.get_tensor_name_map(numbers[architecture], 3)
     for name, tensor in load_file(folder / "model.safetensors").items():
         array = tensor.float().numpy()
-        if "q_proj" in name or "k_proj" in name:
+        if architecture == "llama" and ("q_proj" in name or "k_proj" in name):
             array = interleave(array, 4 if "q_proj" in name else 2)
-        layer = name.removeprefix("model.layers.")
-        target = NAMES[name] if layer == name else f"blk.{layer[0]}.{NAMES[layer[2:]]}"
+        if architecture == "gemma3" and "norm" in name:
+            array = array + 1
         quantised = array.ndim == 2 and "proj" in name and array.shape[1] % 32 == 0
         kind = gguf.GGMLQuantizationType.Q4_1 if quantised else gguf.GGMLQuantizationType.F32
+        target = names.get_name(name, try_suffixes=(".weight", ".bias"))
         writer.add_tensor(target, gguf.quants.quantize(np.ascontiguousarray(array), kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -61,9 +55,13 @@ def write(folder, path, architecture="llama"):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_same_weights_as_transformers(tmp_path, tied):
-    write(save_tiny(tmp_path / "model", tied=tied), tmp_path / "model.gguf")
+@pytest.mark.parametrize("family", ARCHITECTURES)
+def test_same_weights_as_transformers(tmp_path, family, tied):
+    # transformers' reader of Qwen3 files knows no head width but 128.
+    changes = {"head_dim": 128} if family == "qwen3" else {}
+    write(save_tiny(tmp_path / "model", family, tied=tied, **changes), tmp_path / "model.gguf", ARCHITECTURES[family])
     checkpoint = open_checkpoint(str(tmp_path / "model.gguf"))
+    assert checkpoint.config.model_type == family
     assert checkpoint.config.tie_word_embeddings == tied
     expected = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", dtype=torch.float32).state_dict()
     names = checkpoint.names()

@@ -60,6 +60,8 @@ def test_first_match_wins(skeleton):
         ([Rule("all", "gptq", lr=-1.0)], "lr"),
         ([Rule("all", "gptq"), Rule(3, "gptq")], r"plan\[1\]: match 3 matches nothing"),
         ([Rule("*.qq_proj", "gptq")], "matches nothing"),
+        ([Rule("all", "gptq"), Rule("last", FLEXROUND)], r"plan\[1\]: match 'last' is never used"),
+        ([Rule("all", {**FLEXROUND, "init": 3})], "neither a name nor"),
         ([Rule("*.mlp.*", FLEXROUND), Rule("all", FLEXROUND, lr=1e-3)], "both train block 0"),
     ],
 )

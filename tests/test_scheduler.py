@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler, LearningRateMonitor, ModelCheckpoint
 from safetensors.torch import load_file
 
 from lfq_lightning.activation_cache import ActivationCache
@@ -198,6 +198,13 @@ def test_lightning_features_work_together(llama, text_file, tmp_path):
     assert list((tmp_path / "logs").rglob("metrics.csv")) or list((tmp_path / "logs").rglob("events*"))
 
 
+def test_sanity_checking_does_not_choose(llama, text_file, tmp_path):
+    calibrate(llama, text_file, tmp_path / "a")
+    calibrate(llama, text_file, tmp_path / "b", num_sanity_val_steps=1)
+    a, b = shards(tmp_path / "a"), shards(tmp_path / "b")
+    assert all(torch.equal(tensor, b[name]) for name, tensor in a.items())
+
+
 def test_clipping_changes_what_is_learned(llama, text_file, tmp_path):
     calibrate(llama, text_file, tmp_path / "a")
     calibrate(llama, text_file, tmp_path / "b", gradient_clip_val=1e-12)
@@ -241,14 +248,20 @@ def test_blocks_without_a_rule_stay_in_full_precision(llama, text_file, tmp_path
     [
         ({"precision": "bf16-true"}, "fp32 masters"),
         ({"limit_val_batches": 0}, "limit_val_batches"),
+        ({"limit_val_batches": 1}, "limit_val_batches"),
+        ({"fast_dev_run": True}, "fast_dev_run"),
+        ({"min_epochs": 5}, "min_epochs"),
+        ({"strategy": "ddp"}, "strategy to auto"),
+        ({"callbacks_": [GradientAccumulationScheduler({0: 1, 1: 4})]}, "accumulate_grad_batches to one number"),
         ({"val_check_interval": 5}, "val_check_interval"),
         ({"reload_dataloaders_every_n_epochs": 0}, "reload_dataloaders"),
         ({"devices": 2}, "one process"),
     ],
 )
 def test_trainers_that_cannot_work(llama, text_file, tmp_path, settings, message):
+    callbacks = settings.pop("callbacks_", []) if "callbacks_" in settings else []
     with pytest.raises(UserError, match=message):
-        calibrate(llama, text_file, tmp_path / "run", **settings)
+        calibrate(llama, text_file, tmp_path / "run", *callbacks, **settings)
     assert not (tmp_path / "run").exists()
 
 
