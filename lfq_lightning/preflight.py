@@ -27,7 +27,7 @@ def check_trainer(
         raise UserError("calibration runs on one device so far; set trainer.strategy to auto.")
     if trainer.reload_dataloaders_every_n_epochs != 1:  # type: ignore[attr-defined]
         raise UserError("each block has its own loaders; set trainer.reload_dataloaders_every_n_epochs to 1.")
-    limit = trainer.limit_val_batches  # type: ignore[attr-defined]
+    limit = trainer.limit_val_batches
     some = isinstance(limit, int) or limit != 1.0  # 1 is one batch, 1.0 is all
     if some or trainer.overfit_batches or trainer.fast_dev_run:  # type: ignore[attr-defined]
         raise UserError(
