@@ -1,6 +1,7 @@
 """The command line: what works, and that each mistake costs one sentence."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -107,6 +108,22 @@ def test_lightning_command(monkeypatch, config, capsys):
         lightning_main()
     assert stopped.value.code == 0
     assert "checkpoint:" in capsys.readouterr().out
+
+
+def test_lightning_hands_other_words_on(tmp_path):
+    """With lightning-sdk installed, every word but `run` is its own; without it we say what we offer."""
+    code = (
+        "import sys; sys.argv = ['lightning', 'login']; from lfq_lightning.cli import lightning_main; lightning_main()"
+    )
+    alone = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert alone.returncode == 2
+    assert "install lightning-sdk" in alone.stdout
+    entry = tmp_path / "lightning_sdk" / "cli" / "entrypoint.py"
+    entry.parent.mkdir(parents=True)
+    entry.write_text("import sys\ndef main_cli(): print('sdk', sys.argv[1:])")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    printed = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert printed.stdout == "sdk ['login']\n"
 
 
 def test_version_and_help_are_light():
