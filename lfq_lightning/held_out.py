@@ -100,13 +100,12 @@ def evaluate(
     Args:
         student: (N, T, D), hidden states as the head reads them.
         teacher: (N, T, D), the full-precision model's.
-        weight: (V, D), the head; used in fp32.
+        weight: (V, D) fp32, the head.
         input_ids: int64 (N, T).
         mask: bool (N, T).
     """
     metrics = held_out_metrics()
     per_sequence: dict[str, list[float]] = {str(name): [] for name in metrics}
-    weight = weight.float()
     next_token = torch.full_like(input_ids, NO_NEXT)
     next_token[:, :-1] = torch.where(mask[:, 1:], input_ids[:, 1:], NO_NEXT)
     for row in range(len(input_ids)):

@@ -172,10 +172,11 @@ class BlockScheduler(BlockCallback):
             "quantized": held_out.student,
         }
         metrics: dict[str, Any] = {}
+        head = self.skeleton.head(torch.float32).to(self.device)  # the exact one, whatever the products ran in
         with torch.no_grad():
-            h = {name: self.head.readout(hidden.float().to(self.device)) for name, hidden in streams.items()}
+            h = {name: head.readout(hidden.float().to(self.device)) for name, hidden in streams.items()}
             for name in streams:
-                found = evaluate(h[name], h["full_precision"], self.head.weight, tokens.input_ids, tokens.mask)
+                found = evaluate(h[name], h["full_precision"], head.weight, tokens.input_ids, tokens.mask)
                 metrics[name] = {"held_out": found[0], "per_sequence": found[1]}
         metrics = {
             "held_out": metrics["quantized"]["held_out"],
