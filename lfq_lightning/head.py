@@ -1,7 +1,11 @@
 """Head: the frozen final norm and LM head as one linear map of the normed hidden state."""
 
+from functools import cached_property
+
 import torch
 from torch import Tensor, nn
+
+_GRAM_WORDS = 2**14  # rows of the head turned to fp32 at once
 
 
 class Head(nn.Module):
@@ -22,6 +26,17 @@ class Head(nn.Module):
             weight = torch.cat([weight, bias[:, None].to(weight.dtype) / logit_scale], dim=1)
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.logit_scale = logit_scale
+
+    @cached_property
+    def gram(self) -> Tensor:
+        """WᵀW (D, D) in fp32 or wider: the inner product of hidden states that is that of their logits."""
+        sums = torch.promote_types(self.weight.dtype, torch.float32)
+        width = self.weight.shape[1]
+        gram = torch.zeros(width, width, dtype=sums, device=self.weight.device)
+        with torch.no_grad(), torch.autocast(self.weight.device.type, enabled=False):
+            for words in self.weight.split(_GRAM_WORDS):
+                gram.addmm_(words.to(sums).T, words.to(sums))
+        return gram
 
     def readout(self, hidden: Tensor) -> Tensor:
         """Return h with z = weight @ h, from hidden states before the final norm: (…, D) → (…, D or D + 1)."""

@@ -153,7 +153,9 @@ def _parse(rule: Rule, where: str) -> _ParsedRule:
         if not rule.lr > 0:
             raise UserError(f"lr: {rule.lr} must be positive.")
         layer = _parse_quantizer(rule.quantizer)
-        return _ParsedRule(rule, layer, OBJECTIVES.parse(rule.objective), where)
+        objective = OBJECTIVES.parse(rule.objective)
+        objective.build()  # its own checks of its options speak now, not hours later
+        return _ParsedRule(rule, layer, objective, where)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
 

@@ -57,6 +57,7 @@ def test_first_match_wins(skeleton):
         ([Rule("all", {**FLEXROUND, "init": "flexround"})], "itself learned"),
         ([Rule("all", {**FLEXROUND, "init": "gtpq"})], "did you mean 'gptq'"),
         ([Rule("all", "gptq", steps=0)], "steps"),
+        ([Rule("all", "gptq", objective={"name": "js", "beta": 2.0})], r"plan\[0\]: objective js: beta"),
         ([Rule("all", "gptq", lr=-1.0)], "lr"),
         ([Rule("all", "gptq"), Rule(3, "gptq")], r"plan\[1\]: match 3 matches nothing"),
         ([Rule("*.qq_proj", "gptq")], "matches nothing"),
