@@ -8,6 +8,7 @@ from lfq_lightning.quantizers import QUANTIZERS, ClosedFormQuantizer, LearnedQua
 
 CLOSED = [name for name in QUANTIZERS.names() if issubclass(QUANTIZERS.get(name), ClosedFormQuantizer)]
 LEARNED = [name for name in QUANTIZERS.names() if issubclass(QUANTIZERS.get(name), LearnedQuantizer)]
+VARIANTS = [*LEARNED, {"name": "flexround", "offset": True}]
 SCHEMES = [
     QuantScheme(bits, group, symmetric) for bits in (2, 3, 4, 8) for group in (-1, 9, 63) for symmetric in (True, False)
 ]
@@ -80,7 +81,7 @@ def test_zero_weights_survive(name):
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 @pytest.mark.parametrize("init", CLOSED)
-@pytest.mark.parametrize("name", LEARNED)
+@pytest.mark.parametrize("name", VARIANTS, ids=str)
 def test_learned(name, init, scheme):
     start = solved(init, scheme, torch.bfloat16)
     quantizer = QUANTIZERS.parse(name).build(start.latent, start.export())
@@ -101,6 +102,25 @@ def test_learned(name, init, scheme):
     assert ended.scale.dtype == torch.bfloat16
     assert torch.allclose(quantizer().bfloat16(), ended.dequantize())  # what is trained is what ships
     assert torch.equal(ended.zero_point, begun.zero_point)
+
+
+def test_an_offset_lifts_weights_that_round_to_zero():
+    """A divisor cannot: 0 over anything is 0. The offset can, within half a level."""
+    scheme = QuantScheme(4, 9)
+    start = solved("rtn", scheme)
+    small = start.latent.clone()
+    small[:, ::9] *= 1e-3
+    for offset in (False, True):
+        base = QUANTIZERS.parse("rtn").build(small, scheme, torch.float32)
+        base.solve()
+        quantizer = QUANTIZERS.parse({"name": "flexround", "offset": offset}).build(small, base.export())
+        optimizer = torch.optim.Adam([p for p in quantizer.parameters() if p.requires_grad], lr=1e-2)
+        for _ in range(80):
+            optimizer.zero_grad()
+            (quantizer() - base.export().dequantize() - 1.0)[:, ::9].square().mean().backward()
+            optimizer.step()
+        moved = quantizer.export().codes[:, ::9] != scheme.middle_code
+        assert bool(moved.any()) == offset
 
 
 def test_dequantize_rounds_once():

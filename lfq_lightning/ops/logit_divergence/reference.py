@@ -1,8 +1,8 @@
 """The general path for losses that need whole rows of logits, in plain PyTorch (any device).
 
-Where no identity helps, both rows of logits are made for a few tokens, the loss and its gradient in the hidden state are
-taken, and the logits are dropped before the next few. Four head products a step (the identity of `linear_soft_ce` needs
-two), and the teacher's hidden state is kept in place of its moment.
+Where no identity helps, both rows of logits are made for a few tokens, the loss and its gradient are taken, and the
+logits are dropped before the next few. Three head products a step (the identity of `linear_soft_ce` needs two), and the
+teacher's hidden state is kept in place of its moment.
 """
 
 from collections.abc import Callable
