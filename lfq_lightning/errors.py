@@ -1,5 +1,10 @@
-"""The one exception that reaches a user."""
+"""The one exception that reaches a user, and how to quote another one in it."""
 
 
 class UserError(ValueError):
     """A mistake the user can mend: one clear sentence with the cure. The command line prints it and exits with 2."""
+
+
+def one_line(error: object) -> str:
+    """Return the text of a foreign error without its line breaks."""
+    return " ".join(str(error).split())

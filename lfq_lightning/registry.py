@@ -17,7 +17,7 @@ from typing import Any, Generic, TypeVar
 
 from jsonargparse import ArgumentError, ArgumentParser
 
-from lfq_lightning.errors import UserError
+from lfq_lightning.errors import UserError, one_line
 
 T = TypeVar("T")
 
@@ -112,7 +112,7 @@ class Registry(Generic[T]):
         try:
             parsed = parser.parse_object(given)
         except ArgumentError as error:
-            raise UserError(f"{self.kind} {name!r}: {' '.join(str(error).split())}") from error
+            raise UserError(f"{self.kind} {name!r}: {one_line(error)}") from error
         return Plugin(name, cls, parsed.as_dict())
 
     def _load(self) -> None:

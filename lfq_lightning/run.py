@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from lfq_lightning.errors import UserError
+from lfq_lightning.errors import UserError, one_line
 from lfq_lightning.registry import did_you_mean, load_plugin_file
 
 warnings.filterwarnings("ignore", message=".*isinstance.treespec.*|.*does not have many workers.*|.*returned `None`.*")
@@ -70,7 +70,7 @@ class CommandLine(LightningCLI):
             self.config = parser.parse_args(args)
         except ArgumentError as error:
             known = {*self._parser("run").get_defaults().keys(), *(field.name for field in fields(Rule))}
-            raise UserError(_with_cure(_one_line(str(error)), known)) from error
+            raise UserError(_with_cure(one_line(error), known)) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         config: Namespace = self.config_init.run
@@ -92,7 +92,7 @@ class CommandLine(LightningCLI):
         try:
             return super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, ValueError, TypeError) as error:
-            raise UserError(f"trainer: {_one_line(str(error))}") from error
+            raise UserError(f"trainer: {one_line(error)}") from error
 
 
 def run(arguments: list[str]) -> None:
@@ -104,7 +104,7 @@ def run(arguments: list[str]) -> None:
     try:
         CommandLine(arguments)
     except MisconfigurationException as error:
-        raise UserError(f"trainer: {_one_line(str(error))}") from error
+        raise UserError(f"trainer: {one_line(error)}") from error
 
 
 def _load_plugins(arguments: list[str]) -> None:
@@ -133,11 +133,7 @@ def _yaml(text: str, where: str) -> Any:
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise UserError(f"{where} is not YAML: {_one_line(str(error))}") from error
-
-
-def _one_line(message: str) -> str:
-    return " ".join(message.split())
+        raise UserError(f"{where} is not YAML: {one_line(error)}") from error
 
 
 def _with_cure(message: str, known: set[str]) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from lfq_lightning.checkpoints.checkpoint import Checkpoint
-from lfq_lightning.errors import UserError
+from lfq_lightning.errors import UserError, one_line
 
 _COMPUTED = "rotary_emb.inv_freq"  # old checkpoints store what the model computes
 _WANTED = ["*.json", "*.safetensors", "tokenizer.model", "*.txt", "*.jinja"]
@@ -22,7 +22,7 @@ def download(hub_id: str) -> Path:
     try:
         return Path(snapshot_download(hub_id, allow_patterns=_WANTED))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)[:200]
         raise UserError(
             f"model.checkpoint: {hub_id!r} is neither a folder here nor a model that the hub gives ({reason}); "
             "check the spelling, the network, and `hf auth login` for a gated model."
@@ -38,7 +38,7 @@ class HFCheckpoint(Checkpoint):
         try:
             config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"{path}/config.json cannot be read: {' '.join(str(error).split())[:300]}") from error
+            raise UserError(f"{path}/config.json cannot be read: {one_line(error)[:300]}") from error
         super().__init__(path, config)
         self._files = self._index()
         self._dtype = self._stored_dtype()
@@ -102,9 +102,7 @@ class HFCheckpoint(Checkpoint):
         try:
             return AutoTokenizer.from_pretrained(self.path, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError) as error:
-            raise UserError(
-                f"{self.path}: the tokenizer cannot be read: {' '.join(str(error).split())[:300]}"
-            ) from error
+            raise UserError(f"{self.path}: the tokenizer cannot be read: {one_line(error)[:300]}") from error
 
     def generation_config(self) -> GenerationConfig | None:
         if not (self.path / "generation_config.json").is_file():

@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from lfq_lightning.errors import UserError
+from lfq_lightning.errors import UserError, one_line
 
 Document = str | list[dict[str, Any]]  # plain text, or the messages of a conversation
 
@@ -78,7 +78,7 @@ def _read_hub(name: str, split: str, subset: str | None) -> Iterator[Document]:
 
 
 def _unreadable(name: str, error: Exception) -> UserError:
-    reason = " ".join(str(error).split())[:200]
+    reason = one_line(error)[:200]
     return UserError(
         f"data.dataset: {name!r} cannot be read from the hub ({reason}); check the name, data.split, data.subset and "
         "the network, or use `self_generated`, which needs none."
