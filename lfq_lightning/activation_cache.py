@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
+from lfq_lightning.token_set import TokenSet
+
 Batch = dict[str, Any]  # inputs (B, T, D), target {name: (B, T, …)}, mask (B, T)
 
 FORWARD_BATCH = 8  # sequences per forward when nothing is trained
@@ -23,13 +25,14 @@ class ActivationCache(Dataset[Batch]):
 
     Args:
         embeddings: (N, T, D), the first block's inputs, in the dtype of both streams.
-        mask: bool (N, T), False at pads.
+        tokens: what they were made from.
     """
 
-    def __init__(self, embeddings: Tensor, mask: Tensor) -> None:
+    def __init__(self, embeddings: Tensor, tokens: TokenSet) -> None:
         self.teacher = embeddings
         self.student = embeddings.clone()
-        self.mask = mask
+        self.mask = tokens.mask
+        self.next_token = tokens.next_token
         self.target: dict[str, Tensor] = {}
 
     def __len__(self) -> int:
@@ -40,7 +43,7 @@ class ActivationCache(Dataset[Batch]):
 
     def __getitems__(self, indices: list[int]) -> Batch:
         target = {name: value[indices] for name, value in self.target.items()}
-        target["hidden"] = self.teacher[indices]
+        target |= {"hidden": self.teacher[indices], "next_token": self.next_token[indices]}
         return {"inputs": self.student[indices], "target": target, "mask": self.mask[indices]}
 
     def student_batches(self, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:

@@ -11,10 +11,10 @@ def block_flops(plan: BlockPlan, skeleton: ModelSkeleton, tokens: int, held_out_
 
     Matrix products only; a few percent of scale searches and attention are left out.
     """
-    shapes = skeleton.linear_shapes(plan.index).values()
+    shapes = [shape for index in plan.indices for shape in skeleton.linear_shapes(index).values()]
     forward = 2.0 * sum(o * i for o, i in shapes)  # per token
     config = skeleton.checkpoint.config
-    readout = 4.0 * config.hidden_size * config.vocab_size if plan.objective.cls.logit_space else 0.0
+    readout = 4.0 * config.hidden_size * config.vocab_size if plan.logit_space else 0.0
     everything = tokens + held_out_tokens
     work = 2 * forward * everything + 2 * forward * held_out_tokens
     if any(layer.closed_form.cls.needs_inputs for layer in plan.layers.values()):

@@ -2,8 +2,6 @@
 
 from typing import final
 
-from torch import Tensor
-
 from lfq_lightning.calibration_block import CalibrationBlock
 
 
@@ -14,6 +12,3 @@ class BlockModule(CalibrationBlock):
     @property
     def head(self) -> None:
         return None
-
-    def readout(self, hidden: Tensor) -> Tensor:
-        return hidden

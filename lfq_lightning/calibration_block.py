@@ -3,15 +3,16 @@
 from abc import ABC, abstractmethod
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule
-from torch import Tensor
+from torch import Tensor, nn
 
 from lfq_lightning.activation_cache import Batch
 from lfq_lightning.decoder_block import DecoderBlock
 from lfq_lightning.head import Head
 from lfq_lightning.objectives import Objective
+from lfq_lightning.optimizers import build_optimizer
 from lfq_lightning.plan import BlockPlan
+from lfq_lightning.quantizers import LearnedQuantizer
 
 
 class CalibrationBlock(LightningModule, ABC):
@@ -20,27 +21,25 @@ class CalibrationBlock(LightningModule, ABC):
     Args:
         block: the decoder block; its linear layers are quantised, or still full precision before `solve`.
         objective: what training minimises and held-out selection compares.
-        plan: steps, learning rate and batch size.
+        plan: steps, learning rate, batch size and optimizer.
+        clips: the Trainer clips gradients.
     """
 
-    def __init__(self, block: DecoderBlock, objective: Objective, plan: BlockPlan) -> None:
+    def __init__(self, block: DecoderBlock, objective: Objective, plan: BlockPlan, clips: bool = False) -> None:
         super().__init__()
         self.block = block
         self.objective = objective
         self.plan = plan
+        self.clips = clips
 
     @property
     @abstractmethod
     def head(self) -> Head | None:
         """The frozen head, if the objective lives in logit space."""
 
-    @abstractmethod
-    def readout(self, hidden: Tensor) -> Tensor:
-        """Map the block's output (…, D) to where the objective compares."""
-
     def loss(self, hidden: Tensor, batch: Batch) -> Tensor:
         """Return the objective's loss of the block's outputs `hidden` (B, T, D) for the batch they came from."""
-        return self.objective.loss(self.readout(hidden), batch["target"], batch["mask"], self.head)
+        return self.objective.loss(hidden, batch["target"], batch["mask"], self.head)
 
     def training_step(self, batch: Batch, batch_idx: int = 0) -> Tensor | None:
         """Return the batch's loss; None, which Lightning skips, if the block has nothing to train."""
@@ -51,10 +50,14 @@ class CalibrationBlock(LightningModule, ABC):
         return self.loss(self.block(batch["inputs"]), batch)
 
     def configure_optimizers(self) -> Any:
-        """Adam with a cosine to 0 over the plan's steps; None if the block has nothing to train."""
-        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        if not parameters:
+        """The plan's optimizer over all learned quantizers; None if the block has nothing to train."""
+        groups: dict[float, list[nn.Parameter]] = {}
+        for module in self.modules():
+            if isinstance(module, LearnedQuantizer):
+                for name, parameter in module.named_parameters():
+                    if parameter.requires_grad:
+                        groups.setdefault(self.plan.lr * module.rates.get(name, 1.0), []).append(parameter)
+        if not groups:
             return None
-        optimizer = torch.optim.Adam(parameters, lr=self.plan.lr)
-        cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=self.plan.steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": cosine, "interval": "step"}}
+        listed = [{"params": parameters, "lr": lr} for lr, parameters in groups.items()]
+        return build_optimizer(self.plan.optimizer, listed, self.plan.steps, fused=not self.clips)

@@ -1,41 +1,75 @@
-"""DecoderBlock: one decoder layer of transformers with the arguments it is always called with."""
+"""DecoderBlock: one decoder layer of transformers, or a few, with the arguments they are always called with."""
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lfq_lightning.errors import UserError
 from lfq_lightning.quantized_linear import QuantizedLinear
 from lfq_lightning.quantized_tensor import QuantizedTensor
 from lfq_lightning.quantizers import LearnedQuantizer
+from lfq_lightning.registry import plugin_name
 
 
 class DecoderBlock(nn.Module):
     """Hidden states (B, T, D) → (B, T, D) for any B, at the T the arguments were captured for.
 
     Args:
-        layer: the layer of transformers, frozen, in fp32.
-        arguments: its keyword arguments (position embeddings, mask) as captured with one sequence; they broadcast.
-            Pads stand on the right, so a causal mask alone keeps them from the real tokens.
+        names: of the layers in the model (`model.layers.3`).
+        layers: of transformers, frozen, in fp32.
+        arguments: each layer's keyword arguments (position embeddings, mask) as captured with one sequence; they
+            broadcast. Pads stand on the right, so a causal mask alone keeps them from the real tokens.
     """
 
-    def __init__(self, layer: nn.Module, arguments: dict[str, Any]) -> None:
+    def __init__(self, names: list[str], layers: list[nn.Module], arguments: list[dict[str, Any]]) -> None:
         super().__init__()
-        self.layer = layer
+        self.names = names
+        self.layers = nn.ModuleList(layers)
         self._arguments = arguments
 
+    def modules_by_name(self) -> dict[str, nn.Module]:
+        """Return full name → module, in the order of definition."""
+        return {
+            f"{name}.{inner}": module
+            for name, layer in zip(self.names, self.layers, strict=True)
+            for inner, module in layer.named_modules()
+            if inner
+        }
+
     def linears(self) -> dict[str, nn.Linear]:
-        """Return name inside the layer → linear layer, in the order of definition."""
-        return {name: module for name, module in self.layer.named_modules() if isinstance(module, nn.Linear)}
+        """Return full name → linear layer, in the order of definition."""
+        return {name: m for name, m in self.modules_by_name().items() if isinstance(m, nn.Linear)}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the frozen weights and biases by full name, fp32; those of trained layers are not among them."""
+        return {
+            f"{name}.{key}": tensor
+            for name, layer in zip(self.names, self.layers, strict=True)
+            for key, tensor in layer.state_dict().items()
+        }
 
     def train_linear(self, name: str, quantizer: LearnedQuantizer) -> None:
-        """Let a linear layer take its weight from a learned quantizer from now on."""
+        """Let a linear layer take its weight from a learned quantizer from now on.
+
+        Raises UserError if the quantizer's `forward` gives no finite weight of the layer's shape.
+        """
         linear = self.linears()[name]
-        self.layer.set_submodule(name, QuantizedLinear(quantizer, linear.bias))
+        with torch.no_grad():
+            weight = quantizer()
+        plugin = plugin_name(type(quantizer))
+        if weight.shape != linear.weight.shape:
+            raise UserError(
+                f"quantizer {plugin}: forward returned {tuple(weight.shape)} for {name}; return the weight, "
+                f"{tuple(linear.weight.shape)}."
+            )
+        if not weight.isfinite().all():
+            raise UserError(f"quantizer {plugin}: forward returned NaN or infinity for {name} before any training.")
+        self._replace(name, QuantizedLinear(quantizer, linear.bias))
 
     def ship(self) -> dict[str, QuantizedTensor]:
         """Turn trained layers back into linear layers with the weights that ship, and return those by name."""
-        trained = {name: m for name, m in self.layer.named_modules() if isinstance(m, QuantizedLinear)}
+        trained = {name: m for name, m in self.modules_by_name().items() if isinstance(m, QuantizedLinear)}
         shipped = {name: module.quantizer.export() for name, module in trained.items()}
         for name, quantized in shipped.items():
             weight = quantized.dequantize().float()
@@ -44,14 +78,19 @@ class DecoderBlock(nn.Module):
             linear.weight = nn.Parameter(weight, requires_grad=False)
             if bias is not None:
                 linear.bias = bias
-            self.layer.set_submodule(name, linear)
+            self._replace(name, linear)
         return shipped
 
     def forward(self, hidden: Tensor) -> Tensor:
-        arguments = {name: _to(value, hidden.device) for name, value in self._arguments.items()}
-        output = self.layer(hidden, **arguments)
-        assert isinstance(output, Tensor), "decoder layers return a tensor since transformers 5"
-        return output
+        for layer, arguments in zip(self.layers, self._arguments, strict=True):
+            hidden = layer(hidden, **{name: _to(value, hidden.device) for name, value in arguments.items()})
+            assert isinstance(hidden, Tensor), "decoder layers return a tensor since transformers 5"
+        return hidden
+
+    def _replace(self, name: str, module: nn.Module) -> None:
+        for prefix, layer in zip(self.names, self.layers, strict=True):
+            if name.startswith(f"{prefix}."):
+                layer.set_submodule(name.removeprefix(f"{prefix}."), module)
 
 
 def _to(value: Any, device: torch.device) -> Any:

@@ -2,21 +2,54 @@
 
 from dataclasses import dataclass
 
+# (module whose output can be divided by a vector, linear layers that read it), names inside a block
+Folds = tuple[tuple[str, tuple[str, ...]], ...]
+
+_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
+_INNER: Folds = (("self_attn.v_proj", ("self_attn.o_proj",)), ("mlp.up_proj", ("mlp.down_proj",)))
+
 
 @dataclass(frozen=True)
 class Family:
-    """Module paths inside the `…ForCausalLM` model of transformers."""
+    """Module paths inside the `…ForCausalLM` model of transformers, and names in its config.
+
+    Args:
+        folds: where a scaling of a layer's inputs can be folded, in the order of the forward (AWQ).
+        unit_offset: its norms multiply by 1 + weight.
+        logit_factor: key in the config of a factor on the logits.
+        logit_divisor: key in the config of a divisor of the logits.
+        softcap: key in the config of a bound on the logits.
+    """
 
     decoder: str = "model"
     blocks: str = "model.layers"
     norm: str = "model.norm"
     head: str = "lm_head"
+    folds: Folds = (("input_layernorm", _QKV), ("post_attention_layernorm", _GATE_UP), *_INNER)
+    unit_offset: bool = False
+    logit_factor: str | None = None
+    logit_divisor: str | None = None
+    softcap: str | None = None
 
+
+_GEMMA = Family(
+    folds=(("input_layernorm", _QKV), ("pre_feedforward_layernorm", _GATE_UP), *_INNER),
+    unit_offset=True,
+    softcap="final_logit_softcapping",
+)
 
 FAMILIES: dict[str, Family] = {
-    "gemma3_text": Family(),
+    "cohere": Family(folds=(("input_layernorm", _QKV + _GATE_UP), *_INNER), logit_factor="logit_scale"),
+    "gemma2": _GEMMA,
+    "gemma3_text": _GEMMA,
+    "granite": Family(logit_divisor="logits_scaling"),
     "llama": Family(),
     "mistral": Family(),
+    "phi": Family(
+        norm="model.final_layernorm",
+        folds=(("input_layernorm", (*_QKV, "mlp.fc1")), ("self_attn.v_proj", ("self_attn.dense",))),
+    ),
     "qwen2": Family(),
     "qwen3": Family(),
 }

@@ -1,8 +1,6 @@
-"""FinalBlockModule: a block seen through the final norm and the LM head."""
+"""FinalBlockModule: the last block, or the last few, through the final norm and the LM head."""
 
 from typing import final
-
-from torch import Tensor
 
 from lfq_lightning.calibration_block import CalibrationBlock
 from lfq_lightning.decoder_block import DecoderBlock
@@ -13,19 +11,17 @@ from lfq_lightning.plan import BlockPlan
 
 @final
 class FinalBlockModule(CalibrationBlock):
-    """The final decoder layer + final norm + LM head, calibrated on token distributions (LFQ, section 3).
+    """The final decoder layers + final norm + LM head, calibrated on token distributions (LFQ, section 3).
 
-    The head stays frozen and in full precision. On an earlier block the same module compares what the head would read
-    there (the logit lens).
+    The head stays frozen and in full precision.
     """
 
-    def __init__(self, block: DecoderBlock, objective: Objective, plan: BlockPlan, head: Head) -> None:
-        super().__init__(block, objective, plan)
+    def __init__(
+        self, block: DecoderBlock, objective: Objective, plan: BlockPlan, head: Head, clips: bool = False
+    ) -> None:
+        super().__init__(block, objective, plan, clips)
         self._head = head
 
     @property
     def head(self) -> Head:
         return self._head
-
-    def readout(self, hidden: Tensor) -> Tensor:
-        return self.head.readout(hidden)

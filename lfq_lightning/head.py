@@ -5,20 +5,30 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from lfq_lightning.ops.logit_divergence import soft_cap
+
 _GRAM_WORDS = 2**14  # rows of the head turned to fp32 at once
 
 
 class Head(nn.Module):
-    """Frozen readout: logits = weight @ readout(hidden).
+    """Frozen readout: logits = weight @ readout(hidden), soft-capped where the model does so.
 
     Args:
         norm: the model's final norm, (…, D) → (…, D).
         weight: (V, D), the LM head in the dtype its products should run in. Never changed: it may be the embedding.
         bias: (V,) or None; kept as one more column of the weight, so that z = W h holds as it stands.
         logit_scale: factor on the logits; kept on the hidden state.
+        softcap: bound c on the logits, c·tanh(z / c); None without one.
     """
 
-    def __init__(self, norm: nn.Module, weight: Tensor, bias: Tensor | None = None, logit_scale: float = 1.0) -> None:
+    def __init__(
+        self,
+        norm: nn.Module,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        logit_scale: float = 1.0,
+        softcap: float | None = None,
+    ) -> None:
         super().__init__()
         self.norm = norm.requires_grad_(False)
         self.has_bias = bias is not None
@@ -26,6 +36,11 @@ class Head(nn.Module):
             weight = torch.cat([weight, bias[:, None].to(weight.dtype) / logit_scale], dim=1)
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.logit_scale = logit_scale
+        self.softcap = softcap
+
+    def logits(self, readout: Tensor) -> Tensor:
+        """Return the model's logits (…, V) of hidden states that went through `readout`."""
+        return soft_cap(readout.to(self.weight) @ self.weight.T, self.softcap)
 
     @cached_property
     def gram(self) -> Tensor:

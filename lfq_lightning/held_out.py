@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
+from lfq_lightning.head import Head
+from lfq_lightning.token_set import NO_NEXT, TokenSet
+
 _ROWS = 32  # of the vocabulary's width worked on at once: three temporaries of a whole sequence are a lot
-NO_NEXT = -1  # the label where no next token is known
 
 
 class TokenMean(Metric, ABC):
@@ -93,26 +95,24 @@ def held_out_metrics() -> MetricCollection:
 
 
 def evaluate(
-    student: Tensor, teacher: Tensor, weight: Tensor, input_ids: Tensor, mask: Tensor
+    student: Tensor, teacher: Tensor, head: Head, tokens: TokenSet
 ) -> tuple[dict[str, float], dict[str, list[float]]]:
     """Return the metrics over all held-out tokens, and the same per sequence (for paired tests).
 
     Logits are fp32 and exist for one sequence at a time.
 
     Args:
-        student: (N, T, D), hidden states as the head reads them.
+        student: (N, T, D), hidden states that went through `head.readout`.
         teacher: (N, T, D), the full-precision model's.
-        weight: (V, D) fp32, the head.
-        input_ids: int64 (N, T).
-        mask: bool (N, T).
+        head: in fp32.
+        tokens: what the hidden states were made from.
     """
     metrics = held_out_metrics()
     per_sequence: dict[str, list[float]] = {str(name): [] for name in metrics}
-    next_token = torch.full_like(input_ids, NO_NEXT)
-    next_token[:, :-1] = torch.where(mask[:, 1:], input_ids[:, 1:], NO_NEXT)
-    for row in range(len(input_ids)):
-        keep = mask[row]
-        log_p = [(h[row][keep].to(weight) @ weight.T).log_softmax(-1) for h in (student, teacher)]
-        for name, value in metrics(*log_p, next_token[row][keep].to(weight.device)).items():
+    next_token = tokens.next_token
+    for row in range(len(tokens)):
+        keep = tokens.mask[row]
+        log_p = [head.logits(h[row][keep]).log_softmax(-1) for h in (student, teacher)]
+        for name, value in metrics(*log_p, next_token[row][keep].to(log_p[0].device)).items():
             per_sequence[name].append(float(value))
     return {name: float(value) for name, value in metrics.compute().items()}, per_sequence

@@ -89,11 +89,16 @@ class ModelSkeleton:
             recorder.hidden = None
         return hidden
 
-    def block(self, index: int) -> DecoderBlock:
-        """Read one block in fp32, ready to be called for any number of sequences of the embedded length.
+    def block(self, indices: range) -> DecoderBlock:
+        """Read consecutive layers in fp32 as one block, ready for any number of sequences of the embedded length.
 
         Raises UserError naming the weight if one holds NaN or infinity.
         """
+        arguments = [self._recorders[index].arguments for index in indices]
+        names = [self.block_name(index) for index in indices]
+        return DecoderBlock(names, [self._layer(index) for index in indices], arguments)
+
+    def _layer(self, index: int) -> nn.Module:
         prefix = self._block_prefixes[index]
         tensors = self.checkpoint.tensors(self.block_names(index))
         for name, tensor in tensors.items():
@@ -106,8 +111,7 @@ class ModelSkeleton:
             raise UserError(f"{self.checkpoint.path} has no tensor {prefix}{min(absent)}; fetch the model again.")
         check_shapes(layer, weights, f"{self.checkpoint.path}, block {index}")
         layer.load_state_dict(weights, assign=True)
-        layer.requires_grad_(False)
-        return DecoderBlock(layer, self._recorders[index].arguments)
+        return layer.requires_grad_(False)
 
     def head(self, dtype: torch.dtype) -> Head:
         """Return the frozen final norm (fp32) and LM head, its weight in `dtype`."""
@@ -117,7 +121,11 @@ class ModelSkeleton:
         assert isinstance(linear, nn.Linear)
         bias = linear.bias.to(dtype) if linear.bias is not None else None
         norm = copy.deepcopy(self._model.get_submodule(family.norm)).float()
-        return Head(norm, linear.weight.detach().to(dtype), bias)
+        settings = self.checkpoint.config.to_dict()
+        scale = float(settings[family.logit_factor]) if family.logit_factor else 1.0
+        scale /= float(settings[family.logit_divisor]) if family.logit_divisor else 1.0
+        softcap = settings[family.softcap] if family.softcap else None
+        return Head(norm, linear.weight.detach().to(dtype), bias, scale, softcap)
 
     def _materialise_outer(self) -> None:
         if self._ready:

@@ -7,9 +7,11 @@ from typing import Any
 from lfq_lightning.errors import UserError
 from lfq_lightning.model_skeleton import ModelSkeleton
 from lfq_lightning.objectives import OBJECTIVES, Objective
+from lfq_lightning.objectives.weighted_sum import WeightedSum
+from lfq_lightning.optimizers import DEFAULT_LR
 from lfq_lightning.quant_scheme import QuantScheme
-from lfq_lightning.quantizers import QUANTIZERS, ClosedFormQuantizer, LearnedQuantizer
-from lfq_lightning.registry import Plugin
+from lfq_lightning.quantizers import QUANTIZERS, ClosedFormQuantizer, DenseQuantizer, LearnedQuantizer
+from lfq_lightning.registry import Plugin, did_you_mean
 
 _SCHEME_KEYS = {"bits": int, "group_size": int, "symmetric": bool}
 
@@ -22,18 +24,23 @@ class Rule:
         match: `last`, `all`, a block index, or a glob on full layer names (`*.down_proj`).
         quantizer: a name, or `{name, bits, group_size, symmetric, …}` with the quantizer's own options; 4 bits, per
             output channel and symmetric if not said. A learned quantizer also takes `init`, a closed-form one.
-        objective: a name, or `{name, …}`; what a learned quantizer minimises, and what every block reports.
+        objective: a name, or `{name, …}`; what a learned quantizer minimises, and what every block reports. A list of
+            them, each with a `weight`, is their weighted sum.
         steps: optimisation steps of a learned quantizer.
-        lr: peak learning rate; Adam, cosine to 0.
+        lr: peak learning rate; 2e-3 for adam, 1 / steps for sign_sgd if not said.
         batch_size: sequences per step.
+        optimizer: `adam` with a cosine to 0, or `sign_sgd` with a line to 0; the quantizer's own if not said.
+        final_blocks: with `match: last`, how many of the last blocks are trained together as one.
     """
 
     match: int | str
     quantizer: str | dict[str, Any]
-    objective: str | dict[str, Any] = "mse"
+    objective: str | dict[str, Any] | list[dict[str, Any]] = "mse"
     steps: int = 200
-    lr: float = 2e-3
+    lr: float | None = None
     batch_size: int = 8
+    optimizer: str | None = None
+    final_blocks: int = 1
 
 
 @dataclass(frozen=True)
@@ -41,24 +48,38 @@ class LayerPlan:
     """What one linear layer gets: a closed-form solution, and maybe training that starts from it."""
 
     scheme: QuantScheme
-    closed_form: Plugin[ClosedFormQuantizer]
+    closed_form: Plugin[ClosedFormQuantizer] | Plugin[DenseQuantizer]
     learned: Plugin[LearnedQuantizer] | None
 
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """What one block gets. `layers` maps names inside the block; a linear layer not in it stays as it is."""
+    """What one block gets. `layers` maps full names; a linear layer not in it stays as it is.
 
-    index: int
+    Args:
+        indices: the decoder layers in it; one, or the last few as one block.
+    """
+
+    indices: range
     layers: dict[str, LayerPlan]
     objective: Plugin[Objective]
     steps: int
     lr: float
     batch_size: int
+    optimizer: str
+
+    @property
+    def index(self) -> int:
+        """The first of its decoder layers."""
+        return self.indices[0]
 
     @property
     def learned(self) -> bool:
         return any(layer.learned for layer in self.layers.values())
+
+    @property
+    def logit_space(self) -> bool:
+        return self.objective.build().logit_space
 
 
 @dataclass(frozen=True)
@@ -66,7 +87,14 @@ class _ParsedRule:
     rule: Rule
     layer: LayerPlan
     objective: Plugin[Objective]
+    optimizer: str
+    lr: float
     where: str
+
+    @property
+    def training(self) -> tuple[Any, ...]:
+        """What rules that train one block must agree on."""
+        return self.objective, self.rule.steps, self.lr, self.rule.batch_size, self.optimizer
 
 
 @dataclass(frozen=True)
@@ -84,11 +112,16 @@ class Plan:
         if not rules:
             raise UserError("plan: it has no rule; give at least `- {match: all, quantizer: …}`.")
         self._rules = [_parse(rule, f"plan[{i}]") for i, rule in enumerate(rules)]
+        self._final_blocks = max(rule.final_blocks for rule in rules)
 
     def resolve(self, skeleton: ModelSkeleton) -> list[BlockPlan]:
         """Return the plan of each block. Raises UserError for a rule that matches nothing or a group that fits not."""
+        if self._final_blocks > len(skeleton):
+            raise UserError(f"plan: final_blocks {self._final_blocks} is more than the model's {len(skeleton)} blocks.")
         outcome = _Outcome(set(), set())
-        blocks = [self._resolve_block(skeleton, index, outcome) for index in range(len(skeleton))]
+        single = len(skeleton) - self._final_blocks
+        blocks = [range(index, index + 1) for index in range(single)] + [range(single, len(skeleton))]
+        plans = [self._resolve_block(skeleton, indices, outcome) for indices in blocks]
         for parsed in self._rules:
             if parsed.where in outcome.matched - outcome.won and parsed.rule.match != "all":
                 raise UserError(
@@ -101,40 +134,43 @@ class Plan:
                     f"{parsed.where}: match {parsed.rule.match!r} matches nothing; use last, all, a block index from 0 "
                     f"to {len(skeleton) - 1}, or a glob on layer names such as {layers}."
                 )
-        return blocks
+        return plans
 
-    def _resolve_block(self, skeleton: ModelSkeleton, index: int, outcome: "_Outcome") -> BlockPlan:
+    def _resolve_block(self, skeleton: ModelSkeleton, indices: range, outcome: "_Outcome") -> BlockPlan:
         layers: dict[str, LayerPlan] = {}
         used: list[_ParsedRule] = []
-        last = index == len(skeleton) - 1
-        prefix = f"{skeleton.block_name(index)}."
-        for name, (_, in_features) in skeleton.linear_shapes(index).items():
-            matching = [parsed for parsed in self._rules if _matches(parsed.rule.match, name, index, last)]
-            outcome.matched.update(parsed.where for parsed in matching)
-            if not matching:
-                continue
-            first = matching[0]
-            outcome.won.add(first.where)
-            _check_group(first, name, in_features, skeleton, index)
-            layers[name.removeprefix(prefix)] = first.layer
-            if first not in used:
-                used.append(first)
+        last = len(skeleton) - 1 in indices
+        for index in indices:
+            for name, (_, in_features) in skeleton.linear_shapes(index).items():
+                matching = [parsed for parsed in self._rules if _matches(parsed.rule.match, name, index, last)]
+                outcome.matched.update(parsed.where for parsed in matching)
+                if not matching:
+                    continue
+                first = matching[0]
+                outcome.won.add(first.where)
+                _check_group(first, name, in_features, skeleton, index)
+                layers[name] = first.layer
+                if first not in used:
+                    used.append(first)
         learned = [parsed for parsed in used if parsed.layer.learned]
         for parsed in learned[1:]:
-            if _training(parsed) != _training(learned[0]):
+            if parsed.training != learned[0].training:
                 raise UserError(
-                    f"{parsed.where} and {learned[0].where} both train block {index}, with different objective, "
-                    "steps, lr or batch_size; make them equal."
+                    f"{parsed.where} and {learned[0].where} both train block {indices[0]}, with different objective, "
+                    "steps, lr, batch_size or optimizer; make them equal."
                 )
-        if not used:
-            used = [_parse(Rule(index, "rtn"), "")]  # nothing to do; it only reports
+        if not used:  # nothing to do; it only reports
+            return BlockPlan(indices, {}, OBJECTIVES.parse("mse"), 1, 0.0, Rule.batch_size, "adam")
         lead = (learned or used)[0]
-        rule = lead.rule
-        return BlockPlan(index, layers, lead.objective, rule.steps, rule.lr, rule.batch_size)
-
-
-def _training(parsed: _ParsedRule) -> tuple[Any, ...]:
-    return parsed.objective, parsed.rule.steps, parsed.rule.lr, parsed.rule.batch_size
+        plan = BlockPlan(
+            indices, layers, lead.objective, lead.rule.steps, lead.lr, lead.rule.batch_size, lead.optimizer
+        )
+        if plan.logit_space and not last:
+            raise UserError(
+                f"{lead.where}: objective {plan.objective.name} compares token distributions, but block {indices[0]} "
+                "is not the last; use `match: last` for it, with `final_blocks: k` to train the last k blocks together."
+            )
+        return plan
 
 
 def _matches(match: int | str, layer: str, index: int, last: bool) -> bool:
@@ -147,17 +183,38 @@ def _matches(match: int | str, layer: str, index: int, last: bool) -> bool:
 
 def _parse(rule: Rule, where: str) -> _ParsedRule:
     try:
-        for name, least in (("steps", 1), ("batch_size", 1)):
-            if vars(rule)[name] < least:
-                raise UserError(f"{name}: {vars(rule)[name]} must be at least {least}.")
-        if not rule.lr > 0:
+        for name in ("steps", "batch_size", "final_blocks"):
+            if vars(rule)[name] < 1:
+                raise UserError(f"{name}: {vars(rule)[name]} must be at least 1.")
+        if rule.final_blocks > 1 and rule.match != "last":
+            raise UserError("final_blocks: it goes with `match: last` only.")
+        if rule.lr is not None and not rule.lr > 0:
             raise UserError(f"lr: {rule.lr} must be positive.")
         layer = _parse_quantizer(rule.quantizer)
-        objective = OBJECTIVES.parse(rule.objective)
-        objective.build()  # its own checks of its options speak now, not hours later
-        return _ParsedRule(rule, layer, objective, where)
+        optimizer = rule.optimizer or (layer.learned.cls.default_optimizer if layer.learned else "adam")
+        if optimizer not in DEFAULT_LR:
+            raise UserError(f"unknown optimizer {optimizer!r}: {did_you_mean(optimizer, DEFAULT_LR)}")
+        lr = rule.lr if rule.lr is not None else DEFAULT_LR[optimizer](rule.steps)
+        return _ParsedRule(rule, layer, _parse_objective(rule.objective), optimizer, lr, where)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
+
+
+def _parse_objective(value: str | dict[str, Any] | list[dict[str, Any]]) -> Plugin[Objective]:
+    if not isinstance(value, list):
+        objective = OBJECTIVES.parse(value)
+    else:
+        terms = []
+        for term in value:
+            if not isinstance(term, dict) or not isinstance(term.get("weight"), int | float) or not term["weight"] > 0:
+                raise UserError("objective: each term of a sum is `{name: …, weight: …}` with a positive weight.")
+            rest = {key: option for key, option in term.items() if key != "weight"}
+            terms.append((OBJECTIVES.parse(rest, ["weight"]), float(term["weight"])))
+        if not terms:
+            raise UserError("objective: the list is empty; give a name, or terms `{name: …, weight: …}`.")
+        objective = Plugin("+".join(plugin.name for plugin, _ in terms), WeightedSum, {"terms": tuple(terms)})
+    objective.build()  # its own checks of its options speak now, not hours later
+    return objective
 
 
 def _parse_quantizer(value: str | dict[str, Any]) -> LayerPlan:
@@ -169,18 +226,21 @@ def _parse_quantizer(value: str | dict[str, Any]) -> LayerPlan:
     scheme = QuantScheme(**{"num_bits" if key == "bits" else key: value for key, value in keys.items()})
     cls = QUANTIZERS.get(given["name"]) if isinstance(given.get("name"), str) else None
     if cls is None or not issubclass(cls, LearnedQuantizer):
-        return LayerPlan(scheme, _closed_form(QUANTIZERS.parse(given, _SCHEME_KEYS)), None)
-    init = QUANTIZERS.parse(given.pop("init", cls.default_init))
-    learned: Plugin[Any] = QUANTIZERS.parse(given, {*_SCHEME_KEYS, "init"})
-    return LayerPlan(scheme, _closed_form(init), learned)
-
-
-def _closed_form(plugin: Plugin[Any]) -> Plugin[ClosedFormQuantizer]:
-    if not issubclass(plugin.cls, ClosedFormQuantizer):
+        plugin: Plugin[Any] = QUANTIZERS.parse(given, _SCHEME_KEYS)
+        plugin.cls.check(scheme, plugin.options)
+        return LayerPlan(scheme, plugin, None)
+    init = given.pop("init", cls.default_init)
+    start = init.get("name") if isinstance(init, dict) else init
+    if isinstance(start, str) and not issubclass(QUANTIZERS.get(start), ClosedFormQuantizer):
         raise UserError(
-            f"quantizer: init {plugin.name!r} is itself learned; start from a closed-form one such as gptq."
+            f"quantizer: init {start!r} does not solve for codes (it is learned, or keeps dense weights); start from a "
+            "closed-form one such as gptq."
         )
-    return plugin
+    learned: Plugin[Any] = QUANTIZERS.parse(given, {*_SCHEME_KEYS, "init"})
+    learned.cls.check(scheme, learned.options)
+    closed_form: Plugin[Any] = QUANTIZERS.parse(init)
+    closed_form.cls.check(scheme, closed_form.options)
+    return LayerPlan(scheme, closed_form, learned)
 
 
 def _check_group(parsed: _ParsedRule, name: str, in_features: int, skeleton: ModelSkeleton, index: int) -> None:

@@ -12,6 +12,7 @@ from lfq_lightning.errors import UserError
 from lfq_lightning.model_skeleton import ModelSkeleton
 from lfq_lightning.plan import BlockPlan
 from lfq_lightning.precision import compute_dtype
+from lfq_lightning.quantizers import DenseQuantizer
 
 
 def check_trainer(
@@ -51,9 +52,11 @@ def output_bytes(skeleton: ModelSkeleton, plans: list[BlockPlan]) -> int:
     config, width = skeleton.checkpoint.config, skeleton.checkpoint.dtype.itemsize
     total = width * config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
     for plan in plans:
-        prefix = f"{skeleton.block_name(plan.index)}."
-        for name, (o, i) in skeleton.linear_shapes(plan.index).items():
-            layer = plan.layers.get(name.removeprefix(prefix))
-            bits = 8 * width if layer is None else layer.scheme.bits_per_weight(i, scale_bits=8 * width)
-            total += int(o * i * bits / 8)
+        for index in plan.indices:
+            for name, (o, i) in skeleton.linear_shapes(index).items():
+                layer = plan.layers.get(name)
+                bits = 8.0 * width
+                if layer is not None and not issubclass(layer.closed_form.cls, DenseQuantizer):
+                    bits = layer.scheme.bits_per_weight(i, scale_bits=8 * width)
+                total += int(o * i * bits / 8)
     return total

@@ -29,6 +29,11 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known) or 'none'}."
 
 
+def plugin_name(cls: type) -> str:
+    """Return the name of a plugin class: that of its file."""
+    return cls.__module__.rpartition(".")[2]
+
+
 @dataclass(frozen=True)
 class Plugin(Generic[T]):
     """A registered class with every option filled in; `build(*values)` makes an instance."""
@@ -57,7 +62,7 @@ class Registry(Generic[T]):
 
     def register(self, cls: type[T]) -> type[T]:
         """Class decorator: register `cls` under the name of its file. Raises UserError on a duplicate or misfit."""
-        name = cls.__module__.rpartition(".")[2]
+        name = plugin_name(cls)
         where = inspect.getfile(cls)
         if not issubclass(cls, self.base) or inspect.isabstract(cls):
             raise UserError(f"{where}: a {self.kind} must be a concrete subclass of {self.base.__name__}.")

@@ -1,4 +1,4 @@
-"""Search the scale (and zero point) of each group of a weight by the squared error of its rounding."""
+"""Search the scale (and zero point) of each group of a weight by the error of its rounding."""
 
 import torch
 from torch import Tensor
@@ -9,9 +9,14 @@ _ROWS_IN_CACHE = 2**18  # weights looked at together: the working set stays in t
 
 
 def search_scale(
-    weight: Tensor, scheme: QuantScheme, scale_dtype: torch.dtype, ratios: int, smallest: float = 0.5
+    weight: Tensor,
+    scheme: QuantScheme,
+    scale_dtype: torch.dtype,
+    ratios: int,
+    smallest: float = 0.5,
+    hessian: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the scale (O, G, 1) in `scale_dtype` and the zero point (O, G, 1) uint8 with the least squared error.
+    """Return the scale (O, G, 1) in `scale_dtype` and the zero point (O, G, 1) uint8 with the least error.
 
     Candidates shrink the range of each group by `ratios` factors from 1 down to `smallest`; a symmetric grid has one
     more negative level than positive ones, so both signs of the scale are tried.
@@ -19,20 +24,24 @@ def search_scale(
     Args:
         weight: (O, I) fp32.
         ratios: number of shrink factors, at least 1 (1 is plain min-max).
+        hessian: what the rounding errors e of a group are measured by: nothing, Σe²; a diagonal (I,), Σh·e²; or blocks
+            (G, K, K), eᵀHe, which with H = Σxxᵀ is the error of the group's share of the output.
     """
     o, i = weight.shape
     grouped = weight.reshape(o, -1, scheme.group_of(i))
+    if hessian is not None and hessian.dim() == 1:
+        hessian = hessian.view(grouped.shape[1], -1)
     scale = torch.empty(*grouped.shape[:2], 1, dtype=scale_dtype, device=weight.device)
     zero_point = torch.empty_like(scale, dtype=torch.uint8)
     rows = max(1, _ROWS_IN_CACHE // i)
     for start in range(0, o, rows):
         part = slice(start, start + rows)
-        scale[part], zero_point[part] = _search(grouped[part], scheme, scale_dtype, ratios, smallest)
+        scale[part], zero_point[part] = _search(grouped[part], scheme, scale_dtype, ratios, smallest, hessian)
     return scale, zero_point
 
 
 def _search(
-    grouped: Tensor, scheme: QuantScheme, scale_dtype: torch.dtype, ratios: int, smallest: float
+    grouped: Tensor, scheme: QuantScheme, scale_dtype: torch.dtype, ratios: int, smallest: float, hessian: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     low = grouped.amin(-1, keepdim=True).clamp(max=0.0)
     high = grouped.amax(-1, keepdim=True).clamp(min=0.0)
@@ -41,12 +50,23 @@ def _search(
     for ratio in torch.linspace(1.0, smallest, ratios).tolist():
         for scale, zero in _candidates(low, high, scheme, scale_dtype, ratio):
             codes = (grouped / scale).round_().add_(zero).clamp_(0, scheme.max_code)
-            error = codes.sub_(zero).mul_(scale).sub_(grouped).square_().sum(-1, keepdim=True)
+            error = _size(codes.sub_(zero).mul_(scale).sub_(grouped), hessian)
             better = error < best_error
             best_error = torch.where(better, error, best_error)
             best_scale = torch.where(better, scale, best_scale)
             best_zero = torch.where(better, zero, best_zero)
     return best_scale.to(scale_dtype), best_zero.to(torch.uint8)
+
+
+def _size(errors: Tensor, hessian: Tensor | None) -> Tensor:
+    """Return what errors (O, G, K) amount to, (O, G, 1)."""
+    if hessian is None:
+        return errors.square_().sum(-1, keepdim=True)
+    if hessian.dim() == 2:
+        return errors.square_().mul_(hessian).sum(-1, keepdim=True)
+    with torch.autocast(errors.device.type, enabled=False):
+        through = torch.bmm(errors.transpose(0, 1), hessian).transpose(0, 1)
+    return (through * errors).sum(-1, keepdim=True)
 
 
 def _candidates(

@@ -7,8 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from lfq_lightning.decoder_block import DecoderBlock
+from lfq_lightning.errors import UserError
 from lfq_lightning.plan import LayerPlan
 from lfq_lightning.quantized_tensor import QuantizedTensor
+from lfq_lightning.quantizers import ClosedFormQuantizer, DenseQuantizer
+from lfq_lightning.registry import plugin_name
 
 # Yields hidden states (B, T, D) and masks (B, T), each time anew.
 Inputs = Callable[[], Iterator[tuple[Tensor, Tensor]]]
@@ -31,6 +34,8 @@ def solve(
 ) -> dict[str, Solution]:
     """Quantise the linear layers of `block` in closed form, in place, and return each layer's solution.
 
+    Layers with a DenseQuantizer get its weight and no solution.
+
     True-sequential (GPTQ, section 4): a layer's quantizer sees inputs made by the already quantised layers before it.
     Layers that read the same tensor and have the same plan (q, k, v; gate, up) share one pass and one solve.
     """
@@ -41,24 +46,41 @@ def solve(
         for name in stage:
             if name in layers:
                 groups.setdefault(_key(layers[name]), []).append(name)
-        quantizers = []
+        quantizers: list[tuple[list[str], ClosedFormQuantizer]] = []
         for names in groups.values():
             plan = layers[names[0]]
+            if issubclass(plan.closed_form.cls, DenseQuantizer):
+                for name in names:
+                    dense = plan.closed_form.build(linears[name].weight.detach(), plan.scheme).export()
+                    linears[name].weight.copy_(dense.to(scale_dtype))
+                continue
             weight = torch.cat([linears[name].weight.detach() for name in names])
             quantizers.append((names, plan.closed_form.build(weight, plan.scheme, scale_dtype)))
         watching = [quantizer for _, quantizer in quantizers if quantizer.needs_inputs]
         if watching:
-            for rows in _inputs_of(block, linears[stage[0]], inputs):
+            for rows in inputs_of(block, linears[stage[0]], inputs):
                 for quantizer in watching:
                     quantizer.observe(rows)
         for names, quantizer in quantizers:
             quantizer.solve()
+            _check(quantizer, names)
             sizes = [linears[name].out_features for name in names]
             parts = zip(quantizer.export().split(sizes), quantizer.latent.split(sizes), strict=True)
             for name, (quantized, latent) in zip(names, parts, strict=True):
                 solutions[name] = Solution(quantized, latent)
                 linears[name].weight.copy_(quantized.dequantize())
     return solutions
+
+
+def _check(quantizer: ClosedFormQuantizer, names: list[str]) -> None:
+    exported, shape = quantizer.export(), quantizer.weight.shape
+    if exported.codes.shape != shape or quantizer.latent.shape != shape:
+        raise UserError(
+            f"quantizer {plugin_name(type(quantizer))}: codes and latent are {tuple(exported.codes.shape)} and "
+            f"{tuple(quantizer.latent.shape)} for {' + '.join(names)}; both must be {tuple(shape)}, as the weight."
+        )
+    if not exported.scale.isfinite().all():
+        raise UserError(f"quantizer {plugin_name(type(quantizer))}: NaN or infinite scale in {names[0]}.")
 
 
 def _key(plan: LayerPlan) -> tuple[str, str]:
@@ -87,7 +109,7 @@ def _stages(block: DecoderBlock, inputs: Inputs) -> list[list[str]]:
     return [names for _, names in seen]
 
 
-def _inputs_of(block: DecoderBlock, linear: nn.Linear, inputs: Inputs) -> Iterator[Tensor]:
+def inputs_of(block: DecoderBlock, linear: nn.Linear, inputs: Inputs) -> Iterator[Tensor]:
     """Yield the inputs (tokens, I) of one layer, pads removed, for each batch."""
     caught: list[Tensor] = []
 

@@ -30,7 +30,14 @@ SHAPE: dict[str, Any] = {
 }
 EXTRA: dict[str, dict[str, Any]] = {
     "gemma3_text": {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "gemma2": {
+        "sliding_window": 8,
+        "final_logit_softcapping": 3.0,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "granite": {"logits_scaling": 4.0, "embedding_multiplier": 2.0, "residual_multiplier": 0.5},
     "mistral": {"sliding_window": 8},
+    "phi": {"partial_rotary_factor": 0.5},
 }
 
 

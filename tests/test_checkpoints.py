@@ -94,4 +94,4 @@ def test_shapes_that_do_not_match_the_config(llama, tmp_path):
     with pytest.raises(
         UserError, match=r"block 1: mlp.up_proj.weight has shape \(40, 32\), but its config says \(48, 32\)"
     ):
-        skeleton.block(1)
+        skeleton.block(range(1, 2))

@@ -37,7 +37,7 @@ def test_run_and_generate(config, chat_llama, capsys):
     assert "top-1 agreement" in printed
     output = path.parent / "run"
     resolved = yaml.safe_load((output / "lfq.yaml").read_text())
-    assert resolved["plan"][0]["lr"] == 2e-3
+    assert resolved["plan"][0]["final_blocks"] == 1
     assert resolved["data"]["dataset"] == "self_generated"
     main(["generate", str(output), "hello there", "--max-new-tokens", "12"])
     ours = capsys.readouterr().out.rstrip("\n")

@@ -33,17 +33,24 @@ TEXTBOOK = {
     ("topk_kl", ("k", 5)): lambda p, q, zp, zq: topk_kl(p, q, 5),
     ("topk_kl", ("k", 1000)): lambda p, q, zp, zq: kl(p, q),
     ("logit_mse",): lambda p, q, zp, zq: (zp - zq).square().mean(-1),
+    ("logit_ce",): lambda p, q, zp, zq: -(p * q.log()).sum(-1),
+    ("logit_ce", ("temperature", 2.0)): lambda p, q, zp, zq: (
+        -4 * ((zp / 2).softmax(-1) * (zq / 2).log_softmax(-1)).sum(-1)
+    ),
+    ("kl", ("temperature", 0.5)): lambda p, q, zp, zq: kl((zp * 2).softmax(-1), (zq * 2).softmax(-1)) / 4,
+    ("reverse_kl", ("temperature", 2.0)): lambda p, q, zp, zq: 4 * kl((zq / 2).softmax(-1), (zp / 2).softmax(-1)),
 }
 
 
+@pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("case", TEXTBOOK, ids=str)
-def test_value_and_gradient(case, bias):
+def test_value_and_gradient(case, bias, softcap):
     torch.manual_seed(0)
     weight, offset = torch.randn(V, D), torch.randn(V) if bias else None
     teacher = torch.randn(M, D)
     student = (teacher + 0.3 * torch.randn(M, D)).requires_grad_()
-    head = Head(torch.nn.Identity(), weight, offset)
+    head = Head(torch.nn.Identity(), weight, offset, softcap=softcap)
     objective = OBJECTIVES.parse({"name": case[0], **dict(case[1:])}).build()
     loss = objective.token_loss(head.readout(student), objective.target(head.readout(teacher), head), head)
     upstream = torch.linspace(0.5, 2, M)
@@ -51,6 +58,8 @@ def test_value_and_gradient(case, bias):
 
     exact = student.detach().double().requires_grad_()
     zq, zp = (h @ weight.double().T + (offset.double() if bias else 0) for h in (exact, teacher.double()))
+    if softcap:
+        zq, zp = (softcap * (z / softcap).tanh() for z in (zq, zp))
     expected = TEXTBOOK[case](zp.softmax(-1), zq.softmax(-1), zp, zq)
     (expected_gradient,) = torch.autograd.grad((expected * upstream.double()).sum(), exact)
     assert loss.dtype == torch.float32
@@ -90,7 +99,7 @@ def test_likely_tokens_far_apart_stay_finite():
         assert bool(h.grad.isfinite().all()), name
 
 
-@pytest.mark.parametrize(("name", "option"), [("js", {"beta": 1}), ("topk_kl", {"k": 0})])
+@pytest.mark.parametrize(("name", "option"), [("js", {"beta": 1}), ("topk_kl", {"k": 0}), ("kl", {"temperature": 0.0})])
 def test_options_out_of_range(name, option):
     with pytest.raises(UserError, match=f"objective {name}"):
         OBJECTIVES.parse({"name": name, **option}).build()

@@ -25,19 +25,20 @@ def test_first_match_wins(skeleton):
         ]
     ).resolve(skeleton)
     names = {
-        n: (p.closed_form.name, p.learned and p.learned.name, p.scheme.num_bits) for n, p in plans[2].layers.items()
+        n.removeprefix("model.layers.2."): (p.closed_form.name, p.learned and p.learned.name, p.scheme.num_bits)
+        for n, p in plans[2].layers.items()
     }
     assert names["mlp.up_proj"] == ("rtn", None, 8)
     assert names["self_attn.q_proj"] == ("gptq", "flexround", 3)
     assert plans[2].objective.name == "logit_ce"  # the rule that trains decides, though another matched first
     assert plans[2].steps == 5
-    assert plans[0].layers["self_attn.q_proj"].scheme.num_bits == 4
+    assert plans[0].layers["model.layers.0.self_attn.q_proj"].scheme.num_bits == 4
     assert set(plans[1].layers) == {
-        "self_attn.q_proj",
-        "self_attn.k_proj",
-        *(f"mlp.{x}_proj" for x in ("gate", "up", "down")),
+        "model.layers.1.self_attn.q_proj",
+        "model.layers.1.self_attn.k_proj",
+        *(f"model.layers.1.mlp.{x}_proj" for x in ("gate", "up", "down")),
     }
-    assert not plans[1].layers["self_attn.q_proj"].scheme.symmetric
+    assert not plans[1].layers["model.layers.1.self_attn.q_proj"].scheme.symmetric
     assert not plans[1].learned
 
 
@@ -54,7 +55,19 @@ def test_first_match_wins(skeleton):
         ([Rule("all", {"name": "gptq", "damp": "much"})], "damp"),
         ([Rule("all", {"name": "gptq", "group_size": 0})], "group_size"),
         ([Rule("all", {"name": "gptq", "group_size": 32})], "48 inputs of model.layers.0.mlp.down_proj; .* 16, or -1"),
-        ([Rule("all", {**FLEXROUND, "init": "flexround"})], "itself learned"),
+        ([Rule("all", {**FLEXROUND, "init": "flexround"})], "init 'flexround' does not solve"),
+        ([Rule("all", {**FLEXROUND, "init": {"name": "block_ap", "init": "flexround"}})], "init 'block_ap' does not"),
+        ([Rule("all", {**FLEXROUND, "init": "fp"})], "init 'fp' does not solve"),
+        ([Rule("all", {"name": "nf4", "bits": 3})], "nf4 has 4 bits"),
+        ([Rule("all", {"name": "nf4", "group_size": 32})], "nf4: group_size 32 must be one of 64"),
+        ([Rule("all", FLEXROUND, objective="logit_ce")], "block 0 is not the last; use `match: last`"),
+        ([Rule("all", FLEXROUND, final_blocks=2)], "goes with `match: last`"),
+        ([Rule("last", FLEXROUND, final_blocks=4)], "final_blocks 4 is more than the model's 3 blocks"),
+        ([Rule("all", FLEXROUND, optimizer="adamm")], "did you mean 'adam'"),
+        ([Rule("all", {**FLEXROUND, "rank": -1})], "rank"),
+        ([Rule("last", FLEXROUND, objective=[])], "the list is empty"),
+        ([Rule("last", FLEXROUND, objective=[{"name": "kl"}])], "positive weight"),
+        ([Rule("last", FLEXROUND, objective=[{"name": "kll", "weight": 1}])], "did you mean 'kl'"),
         ([Rule("all", {**FLEXROUND, "init": "gtpq"})], "did you mean 'gptq'"),
         ([Rule("all", "gptq", steps=0)], "steps"),
         ([Rule("all", "gptq", objective={"name": "js", "beta": 2.0})], r"plan\[0\]: objective js: beta"),

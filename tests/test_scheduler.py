@@ -54,10 +54,10 @@ def by_hand(model, text):
     plans = Plan(RULES).resolve(skeleton)
     data = CalibrationData(str(text), num_samples=12, seq_len=32, num_held_out=5, seed=SEED)
     tokens = data.token_sets(checkpoint, torch.device("cpu"))
-    splits = [ActivationCache(torch.cat([skeleton.embed(i[None]) for i in t.input_ids]), t.mask) for t in tokens]
+    splits = [ActivationCache(torch.cat([skeleton.embed(i[None]) for i in t.input_ids]), t) for t in tokens]
     packed = {}
     for plan in plans:
-        block, objective = skeleton.block(plan.index), plan.objective.build()
+        block, objective = skeleton.block(plan.indices), plan.objective.build()
         final = objective.logit_space
         head = skeleton.head(torch.float32) if final else None
         module = FinalBlockModule(block, objective, plan, head) if final else BlockModule(block, objective, plan)
@@ -81,7 +81,7 @@ def by_hand(model, text):
         shipped = {name: solution.quantized for name, solution in shipped.items()}
         if plan.learned:
             parameters = [p for p in module.parameters() if p.requires_grad]
-            optimizer = torch.optim.Adam(parameters, lr=LR)
+            optimizer = torch.optim.Adam(parameters, lr=LR, fused=True)
             cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=STEPS)
 
             def held_out(module=module, split=splits[1]):
@@ -110,7 +110,7 @@ def by_hand(model, text):
                     parameter.copy_(value)
             shipped |= block.ship()
         for name, quantized in shipped.items():
-            packed |= pack_tensors(f"{skeleton.block_name(plan.index)}.{name}", quantized)
+            packed |= pack_tensors(name, quantized)
         with torch.no_grad():
             for split in splits:
                 split.student = torch.cat([block(x) for x in split.student.split(8)])

@@ -11,7 +11,11 @@ from lfq_lightning.plan import BlockPlan
 
 @dataclass(frozen=True)
 class BlockReport:
-    """What calibrating one block did. Losses are those of its objective on the held-out split."""
+    """What calibrating one block did.
+
+    Losses are those of its objective on the held-out split, before and after training; `kl_…` is the KL to full precision
+    (nats per token) of what the head reads after the block. `index` is its first decoder layer.
+    """
 
     index: int
     name: str
@@ -20,7 +24,8 @@ class BlockReport:
     loss_before: float
     loss_after: float
     best_step: int
-    kl: float
+    kl_before: float
+    kl_after: float
     seconds: float
     peak_bytes: int
     eta_seconds: float

@@ -15,10 +15,10 @@ from lfq_lightning.block_flops import block_flops
 from lfq_lightning.block_module import BlockModule
 from lfq_lightning.calibration_block import CalibrationBlock
 from lfq_lightning.callbacks import CALLBACKS, BlockCallback, BlockReport
-from lfq_lightning.data import TokenSet
 from lfq_lightning.decoder_block import DecoderBlock
 from lfq_lightning.errors import UserError
 from lfq_lightning.final_block_module import FinalBlockModule
+from lfq_lightning.fold_scales import fold_scales
 from lfq_lightning.held_out import evaluate
 from lfq_lightning.model_skeleton import ModelSkeleton
 from lfq_lightning.objectives.kl import KL
@@ -31,6 +31,7 @@ from lfq_lightning.quant_scheme import QuantScheme
 from lfq_lightning.quantized_tensor import QuantizedTensor
 from lfq_lightning.run_folder import RunFolder
 from lfq_lightning.solve import Solution, solve
+from lfq_lightning.token_set import TokenSet
 
 _LENS_TOKENS = 1024  # held-out tokens on which each block's KL is read
 
@@ -70,7 +71,7 @@ class BlockScheduler(BlockCallback):
         self.module, self.data = check_trainer(trainer, module, data)
         self.skeleton = ModelSkeleton(self.module.checkpoint)
         self.plans = self.plan.resolve(self.skeleton)
-        self.folder = RunFolder(self.output, shards=len(self.plans) + 1, overwrite=self.overwrite)
+        self.folder = RunFolder(self.output, shards=len(self.skeleton) + 1, overwrite=self.overwrite)
         self.folder.check(output_bytes(self.skeleton, self.plans))
         self.prepared = True
 
@@ -112,7 +113,7 @@ class BlockScheduler(BlockCallback):
             with self._forward_only():
                 self._keep_if_best(self._held_out()[0])
         self._end()
-        following = self.current.plan.index + 1
+        following = self.plans.index(self.current.plan) + 1
         if following < len(self.plans):
             self._begin(self.plans[following])
         else:
@@ -127,7 +128,7 @@ class BlockScheduler(BlockCallback):
         reset_peak(self.device)
         for listener in self._listeners():
             listener.on_block_start(self.trainer, plan)
-        self.block = self.skeleton.block(plan.index).to(self.device)
+        self.block = self.skeleton.block(plan.indices).to(self.device)
         self.current = self._module(plan)
         with self._forward_only():
             for split in self.splits.each():
@@ -144,6 +145,7 @@ class BlockScheduler(BlockCallback):
         self.step, self.trained, self.best_loss = 0, False, float("inf")
         with self._forward_only():
             self.start_loss, self.start_hidden = self._held_out()
+            self.start_kl = self._lens_kl(self.start_hidden)
         self._keep_if_best(self.start_loss)
 
     def _end(self) -> None:
@@ -156,7 +158,7 @@ class BlockScheduler(BlockCallback):
             for split in self.splits.each():
                 split.advance_student(self.block, self.device)
             self._check_finite(plan.index, "quantised", [split.student for split in self.splits.each()])
-            report = self._report(plan, self._lens_kl())
+            report = self._report(plan, self.start_kl, self._lens_kl(self.splits.held_out.student))
         self.peak_bytes = max(self.peak_bytes, report.peak_bytes)
         self.trainer.strategy.optimizers = []  # let go of this block before the next one is read
         self.folder.append_journal(vars(report))
@@ -176,7 +178,7 @@ class BlockScheduler(BlockCallback):
         with torch.no_grad():
             h = {name: head.readout(hidden.float().to(self.device)) for name, hidden in streams.items()}
             for name in streams:
-                found = evaluate(h[name], h["full_precision"], head.weight, tokens.input_ids, tokens.mask)
+                found = evaluate(h[name], h["full_precision"], head, tokens)
                 metrics[name] = {"held_out": found[0], "per_sequence": found[1]}
         metrics = {
             "held_out": metrics["quantized"]["held_out"],
@@ -194,25 +196,27 @@ class BlockScheduler(BlockCallback):
     # ---- parts ---------------------------------------------------------------------------------------------------------
 
     def _module(self, plan: BlockPlan) -> CalibrationBlock:
-        objective = plan.objective.build()
+        objective, clips = plan.objective.build(), bool(self.trainer.gradient_clip_val)
         if objective.logit_space:
-            return FinalBlockModule(self.block, objective, plan, self.head).to(self.device)
-        return BlockModule(self.block, objective, plan).to(self.device)
+            return FinalBlockModule(self.block, objective, plan, self.head, clips).to(self.device)
+        return BlockModule(self.block, objective, plan, clips).to(self.device)
 
     def _solve(self, plan: BlockPlan) -> dict[str, Solution]:
-        inputs = partial(self.splits.train.student_batches, self.device)
+        inputs, dtype = partial(self.splits.train.student_batches, self.device), self.skeleton.checkpoint.dtype
         try:
-            return solve(self.block, plan.layers, inputs, self.skeleton.checkpoint.dtype)
+            fold_scales(self.block, plan.layers, inputs, self.skeleton.checkpoint.family, dtype)
+            return solve(self.block, plan.layers, inputs, dtype)
         except ArithmeticError as error:
             raise UserError(f"block {plan.index}: {error}; try trainer.precision 32-true or more samples.") from error
 
     def _embed(self, tokens: TokenSet) -> ActivationCache:
         dtype = stream_dtype(self.trainer.precision)
         rows = [self.skeleton.embed(ids[None]).to(dtype) for ids in tokens.input_ids]
-        return ActivationCache(torch.cat(rows), tokens.mask)
+        return ActivationCache(torch.cat(rows), tokens)
 
     def _target(self, hidden: Tensor) -> dict[str, Tensor]:
-        return self.current.objective.target(self.current.readout(hidden), self.current.head)
+        objective, head = self.current.objective, self.current.head
+        return objective.target(objective.view(hidden, head), head)
 
     def _held_out(self) -> tuple[float, Tensor]:
         """Return the held-out loss now, as validation computes it, and the block's outputs."""
@@ -245,38 +249,42 @@ class BlockScheduler(BlockCallback):
             )
 
     def _write(self, plan: BlockPlan, shipped: dict[str, QuantizedTensor]) -> None:
-        prefix = f"{self.skeleton.block_name(plan.index)}."
-        tensors: dict[str, Tensor] = {}
-        for name, quantized in shipped.items():
-            tensors |= pack_tensors(prefix + name, quantized)
-            self.schemes[prefix + name] = quantized.scheme
-        replaced = {f"{prefix}{name}.weight" for name in shipped}
-        kept = [name for name in self.skeleton.block_names(plan.index) if name not in replaced]
-        self.folder.write_shard(plan.index + 1, tensors | self.skeleton.checkpoint.tensors(kept))
+        dense = {name: tensor.to(self.skeleton.checkpoint.dtype) for name, tensor in self.block.tensors().items()}
+        for index, layer in zip(plan.indices, self.block.names, strict=True):
+            own = {name: quantized for name, quantized in shipped.items() if name.startswith(f"{layer}.")}
+            replaced = {f"{name}.weight" for name in own}
+            tensors = {
+                name: tensor.cpu() for name, tensor in dense.items() if name.startswith(f"{layer}.") and name not in replaced
+            }
+            for name, quantized in own.items():
+                tensors |= pack_tensors(name, quantized)
+                self.schemes[name] = quantized.scheme
+            self.folder.write_shard(index + 1, tensors)
 
-    def _lens_kl(self) -> float:
-        """Return KL(teacher ‖ student) of what the head reads after this block, on some held-out tokens."""
+    def _lens_kl(self, outputs: Tensor) -> float:
+        """Return KL(teacher ‖ student) of what the head reads from the block's outputs, on some held-out tokens."""
         held_out, lens = self.splits.held_out, KL()
         some = slice(max(1, _LENS_TOKENS // held_out.mask.shape[1]))
         mask = held_out.mask[some]
         teacher, student = (
-            self.head.readout(stream[some][mask].float().to(self.device)) for stream in (held_out.teacher, held_out.student)
+            self.head.readout(stream[some][mask].float().to(self.device)) for stream in (held_out.teacher, outputs)
         )
         return float(lens.token_loss(student, lens.target(teacher, self.head), self.head).mean())
 
-    def _report(self, plan: BlockPlan, kl: float) -> BlockReport:
+    def _report(self, plan: BlockPlan, kl_before: float, kl_after: float) -> BlockReport:
         tokens, held_out = self.splits.train.mask.numel(), self.splits.held_out.mask.numel()
         flops = [block_flops(p, self.skeleton, tokens, held_out, self.data.seq_len) for p in self.plans]
-        now, done = time.perf_counter(), sum(flops[: plan.index + 1])
+        now, done = time.perf_counter(), sum(flops[: self.plans.index(plan) + 1])
         return BlockReport(
             index=plan.index,
-            name=self.skeleton.block_name(plan.index),
+            name=" + ".join(self.block.names),
             objective=plan.objective.name,
             quantizers=sorted({(layer.learned or layer.closed_form).name for layer in plan.layers.values()}),
             loss_before=self.start_loss,
             loss_after=self.best_loss,
             best_step=self.best_step,
-            kl=kl,
+            kl_before=kl_before,
+            kl_after=kl_after,
             seconds=now - self.block_started,
             peak_bytes=peak_bytes(self.device),
             eta_seconds=(now - self.blocks_started) * (sum(flops) / done - 1),

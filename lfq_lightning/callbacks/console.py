@@ -53,12 +53,13 @@ class Console(BlockCallback):
             )
 
     def on_block_end(self, trainer: Trainer, report: BlockReport) -> None:
-        loss = f"{report.loss_after:.4g}"
+        loss, kl = f"{report.loss_after:.4g}", f"{report.kl_after:.4f}"
         if report.best_step:
             loss = f"{report.loss_before:.4g} → {report.loss_after:.4g} at step {report.best_step}"
+            kl = f"{report.kl_before:.4f} → {kl}"
         self.console.print(
             f"block {report.index + 1:>{len(str(self.total))}}/{self.total}  "
-            f"{'+'.join(report.quantizers) or 'full precision'}  {report.objective} {loss}  kl {report.kl:.4f}  "
+            f"{'+'.join(report.quantizers) or 'full precision'}  {report.objective} {loss}  kl {kl}  "
             f"{report.seconds:.1f} s  peak {report.peak_bytes / 2**30:.2f} GiB  eta {_clock(report.eta_seconds)}"
         )
 

@@ -33,8 +33,6 @@ class Checkpoint(ABC):
         settings = config.to_dict()
         if settings.get("quantization_config"):
             raise UserError(f"{path} is already quantised; give the full-precision model.")
-        if settings.get("final_logit_softcapping"):
-            raise UserError(f"{path}: soft-capped logits are not supported; give a model without them.")
         self.family: Family = FAMILIES[config.model_type]
 
     @property

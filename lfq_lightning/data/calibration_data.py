@@ -14,9 +14,9 @@ from lfq_lightning.activation_cache import Batch, Splits
 from lfq_lightning.checkpoints import Checkpoint
 from lfq_lightning.data.read_documents import Document, check_documents, read_documents
 from lfq_lightning.data.self_generate import self_generate
-from lfq_lightning.data.token_set import TokenSet
 from lfq_lightning.errors import UserError
 from lfq_lightning.plan import BlockPlan
+from lfq_lightning.token_set import TokenSet
 
 log = logging.getLogger(__name__)
 

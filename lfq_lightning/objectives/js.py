@@ -13,12 +13,13 @@ class JS(DivergenceObjective):
 
     Args:
         beta: weight of the teacher p in the mixture, between 0 and 1; 0.5 is the symmetric divergence.
+        temperature: both rows of logits are divided by it.
     """
 
     paper = "Generalised knowledge distillation (arXiv 2306.13649), section 2"
 
-    def __init__(self, *, beta: float = 0.5) -> None:
-        super().__init__()
+    def __init__(self, *, beta: float = 0.5, temperature: float = 1.0) -> None:
+        super().__init__(temperature=temperature)
         if not 0 < beta < 1:
             raise UserError(f"objective js: beta {beta} must lie between 0 and 1.")
         self.beta = beta

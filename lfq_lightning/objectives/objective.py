@@ -5,7 +5,9 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from lfq_lightning.errors import UserError
 from lfq_lightning.head import Head
+from lfq_lightning.registry import plugin_name
 
 
 class Objective(nn.Module, ABC):
@@ -16,12 +18,21 @@ class Objective(nn.Module, ABC):
     """
 
     paper: ClassVar[str]
-    logit_space: ClassVar[bool] = False
+    logit_space: bool = False
+    matches_teacher: ClassVar[bool] = True  # the teacher itself is a minimum
+
+    def view(self, hidden: Tensor, head: Head | None) -> Tensor:
+        """Return the block's outputs (…, D) as this objective reads them."""
+        if not self.logit_space:
+            return hidden
+        assert head is not None
+        return head.readout(hidden)
 
     def target(self, hidden: Tensor, head: Head | None) -> dict[str, Tensor]:
         """Return what to keep of the teacher's `hidden` (M, D), one row per token; computed once and cached.
 
-        The teacher's block output itself is kept anyway: `token_loss` finds it as `target["hidden"]`.
+        Two things are kept anyway: `token_loss` finds the teacher's block output as `target["hidden"]`, and the id of
+        the text's next token as `target["next_token"]` (token_set.NO_NEXT where there is none).
         """
         return {}
 
@@ -33,9 +44,19 @@ class Objective(nn.Module, ABC):
         """Return the mean loss over unmasked tokens, a scalar in fp32.
 
         Args:
-            hidden: (B, T, D), the student's.
+            hidden: (B, T, D), the student's block outputs.
             target: tensors (B, T, …).
             mask: bool (B, T), False at pads.
+
+        Raises UserError if `token_loss` does not return one number per token.
         """
         rows = {name: value[mask] for name, value in target.items()}
-        return self.token_loss(hidden[mask], rows, head).float().mean()
+        losses = self.token_loss(self.view(hidden[mask], head), rows, head)
+        tokens = int(mask.sum())
+        if not isinstance(losses, Tensor) or losses.shape != (tokens,):
+            got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+            raise UserError(
+                f"objective {plugin_name(type(self))}: token_loss returned {got} for {tokens} tokens; return one loss "
+                "per token."
+            )
+        return losses.float().mean()

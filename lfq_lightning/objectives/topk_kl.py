@@ -18,7 +18,7 @@ class TopKKL(DivergenceObjective):
     paper = "top-k logit distillation, e.g. arXiv 2410.16215, section 3; the bucket keeps it a divergence"
 
     def __init__(self, *, k: int = 64) -> None:
-        super().__init__()
+        super().__init__(temperature=1.0)
         if k < 1:
             raise UserError(f"objective topk_kl: k {k} must be at least 1.")
         self.k = k

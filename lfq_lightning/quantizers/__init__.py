@@ -1,8 +1,8 @@
 """Quantizers: one file each. `QUANTIZERS` knows them by name."""
 
-from lfq_lightning.quantizers.quantizer import ClosedFormQuantizer, LearnedQuantizer, Quantizer
+from lfq_lightning.quantizers.quantizer import ClosedFormQuantizer, DenseQuantizer, LearnedQuantizer, Quantizer
 from lfq_lightning.registry import Registry
 
 QUANTIZERS: Registry[Quantizer] = Registry("quantizer", Quantizer)  # type: ignore[type-abstract]
 
-__all__ = ["QUANTIZERS", "ClosedFormQuantizer", "LearnedQuantizer", "Quantizer"]
+__all__ = ["QUANTIZERS", "ClosedFormQuantizer", "DenseQuantizer", "LearnedQuantizer", "Quantizer"]

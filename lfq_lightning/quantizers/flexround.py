@@ -1,22 +1,15 @@
 """FlexRound: learned rounding by element-wise division."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from lfq_lightning.errors import UserError
+from lfq_lightning.learned_grid import round_through, ship_through
+from lfq_lightning.quant_scheme import QuantScheme
 from lfq_lightning.quantized_tensor import QuantizedTensor
 from lfq_lightning.quantizers import QUANTIZERS, LearnedQuantizer
-
-
-class _StraightThrough(torch.autograd.Function):
-    """A rounding whose gradient is that of the identity."""
-
-    @staticmethod
-    def forward(ctx, value: Tensor, rounded: Tensor) -> Tensor:
-        return rounded
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
 
 
 @QUANTIZERS.register
@@ -24,45 +17,75 @@ class FlexRound(LearnedQuantizer):
     """FlexRound: Ŵ = s1·(clip(round(W / (s1 ⊙ S2 ⊙ s3)) + z) - z), per channel or group-wise.
 
     S2 (O, G, K) and s3 (O, 1, 1) are learned in log form from 1, s1 (O, G, 1) as a log factor on the start's scale; so
-    training starts exactly at the codes of `init`. s1 is rounded to the dtype that ships inside the graph, the zero
-    point z is fixed. With `init: gptq`, W is the error-compensated weight that GPTQ rounds. A clipped weight passes no
-    gradient to S2 and s3.
+    training starts exactly at the codes of `init`. s1 is rounded to the dtype that ships inside the graph. With
+    `init: gptq`, W is the error-compensated weight that GPTQ rounds. A clipped weight passes no gradient to S2 and s3.
 
     A division moves large weights far and never lifts a weight that rounds to 0, or changes its sign. An additive offset
     inside the round (AutoRound's, arXiv 2309.05516, section 3) has the opposite property; `offset` learns both.
 
     Args:
         offset: also learn an offset in [-0.5, 0.5] of a level for each weight.
+        zero_point: also learn the zero point of an asymmetric grid.
+        rank: learn log S2 as a product L·U of this rank, with a row and a column vector (LRQ, arXiv 2407.11534, section
+            3); 0 is a full S2.
     """
 
     paper = "FlexRound (arXiv 2306.00317), section 3"
 
-    def __init__(self, latent: Tensor, start: QuantizedTensor, *, offset: bool = False) -> None:
+    def __init__(
+        self, latent: Tensor, start: QuantizedTensor, *, offset: bool = False, zero_point: bool = False, rank: int = 0
+    ) -> None:
         super().__init__(latent, start)
-        o, _ = latent.shape
-        self.start_scale = nn.Parameter(start.scale.float(), requires_grad=False)
-        self.zero_point = nn.Parameter(start.zero_point.float(), requires_grad=False)
+        o, i = latent.shape
         self.log_s1 = nn.Parameter(torch.zeros_like(self.start_scale))
-        self.log_s2 = nn.Parameter(torch.zeros_like(latent).view(o, start.scale.shape[1], -1))
         self.log_s3 = nn.Parameter(torch.zeros_like(self.start_scale[:, :1]))
-        self.offset = nn.Parameter(torch.zeros_like(self.log_s2)) if offset else None
+        self.log_s2 = None if rank else nn.Parameter(torch.zeros_like(self.latent))
+        self.left = self.right = self.column = None
+        if rank:
+            rank = min(rank, o, i)
+            seed = torch.Generator().manual_seed(o * i)  # U is random, L is 0: LU starts at 0 and has a gradient
+            self.left = nn.Parameter(latent.new_zeros(o, rank))
+            self.right = nn.Parameter((torch.randn(rank, i, generator=seed) / rank**0.5).to(latent))
+            self.column = nn.Parameter(latent.new_zeros(i))
+        self.offset = nn.Parameter(torch.zeros_like(self.latent)) if offset else None
+        learns_zero = zero_point and not self.scheme.symmetric
+        self.zero_shift = nn.Parameter(torch.zeros_like(self.start_scale)) if learns_zero else None
 
-    def forward(self) -> Tensor:
-        scale = self._scale()
-        return ((self._codes(scale) - self.zero_point) * scale).view_as(self.latent)
+    @classmethod
+    def check(cls, scheme: QuantScheme, options: dict[str, Any]) -> None:
+        if options["rank"] < 0:
+            raise UserError(f"quantizer flexround: rank {options['rank']} must be positive, or 0 for a full S2.")
 
-    def export(self) -> QuantizedTensor:
-        with torch.no_grad():
-            scale = self._scale()
-            codes = self._codes(scale).to(torch.uint8).view_as(self.latent)
-        return QuantizedTensor(codes, scale.to(self.scale_dtype), self.zero_point.to(torch.uint8), self.scheme)
+    def grid(self) -> tuple[Tensor, Tensor]:
+        scale = ship_through(self.start_scale * self.log_s1.exp(), self.scale_dtype)
+        if self.zero_shift is None:
+            return scale, self.start_zero
+        return scale, round_through(self.start_zero + self.zero_shift).clamp(0, self.scheme.max_code)
 
-    def _scale(self) -> Tensor:
-        scale = self.start_scale * self.log_s1.exp()
-        return _StraightThrough.apply(scale, scale.detach().to(self.scale_dtype).float())
+    def levels(self, scale: Tensor) -> Tensor:
+        levels = _Divide.apply(self.latent, scale, self._log_s2(), self.log_s3)
+        return levels if self.offset is None else levels + self.offset.clamp(-0.5, 0.5)
 
-    def _codes(self, scale: Tensor) -> Tensor:
-        ratio = self.latent.view_as(self.log_s2) / scale * (-self.log_s2 - self.log_s3).exp()
-        if self.offset is not None:
-            ratio = ratio + self.offset.clamp(-0.5, 0.5)
-        return (_StraightThrough.apply(ratio, ratio.detach().round()) + self.zero_point).clamp(0, self.scheme.max_code)
+    def _log_s2(self) -> Tensor:
+        if self.log_s2 is not None:
+            return self.log_s2
+        assert self.left is not None and self.right is not None and self.column is not None
+        with torch.autocast(self.left.device.type, enabled=False):
+            return torch.addmm(self.column, self.left, self.right).view_as(self.latent)
+
+
+class _Divide(torch.autograd.Function):
+    """latent / (scale · exp(log_s2 + log_s3)): one product with the gradient serves all three."""
+
+    @staticmethod
+    def forward(ctx, latent: Tensor, scale: Tensor, log_s2: Tensor, log_s3: Tensor) -> Tensor:
+        levels = (log_s2 + log_s3).neg_().exp_().mul_(latent).div_(scale)
+        ctx.save_for_backward(levels, scale)
+        return levels
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[None, Tensor, Tensor, Tensor]:
+        levels, scale = ctx.saved_tensors
+        by_log = (grad * levels).neg_()
+        by_group = by_log.sum(-1, keepdim=True)
+        return None, by_group / scale, by_log, by_group.sum(1, keepdim=True)

@@ -1,11 +1,13 @@
-"""What a quantizer is: closed-form ones solve for the codes, learned ones train them from such a solution."""
+"""What a quantizer is: closed-form ones solve for codes, learned ones train them from such a solution, dense ones keep
+real weights."""
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from lfq_lightning.learned_grid import fake_quantize
 from lfq_lightning.quant_scheme import QuantScheme
 from lfq_lightning.quantized_tensor import QuantizedTensor
 
@@ -14,10 +16,34 @@ class Quantizer(nn.Module, ABC):
     """Base of all quantizers. Options are the keyword-only parameters of the constructor, each with a default."""
 
     paper: ClassVar[str]
+    needs_inputs: ClassVar[bool] = False  # it solves from the layer's inputs
+    scales_inputs: ClassVar[bool] = False  # it wants them scaled first
+
+    @classmethod
+    def check(cls, scheme: QuantScheme, options: dict[str, Any]) -> None:  # noqa: B027 - not abstract: most hold all
+        """Raise UserError if this quantizer cannot hold the scheme, or an option is out of range."""
 
     @abstractmethod
-    def export(self) -> QuantizedTensor:
+    def export(self) -> QuantizedTensor | Tensor:
         """Return exactly what ships."""
+
+
+class DenseQuantizer(Quantizer):
+    """Data-free, and its result is no integer grid: the layer ships as a dense weight in the checkpoint's dtype.
+
+    Args:
+        weight: (O, I) fp32, full precision.
+        scheme: what the user asked for; `check` has seen it.
+    """
+
+    def __init__(self, weight: Tensor, scheme: QuantScheme) -> None:
+        super().__init__()
+        self.weight = weight
+        self.scheme = scheme
+
+    @abstractmethod
+    def export(self) -> Tensor:
+        """Return the weight (O, I) that the layer computes with."""
 
 
 class ClosedFormQuantizer(Quantizer):
@@ -29,7 +55,6 @@ class ClosedFormQuantizer(Quantizer):
         scale_dtype: the dtype in which scales ship.
     """
 
-    needs_inputs: ClassVar[bool] = False
 
     def __init__(self, weight: Tensor, scheme: QuantScheme, scale_dtype: torch.dtype) -> None:
         super().__init__()
@@ -40,9 +65,19 @@ class ClosedFormQuantizer(Quantizer):
     def observe(self, inputs: Tensor) -> None:  # noqa: B027 - not abstract: a data-free quantizer looks at nothing
         """Take in a batch of the weight's inputs (tokens, I), pads removed. Called only if `needs_inputs`."""
 
+    def input_scale(self) -> Tensor:
+        """Return s (I,) fp32 > 0: quantising W·diag(s) for inputs x / s loses less than W for x.
+
+        Called on a quantizer with `scales_inputs`, after the last `observe`; another one, of the scaled weight, solves.
+        """
+        raise NotImplementedError
+
     @abstractmethod
     def solve(self) -> None:
         """Find the codes. Called once, after the last `observe`."""
+
+    @abstractmethod
+    def export(self) -> QuantizedTensor: ...
 
     @property
     @abstractmethod
@@ -57,21 +92,42 @@ class ClosedFormQuantizer(Quantizer):
 class LearnedQuantizer(Quantizer):
     """Trains the rounding of one weight by gradient, from the solution of a closed-form quantizer.
 
-    The plan names that quantizer by `init`, an option of every learned quantizer. At step 0 `export()` equals `start`.
+    A subclass says what is learned: the grid (scale and zero point), and the weight in units of the scale before it is
+    rounded. The plan names the quantizer it starts from by `init`, an option of every learned quantizer; at step 0
+    `export()` equals `start`. `rates` are learning rates relative to the plan's, by parameter name; 1 if not in it.
 
     Args:
         latent: (O, I) fp32, frozen; rounds to `start.codes` on the grid of `start`.
         start: the closed-form solution.
     """
 
-    default_init: ClassVar[str] = "rtn"
+    default_init: ClassVar[str | dict[str, Any]] = "rtn"
+    default_optimizer: ClassVar[str] = "adam"
+    rates: ClassVar[dict[str, float]] = {}
 
     def __init__(self, latent: Tensor, start: QuantizedTensor) -> None:
         super().__init__()
-        self.latent = nn.Parameter(latent, requires_grad=False)
         self.scheme = start.scheme
         self.scale_dtype = start.scale.dtype
+        self.latent = nn.Parameter(latent.view(len(latent), start.scale.shape[1], -1), requires_grad=False)
+        self.start_scale = nn.Parameter(start.scale.float(), requires_grad=False)
+        self.start_zero = nn.Parameter(start.zero_point.float(), requires_grad=False)
 
     @abstractmethod
+    def grid(self) -> tuple[Tensor, Tensor]:
+        """Return the scale, already rounded to `scale_dtype`, and the zero point, a code; both fp32 (O, G, 1)."""
+
+    @abstractmethod
+    def levels(self, scale: Tensor) -> Tensor:
+        """Return what is rounded: the weight in units of the scale, (O, G, K)."""
+
     def forward(self) -> Tensor:
         """Return the fake-quantised weight (O, I) fp32, differentiable in the parameters."""
+        scale, zero = self.grid()
+        return fake_quantize(self.levels(scale), scale, zero, self.scheme.max_code).flatten(1)
+
+    def export(self) -> QuantizedTensor:
+        with torch.no_grad():
+            scale, zero = self.grid()
+            codes = self.levels(scale).round().add_(zero).clamp_(0, self.scheme.max_code).flatten(1)
+        return QuantizedTensor(codes.to(torch.uint8), scale.to(self.scale_dtype), zero.to(torch.uint8), self.scheme)

@@ -6,6 +6,7 @@ from torch import Tensor
 from lfq_lightning.quant_scheme import QuantScheme
 from lfq_lightning.quantized_tensor import QuantizedTensor
 from lfq_lightning.quantizers import QUANTIZERS, ClosedFormQuantizer
+from lfq_lightning.round_to_nearest import round_to_nearest
 from lfq_lightning.scale_search import search_scale
 
 
@@ -33,7 +34,5 @@ class RTN(ClosedFormQuantizer):
         return self.weight
 
     def export(self) -> QuantizedTensor:
-        o, i = self.weight.shape
-        grouped = self.weight.view(o, -1, self.scheme.group_of(i))
-        codes = (grouped / self.scale.float()).round_().add_(self.zero_point).clamp_(0, self.scheme.max_code)
-        return self.quantized(codes.view(o, i), self.scale, self.zero_point)
+        codes = round_to_nearest(self.weight, self.scale, self.zero_point, self.scheme)
+        return self.quantized(codes, self.scale, self.zero_point)

@@ -17,7 +17,15 @@ Divergence = Callable[[Tensor, Tensor], Tensor]  # (m, V) student and teacher lo
 
 class _LogitDivergence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor, teacher: Tensor, weight: Tensor, divergence: Divergence, tokens: int) -> Tensor:
+    def forward(
+        ctx,
+        hidden: Tensor,
+        teacher: Tensor,
+        weight: Tensor,
+        divergence: Divergence,
+        tokens: int,
+        softcap: float | None,
+    ) -> Tensor:
         sums = torch.promote_types(weight.dtype, torch.float32)
         loss = torch.empty(len(hidden), dtype=sums, device=hidden.device)
         gradient = torch.empty(hidden.shape, dtype=sums, device=hidden.device)
@@ -28,7 +36,7 @@ class _LogitDivergence(torch.autograd.Function):
                 logits = (hidden[part].to(weight.dtype) @ weight.T).to(sums)
                 with torch.enable_grad():
                     logits.requires_grad_()
-                    value = divergence(logits, teacher_logits)
+                    value = divergence(soft_cap(logits, softcap), soft_cap(teacher_logits, softcap))
                     (slope,) = torch.autograd.grad(value.sum(), logits)
                 loss[part] = value.detach()
                 gradient[part] = (slope.to(weight.dtype) @ weight).to(sums)
@@ -37,13 +45,23 @@ class _LogitDivergence(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return (grad[:, None] * gradient).to(ctx.hidden_dtype), None, None, None, None
+        return (grad[:, None] * gradient).to(ctx.hidden_dtype), None, None, None, None, None
+
+
+def soft_cap(logits: Tensor, cap: float | None) -> Tensor:
+    """Return cap·tanh(logits / cap), the bound of Gemma 2 (arXiv 2408.00118, section 2); logits if there is none."""
+    return logits if cap is None else (logits / cap).tanh() * cap
 
 
 def logit_divergence(
-    hidden: Tensor, teacher: Tensor, weight: Tensor, divergence: Divergence, tokens: int | None = None
+    hidden: Tensor,
+    teacher: Tensor,
+    weight: Tensor,
+    divergence: Divergence,
+    tokens: int | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Return `divergence` of each token (M,) fp32; differentiable in `hidden`.
 
@@ -53,6 +71,7 @@ def logit_divergence(
         weight: (V, D), the frozen head; products run in its dtype, all else in fp32 or wider.
         divergence: maps (m, V) student and teacher logits to (m,) losses, differentiable in the student's.
         tokens: rows of logits held at once; the value does not depend on it. By default as many as 4 M logits.
+        softcap: bound on the logits, put on them before `divergence`.
     """
     rows = tokens or max(1, _CHUNK_LOGITS // len(weight))
-    return _LogitDivergence.apply(hidden, teacher, weight, divergence, rows)
+    return _LogitDivergence.apply(hidden, teacher, weight, divergence, rows, softcap)

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+NO_NEXT = -1  # the label where no next token is known
+
 
 @dataclass(frozen=True)
 class TokenSet:
@@ -27,6 +29,13 @@ class TokenSet:
             input_ids[row, : len(sequence)] = torch.tensor(sequence)
             mask[row, : len(sequence)] = True
         return cls(input_ids, mask)
+
+    @property
+    def next_token(self) -> Tensor:
+        """The token after each one, int64 (N, T); NO_NEXT at the end of a sequence."""
+        following = torch.full_like(self.input_ids, NO_NEXT)
+        following[:, :-1] = torch.where(self.mask[:, 1:], self.input_ids[:, 1:], NO_NEXT)
+        return following
 
     def __len__(self) -> int:
         return len(self.input_ids)

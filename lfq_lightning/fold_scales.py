@@ -1,0 +1,64 @@
+"""Fold a scaling of a layer's inputs into the layer before it: exact for the model, easier to quantise (AWQ)."""
+
+import torch
+from torch import Tensor, nn
+
+from lfq_lightning.decoder_block import DecoderBlock
+from lfq_lightning.errors import UserError
+from lfq_lightning.families import Family
+from lfq_lightning.plan import LayerPlan
+from lfq_lightning.quantizers import ClosedFormQuantizer
+from lfq_lightning.solve import Inputs, inputs_of
+
+
+def fold_scales(
+    block: DecoderBlock, layers: dict[str, LayerPlan], inputs: Inputs, family: Family, dtype: torch.dtype
+) -> None:
+    """Scale the inputs of layers whose quantizer wants it, in place, in the order of the forward.
+
+    With s from the quantizer's `input_scale`, the layer's weight becomes W·diag(s), and what makes its input (a norm,
+    or a linear layer whose outputs reach it one by one) is divided by s; both in `dtype`, as they ship. A pair whose
+    shapes disagree (v → o under grouped queries) is left alone.
+
+    Raises UserError if some readers of one tensor are to be scaled and others not.
+    """
+    linears = block.linears()
+    for prefix in block.names:
+        for source_name, reader_names in family.folds:
+            readers = [f"{prefix}.{name}" for name in reader_names]
+            wanting = [name for name in readers if name in layers and layers[name].closed_form.cls.scales_inputs]
+            if not wanting:
+                continue
+            plan = layers[wanting[0]]
+            assert issubclass(plan.closed_form.cls, ClosedFormQuantizer)
+            if len(wanting) < len(readers) or any(layers[name].scheme != plan.scheme for name in wanting):
+                raise UserError(
+                    f"{', '.join(readers)} read one tensor, so {plan.closed_form.name} scales all of them or none; "
+                    "give them one rule."
+                )
+            source = block.modules_by_name()[f"{prefix}.{source_name}"]
+            weights = [linears[name].weight for name in readers]
+            if isinstance(source, nn.Linear) and source.out_features != weights[0].shape[1]:
+                continue
+            quantizer: ClosedFormQuantizer = plan.closed_form.build(torch.cat(weights).detach(), plan.scheme, dtype)
+            for rows in inputs_of(block, linears[readers[0]], inputs):
+                quantizer.observe(rows)
+            scale = _divide(source, quantizer.input_scale(), dtype, family.unit_offset)
+            for weight in weights:
+                weight.mul_(scale)
+
+
+def _divide(source: nn.Module, scale: Tensor, dtype: torch.dtype, unit_offset: bool) -> Tensor:
+    """Divide the outputs of a norm or linear layer by `scale` (I,), in place; return what they were divided by."""
+    weight, bias = source.get_parameter("weight"), dict(source.named_parameters()).get("bias")
+    if isinstance(source, nn.Linear):
+        weight.copy_((weight / scale[:, None]).to(dtype))
+    else:
+        offset = 1.0 if unit_offset else 0.0
+        before = weight + offset
+        weight.copy_((before / scale - offset).to(dtype))
+        after = weight + offset  # rounded: the readers make up for it
+        scale = torch.where((before == 0) | (after == 0), torch.ones_like(scale), before / after)
+    if bias is not None:
+        bias.copy_((bias / scale).to(dtype))
+    return scale

@@ -1,0 +1,39 @@
+"""OmniQuant's learned weight clipping."""
+
+import torch
+from torch import Tensor, nn
+
+from lfq_lightning.learned_grid import moved_ends, ship_through
+from lfq_lightning.quantized_tensor import QuantizedTensor
+from lfq_lightning.quantizers import QUANTIZERS, LearnedQuantizer
+
+_START = 4.0  # sigmoid(4) = .982, the paper's first clipping
+
+
+@QUANTIZERS.register
+class OmniQuant(LearnedQuantizer):
+    """Learned weight clipping (LWC): the smallest and largest value of each group shrink by learned sigmoids.
+
+    Two numbers per group are learned, β and γ from 4: low = low₀·σ(β)/σ(4), high = high₀·σ(γ)/σ(4); rounding is to
+    nearest. low₀ and high₀ are the ends of `init`: plain min-max as in the paper. (The paper starts at σ(4) = .982 of
+    them; here training starts exactly at `init`.) A symmetric grid learns γ only.
+    """
+
+    paper = "OmniQuant (arXiv 2308.13137), section 3.2, equation 2"
+    default_init = {"name": "rtn", "ratios": 1}
+
+    def __init__(self, latent: Tensor, start: QuantizedTensor) -> None:
+        super().__init__(latent, start)
+        self.gamma = nn.Parameter(torch.full_like(self.start_scale, _START))
+        self.beta = None if self.scheme.symmetric else nn.Parameter(torch.full_like(self.start_scale, _START))
+
+    def grid(self) -> tuple[Tensor, Tensor]:
+        full = torch.full_like(self.start_scale, _START).sigmoid()
+        high = self.gamma.sigmoid() / full
+        if self.beta is None:
+            return ship_through(self.start_scale * high, self.scale_dtype), self.start_zero
+        low = self.beta.sigmoid() / full
+        return moved_ends(self.start_scale, self.start_zero, self.scheme.max_code, low, high, self.scale_dtype)
+
+    def levels(self, scale: Tensor) -> Tensor:
+        return self.latent / scale

@@ -1,0 +1,69 @@
+"""AWQ's folding: exact for the model's function in every family, and better than rounding to nearest alone."""
+
+import pytest
+import torch
+
+from lfq_lightning.checkpoints import open_checkpoint
+from lfq_lightning.errors import UserError
+from lfq_lightning.fold_scales import fold_scales
+from lfq_lightning.model_skeleton import ModelSkeleton
+from lfq_lightning.plan import Plan, Rule
+from lfq_lightning.quant_scheme import QuantScheme
+from lfq_lightning.quantizers.awq import AWQ
+from lfq_lightning.quantizers.rtn import RTN
+
+
+def batches():
+    hidden = torch.randn(6, 16, 32, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.1, 3, 32)
+    mask = torch.ones(6, 16, dtype=torch.bool)
+    mask[1, 5:] = False
+    return lambda: iter([(hidden[:4], mask[:4]), (hidden[4:], mask[4:])])
+
+
+def test_the_function_stays(family_folder):
+    skeleton = ModelSkeleton(open_checkpoint(str(family_folder)))
+    skeleton.embed(torch.zeros(1, 16, dtype=torch.int64))
+    plan = Plan([Rule("all", {"name": "awq", "bits": 3, "group_size": 16})]).resolve(skeleton)[1]
+    block, untouched = skeleton.block(plan.indices), skeleton.block(plan.indices)
+    (hidden, _), _ = batches()()
+    with torch.no_grad():
+        fold_scales(block, plan.layers, batches(), skeleton.checkpoint.family, torch.float32)
+        assert torch.allclose(block(hidden), untouched(hidden), rtol=1e-3, atol=1e-3)
+    before, after = untouched.tensors(), block.tensors()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    source, readers = skeleton.checkpoint.family.folds[0]
+    assert {f"{block.names[0]}.{name}.weight" for name in (source, *readers)} <= changed
+
+
+def test_half_of_the_readers(llama):
+    skeleton = ModelSkeleton(open_checkpoint(str(llama)))
+    skeleton.embed(torch.zeros(1, 16, dtype=torch.int64))
+    rules = [Rule("*.q_proj", "gptq"), Rule("all", "awq")]
+    plan = Plan(rules).resolve(skeleton)[0]
+    with torch.no_grad(), pytest.raises(UserError, match=r"q_proj.*read one tensor, so awq scales all of them or none"):
+        fold_scales(skeleton.block(plan.indices), plan.layers, batches(), skeleton.checkpoint.family, torch.float32)
+
+
+def test_scaling_helps_where_channels_differ():
+    """By hand: round W·diag(s) for x / s and compare the output error with plain rounding, both min-max."""
+    torch.manual_seed(0)
+    weight = torch.randn(24, 32)
+    inputs = torch.randn(400, 32) * torch.logspace(-1.5, 1.5, 32)[torch.randperm(32)]
+    scheme = QuantScheme(3, 16)
+    quantizer = AWQ(weight, scheme, torch.float32)
+    quantizer.observe(inputs)
+    scale = quantizer.input_scale()
+
+    def error(s):
+        rtn = RTN(weight * s, scheme, torch.float32, ratios=1)
+        rtn.solve()
+        return float(((inputs @ (rtn.export().dequantize() / s - weight).T) ** 2).sum())
+
+    assert error(scale) < 0.6 * error(torch.ones(32))
+    everything = [error(torch.ones(32))]
+    activation, size = inputs.abs().mean(0), weight.abs().view(24, 2, 16)
+    relative = (size / size.amax(-1, keepdim=True)).mean(0).flatten() + 1e-4
+    for number in range(20):
+        s = activation ** (number / 20) / relative ** (1 - number / 20)
+        everything.append(error(s / (s.max() * s.min()).sqrt()))
+    assert error(scale) == pytest.approx(min(everything), rel=1e-4)

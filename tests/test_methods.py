@@ -1,0 +1,154 @@
+"""Every quantizer through a whole run: its files load in transformers with the weights we load."""
+
+import json
+import re
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from lfq_lightning.cli import main
+from lfq_lightning.load import load
+from lfq_lightning.quantizers import QUANTIZERS, DenseQuantizer
+from tests.conftest import GPTQ
+
+SCHEME = {"bits": 4, "group_size": 16}
+
+
+def run(config, **changes):
+    path = config(**changes)
+    main(["run", "--config", str(path)])
+    return path.parent / "run"
+
+
+def same_in_transformers(output):
+    ours, _ = load(output)
+    theirs = AutoModelForCausalLM.from_pretrained(output)
+    input_ids = torch.arange(20)[None]
+    with torch.no_grad():
+        assert torch.equal(ours(input_ids).logits, theirs(input_ids).logits)
+
+
+@pytest.mark.parametrize("name", QUANTIZERS.names())
+def test_each_quantizer_everywhere_and_lfq_on_the_last_block(name, config):
+    dense = issubclass(QUANTIZERS.get(name), DenseQuantizer)
+    quantizer = {"name": name} if dense else {"name": name, **SCHEME}
+    plan = [
+        {"match": "last", "quantizer": quantizer, "objective": "logit_ce", "steps": 8, "batch_size": 4},
+        {"match": "all", "quantizer": quantizer, "steps": 8, "batch_size": 4},
+    ]
+    output = run(config, plan=plan)
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert metrics["held_out"]["kl"] <= metrics["before_last_training"]["held_out"]["kl"] * 1.0001
+    if name == "fp":
+        assert metrics["held_out"]["kl"] == pytest.approx(0, abs=1e-6)
+    if dense:
+        assert "quantization_config" not in json.loads((output / "config.json").read_text())
+    if not dense:
+        same_in_transformers(output)
+
+
+@pytest.mark.parametrize("init", ["rtn", "gptq", "awq"])
+def test_flexround_from_each_start(init, config):
+    quantizer = {"name": "flexround", **SCHEME, "init": init, "offset": True, "zero_point": True, "symmetric": False}
+    plan = [{"match": "all", "quantizer": quantizer, "steps": 8, "batch_size": 4}]
+    output = run(config, plan=plan)
+    journal = [json.loads(line) for line in (output / "journal.jsonl").read_text().splitlines()]
+    assert all(line["loss_after"] <= line["loss_before"] for line in journal)
+
+
+@pytest.mark.parametrize("final_blocks", [2, 3])
+def test_the_last_blocks_together(final_blocks, config):
+    last = {"name": "flexround", "bits": 3, "group_size": 16, "init": "gptq"}
+    plan = [
+        {
+            "match": "last",
+            "final_blocks": final_blocks,
+            "quantizer": last,
+            "objective": "logit_ce",
+            "steps": 8,
+            "batch_size": 4,
+        }
+    ]
+    plan += [{"match": "all", "quantizer": GPTQ}] * (final_blocks < 3)
+    output = run(config, plan=plan)
+    journal = [json.loads(line) for line in (output / "journal.jsonl").read_text().splitlines()]
+    assert len(journal) == 4 - final_blocks
+    assert journal[-1]["index"] == 3 - final_blocks
+    assert journal[-1]["name"] == " + ".join(f"model.layers.{i}" for i in range(3 - final_blocks, 3))
+    assert journal[-1]["loss_after"] < journal[-1]["loss_before"]
+    assert journal[-1]["kl_after"] < journal[-1]["kl_before"]
+    same_in_transformers(output)
+
+
+BAD_QUANTIZER = """
+import torch
+from lfq_lightning.quantizers import QUANTIZERS, LearnedQuantizer
+
+@QUANTIZERS.register
+class Bad(LearnedQuantizer):
+    \"\"\"Returns {what}.\"\"\"
+    paper = "none"
+
+    def grid(self):
+        return self.start_scale, self.start_zero
+
+    def levels(self, scale):
+        return self.latent / scale
+
+    def forward(self):
+        return {what}
+"""
+BAD_OBJECTIVE = """
+import torch
+from lfq_lightning.objectives import OBJECTIVES, Objective
+
+@OBJECTIVES.register
+class Bad(Objective):
+    \"\"\"Returns {what}.\"\"\"
+    paper = "none"
+
+    def token_loss(self, hidden, target, head):
+        return {what}
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "what", "message"),
+    [
+        (
+            "quantizer",
+            "super().forward()[:, :3]",
+            r"forward returned \(32, 3\) for model.layers.0.self_attn.q_proj; return",
+        ),
+        ("quantizer", "super().forward() * float('nan')", "forward returned NaN or infinity for model.layers.0"),
+        ("objective", "(hidden - target['hidden']).square().mean()", r"token_loss returned \(\) for .* tokens"),
+        (
+            "objective",
+            "(hidden - target['hidden']).mean(-1) * float('nan')",
+            "block 0: the held-out loss is nan at step 0",
+        ),
+    ],
+)
+def test_plugins_that_return_nonsense(kind, what, message, config, capsys, tmp_path):
+    name = f"bad_{kind}_{abs(hash(what))}"
+    file = tmp_path / f"{name}.py"
+    file.write_text((BAD_QUANTIZER if kind == "quantizer" else BAD_OBJECTIVE).format(what=what))
+    plan = [{"match": "all", "quantizer": name if kind == "quantizer" else "flexround", "steps": 4}]
+    if kind == "objective":
+        plan[0]["objective"] = name
+    path = config(plan=plan, plugins=[str(file)])
+    with pytest.raises(SystemExit) as stop:
+        main(["run", "--config", str(path)])
+    assert stop.value.code == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_sum_of_objectives(config):
+    quantizer = {"name": "flexround", "bits": 3, "group_size": 16}
+    both = [{"name": "mse", "weight": 0.5}, {"name": "kl", "weight": 1}]
+    plan = [{"match": "last", "quantizer": quantizer, "objective": both, "steps": 8, "batch_size": 4}]
+    output = run(config, plan=plan)
+    last = json.loads((output / "journal.jsonl").read_text().splitlines()[-1])
+    assert last["objective"] == "mse+kl"
+    assert last["loss_after"] < last["loss_before"]
