@@ -20,13 +20,24 @@ def inputs(tokens=300, seed=0):
 def textbook(weight, x, scheme, act_order, damp):
     """Optimal brain quantisation in a fixed order (GPTQ, equations 2 and 3)."""
     scale, zero = (value.double() for value in search_scale(weight, scheme, torch.float32, ratios=20))
-    hessian = x.double().T @ x.double()
+    hessian, size = x.double().T @ x.double(), scheme.group_of(COLUMNS)
+    groups = [list(range(start, start + size)) for start in range(0, COLUMNS, size)]
+    if act_order == "group":
+        groups.sort(key=lambda group: -sum(hessian[c, c].item() for c in group))
+        left = [c for group in groups for c in sorted(group, key=lambda c: -hessian[c, c].item())]
+    elif act_order == "static":
+        left = sorted(range(COLUMNS), key=lambda c: -hessian[c, c].item())
+    else:
+        left = list(range(COLUMNS))
     hessian += damp * hessian.diagonal().mean() * torch.eye(COLUMNS)
-    left = sorted(range(COLUMNS), key=lambda c: -hessian[c, c].item()) if act_order else list(range(COLUMNS))
     work, codes = weight.double().clone(), torch.empty(ROWS, COLUMNS)
     while left:
         inverse = torch.linalg.inv(hessian[left][:, left])
-        c, group = left[0], left[0] // scheme.group_of(COLUMNS)
+        c, group = left[0], left[0] // size
+        if act_order == "group" and len(left) % size == 0:
+            part = work[:, left[:size]].float()
+            found = search_scale(part, QuantScheme(scheme.num_bits, -1, scheme.symmetric), torch.float32, ratios=20)
+            scale[:, group], zero[:, group] = (value.double()[:, 0] for value in found)
         code = ((work[:, c] / scale[:, group, 0]).round() + zero[:, group, 0]).clamp(0, scheme.max_code)
         error = work[:, c] - (code - zero[:, group, 0]) * scale[:, group, 0]
         work[:, left] -= error[:, None] / inverse[0, 0] * inverse[0]
@@ -35,12 +46,13 @@ def textbook(weight, x, scheme, act_order, damp):
     return codes
 
 
-@pytest.mark.parametrize("act_order", [True, False])
-@pytest.mark.parametrize("block_size", [1, 8, 128])
+@pytest.mark.parametrize("act_order", ["static", "group", "none"])
+@pytest.mark.parametrize("leaf", [1, 4, 128])
 @pytest.mark.parametrize("scheme", [QuantScheme(3, 7), QuantScheme(2, -1, symmetric=False), QuantScheme(4, 3)], ids=str)
-def test_same_codes_as_the_textbook(scheme, block_size, act_order):
+def test_same_codes_as_the_textbook(scheme, leaf, act_order, monkeypatch):
+    monkeypatch.setattr("lfq_lightning.quantizers.gptq._LEAF", leaf)
     weight, x = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(3)), inputs()
-    quantizer = GPTQ(weight, scheme, torch.float32, act_order=act_order, block_size=block_size, damp=0.01)
+    quantizer = GPTQ(weight, scheme, torch.float32, act_order=act_order, damp=0.01)
     for part in x.split(77):
         quantizer.observe(part)
     quantizer.solve()
@@ -82,3 +94,26 @@ def test_bf16_inputs_are_summed_in_fp32():
         quantizer.observe(x)
     exact = x.double().T @ x.double()
     assert (quantizer.hessian.double() - exact).norm() < 1e-5 * exact.norm()
+
+
+def test_scales_by_the_diagonal():
+    """By hand: of the candidates, each group takes the one with the least Σ h·e²."""
+    x, weight = inputs() * torch.linspace(0.1, 4, COLUMNS), torch.randn(ROWS, COLUMNS)
+    scheme = QuantScheme(3, 7, symmetric=False)
+    quantizer = GPTQ(weight, scheme, torch.float32, scale_by="diagonal")
+    quantizer.observe(x)
+    h = (x.double() ** 2).sum(0)
+    quantizer.solve()
+    ours = quantizer.export()
+    for o in range(ROWS):
+        for g in range(3):
+            part, share = weight[o, 7 * g : 7 * g + 7].double(), h[7 * g : 7 * g + 7]
+            low, high = min(part.min().item(), 0), max(part.max().item(), 0)
+            found = []
+            for ratio in torch.linspace(1.0, 0.5, 20).tolist():
+                scale = (high - low) * ratio / 7
+                zero = round(-low * ratio / scale)
+                codes = [min(max(round(w / scale) + zero, 0), 7) for w in part.tolist()]
+                errors = [(code - zero) * scale - w for code, w in zip(codes, part.tolist(), strict=True)]
+                found.append((sum(s * e * e for s, e in zip(share.tolist(), errors, strict=True)), scale))
+            assert ours.scale[o, g, 0] == pytest.approx(min(found)[1], rel=1e-5)

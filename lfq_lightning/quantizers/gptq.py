@@ -1,6 +1,8 @@
 """GPTQ: error-compensating rounding with second-order information."""
 
 import logging
+from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,21 +15,24 @@ from lfq_lightning.scale_search import search_scale
 log = logging.getLogger(__name__)
 
 _MOST_DAMPING = 1.0  # of the mean diagonal; past that the Hessian says nothing
+_LEAF = 16  # columns rounded one after the other; larger spans are halved, and the halves meet in a matrix product
 
 
 @QUANTIZERS.register
 class GPTQ(ClosedFormQuantizer):
-    """GPTQ with an fp32 Hessian, act-order over static groups, and a scale search by squared error.
+    """GPTQ with an fp32 Hessian, act-order without run-time cost, and a search of the scales.
 
     Columns are rounded one by one, those with the largest inputs first; the error of each is spread over the columns
-    still to come, through the inverse Hessian of the layer's inputs. Groups and scales are fixed beforehand (static
-    groups), so act-order costs nothing at inference.
+    still to come, through the inverse Hessian of the layer's inputs.
 
     Args:
         damp: added to the Hessian's diagonal, as a share of its mean; grown tenfold until the Cholesky succeeds.
-        block_size: columns updated lazily together.
-        act_order: round the columns in order of decreasing Hessian diagonal.
-        ratios: shrink factors tried per group in the scale search.
+        act_order: `static` rounds the columns in order of decreasing Hessian diagonal, on grids found beforehand; `group`
+            takes the groups in that order, and finds each group's grid when it is reached, on the weights as compensated
+            by then (GPTQModel's group-aware order); `none` keeps the order of the columns.
+        ratios: shrink factors tried per group in the search of the scale.
+        scale_by: what the search measures rounding errors by: the `weight`, or each weight's share of the output by the
+            Hessian's `diagonal`.
     """
 
     paper = "GPTQ (arXiv 2210.17323), section 3 and algorithm 1"
@@ -40,15 +45,15 @@ class GPTQ(ClosedFormQuantizer):
         scale_dtype: torch.dtype,
         *,
         damp: float = 0.01,
-        block_size: int = 128,
-        act_order: bool = True,
+        act_order: Literal["static", "group", "none"] = "static",
         ratios: int = 20,
+        scale_by: Literal["weight", "diagonal"] = "weight",
     ) -> None:
         super().__init__(weight, scheme, scale_dtype)
         self.damp = damp
-        self.block_size = block_size
         self.act_order = act_order
         self.ratios = ratios
+        self.scale_by = scale_by
         in_features = weight.shape[1]
         self.hessian = torch.zeros(in_features, in_features, dtype=torch.float32, device=weight.device)
 
@@ -58,30 +63,51 @@ class GPTQ(ClosedFormQuantizer):
             self.hessian.addmm_(inputs.T, inputs)
 
     def solve(self) -> None:
-        self.scale, self.zero_point = search_scale(self.weight, self.scheme, self.scale_dtype, self.ratios)
-        order = self._order()
+        (rows, columns), size = self.weight.shape, self.scheme.group_of(self.weight.shape[1])
+        diagonal = self.hessian.diagonal()
+        importance = diagonal.clone() if self.scale_by == "diagonal" else None
+        order = _order(diagonal, size, self.act_order)
+        back = torch.argsort(order)
         factor = self._inverse_factor(order)
         # Rows are columns of the weight here: each step then reads contiguous memory.
         work = self.weight.T[order].contiguous()
-        group = order // self.scheme.group_of(len(order))
-        scale = self.scale.float()[:, :, 0].T[group]
-        zero = self.zero_point.float()[:, :, 0].T[group]
-        codes = torch.empty_like(work)
-        latent = torch.empty_like(work)
-        for start in range(0, len(order), self.block_size):
-            block = slice(start, min(start + self.block_size, len(order)))
-            errors = torch.empty_like(work[block])
-            for j in range(block.start, block.stop):
+        scale, zero = (value.float()[:, :, 0].T[order // size] for value in self._grid(self.weight, size, importance))
+        codes, latent, errors = torch.empty_like(work), torch.empty_like(work), torch.empty_like(work)
+
+        def round_span(low: int, high: int) -> None:
+            if high - low > _LEAF:
+                middle = (low + high) // 2
+                round_span(low, middle)
+                work[middle:high].addmm_(factor[low:middle, middle:high].T, errors[low:middle], alpha=-1)
+                round_span(middle, high)
+                return
+            for j in range(low, high):
                 latent[j] = work[j]
                 codes[j] = (work[j] / scale[j]).round_().add_(zero[j]).clamp_(0, self.scheme.max_code)
-                error = (work[j] - (codes[j] - zero[j]) * scale[j]) / factor[j, j]
-                work[j + 1 : block.stop].addr_(factor[j, j + 1 : block.stop], error, alpha=-1)
-                errors[j - start] = error
-            work[block.stop :].addmm_(factor[block, block.stop :].T, errors, alpha=-1)
-        back = torch.argsort(order)
+                errors[j] = (work[j] - (codes[j] - zero[j]) * scale[j]) / factor[j, j]
+                work[j + 1 : high].addr_(factor[j, j + 1 : high], errors[j], alpha=-1)
+
+        with torch.autocast(self.weight.device.type, enabled=False):
+            step = size if self.act_order == "group" else columns
+            for low in range(0, columns, step):
+                high = low + step
+                if self.act_order == "group":
+                    part = None if importance is None else importance[order[low:high]]
+                    grid = self._grid(work[low:high].T.contiguous(), size, part)
+                    scale[low:high], zero[low:high] = (value.float().view(1, rows) for value in grid)
+                round_span(low, high)
+                work[high:].addmm_(factor[low:high, high:].T, errors[low:high], alpha=-1)
+        self.scale, self.zero_point = (
+            value[back].view(-1, size, rows)[:, 0].T[:, :, None].to(dtype).contiguous()
+            for value, dtype in ((scale, self.scale_dtype), (zero, torch.uint8))
+        )
         self.codes = codes[back].T.contiguous()
         self._latent = latent[back].T.contiguous()
         del self.hessian
+
+    def _grid(self, weight: Tensor, group_size: int, importance: Tensor | None) -> tuple[Tensor, Tensor]:
+        scheme = replace(self.scheme, group_size=group_size)
+        return search_scale(weight, scheme, self.scale_dtype, self.ratios, hessian=importance)
 
     @property
     def latent(self) -> Tensor:
@@ -89,12 +115,6 @@ class GPTQ(ClosedFormQuantizer):
 
     def export(self) -> QuantizedTensor:
         return self.quantized(self.codes, self.scale, self.zero_point)
-
-    def _order(self) -> Tensor:
-        diagonal = self.hessian.diagonal()
-        if self.act_order:
-            return torch.argsort(diagonal, descending=True, stable=True)
-        return torch.arange(len(diagonal), device=diagonal.device)
 
     def _inverse_factor(self, order: Tensor) -> Tensor:
         """Return the upper Cholesky factor U of the inverse Hessian (I, I), H⁻¹ = UᵀU, in processing order."""
@@ -112,3 +132,15 @@ class GPTQ(ClosedFormQuantizer):
             log.warning("GPTQ: the Hessian is not positive definite with damping %g; trying %g.", damp, 10 * damp)
             damp *= 10
         raise ArithmeticError("the Hessian stays indefinite at full damping: the inputs hold huge or broken values")
+
+
+def _order(diagonal: Tensor, group_size: int, act_order: str) -> Tensor:
+    """Return the columns in the order in which they are rounded."""
+    if act_order == "none":
+        return torch.arange(len(diagonal), device=diagonal.device)
+    if act_order == "static":
+        return torch.argsort(diagonal, descending=True, stable=True)
+    grouped = diagonal.view(-1, group_size)
+    groups = torch.argsort(grouped.sum(1), descending=True, stable=True)
+    inside = torch.argsort(grouped, descending=True, stable=True)
+    return (inside + torch.arange(len(grouped), device=diagonal.device)[:, None] * group_size)[groups].flatten()
