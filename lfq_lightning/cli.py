@@ -3,20 +3,24 @@
 import argparse
 import importlib.util
 import sys
+from pathlib import Path
 
 from lfq_lightning import __version__
 from lfq_lightning.errors import UserError
+from lfq_lightning.quant_scheme import QuantScheme
 
 _HELP = """usage: lfq COMMAND …
 
   lfq run --config FILE.yaml [--key.path value …]   quantise a model; --print_config prints every key
+  lfq sensitivity MODEL --dataset TEXT --average-bits 3.5
+                                                    rank layers by what they lose; propose a plan of mixed widths
   lfq list                                          every objective, quantizer and callback with its options
   lfq generate MODEL_DIR "PROMPT"                   let a packed model answer
   lfq --version
 
 `lightning run …` is `lfq run …`. `lfq COMMAND --help` says more."""
 
-_COMMANDS = ("run", "list", "generate")
+_COMMANDS = ("run", "sensitivity", "list", "generate")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -56,6 +60,8 @@ def _dispatch(arguments: list[str]) -> None:
         from lfq_lightning.plugin_list import print_plugins
 
         print_plugins()
+    elif arguments[0] == "sensitivity":
+        _sensitivity(arguments[1:])
     elif arguments[0] == "generate":
         _generate(arguments[1:])
     else:
@@ -75,6 +81,31 @@ def _generate(arguments: list[str]) -> None:
     from lfq_lightning.load import generate
 
     print(generate(given.model_dir, given.prompt, given.max_new_tokens))
+
+
+def _sensitivity(arguments: list[str]) -> None:
+    parser = _parser("sensitivity", "Rank layers by the KL of quantising each alone, and propose mixed widths.")
+    parser.add_argument("model", help="a Hugging Face folder, a hub id, or a .gguf file")
+    parser.add_argument("--dataset", required=True, help="a .txt, a .jsonl or a hub name")
+    parser.add_argument("--average-bits", type=float, required=True, help="bits per weight, scales not counted")
+    parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4], help="widths to choose from (2 3 4)")
+    parser.add_argument("--group-size", type=int, default=-1, help="-1 is per output channel (the default)")
+    parser.add_argument("--symmetric", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--num-samples", type=int, default=8, help="sequences to measure on (8)")
+    parser.add_argument("--seq-len", type=int, default=256, help="tokens per sequence (256)")
+    parser.add_argument("--output", type=Path, help="write the plan to this YAML too")
+    given = parser.parse_args(arguments)
+    from lfq_lightning.sensitivity_report import sensitivity_report
+
+    sensitivity_report(
+        given.model,
+        given.dataset,
+        given.average_bits,
+        [QuantScheme(bits, given.group_size, given.symmetric) for bits in sorted(set(given.bits))],
+        given.num_samples,
+        given.seq_len,
+        given.output,
+    )
 
 
 def _parser(command: str, description: str) -> argparse.ArgumentParser:

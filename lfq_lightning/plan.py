@@ -21,7 +21,7 @@ class Rule:
     """One line of the plan, as YAML gives it.
 
     Args:
-        match: `last`, `all`, a block index, or a glob on full layer names (`*.down_proj`).
+        match: `last`, `all`, a block index, a glob on full layer names (`*.down_proj`), or a list of globs.
         quantizer: a name, or `{name, bits, group_size, symmetric, …}` with the quantizer's own options; 4 bits, per
             output channel and symmetric if not said. A learned quantizer also takes `init`, a closed-form one.
         objective: a name, or `{name, …}`; what a learned quantizer minimises, and what every block reports. A list of
@@ -33,7 +33,7 @@ class Rule:
         final_blocks: with `match: last`, how many of the last blocks are trained together as one.
     """
 
-    match: int | str
+    match: int | str | list[str]
     quantizer: str | dict[str, Any]
     objective: str | dict[str, Any] | list[dict[str, Any]] = "mse"
     steps: int = 200
@@ -173,9 +173,11 @@ class Plan:
         return plan
 
 
-def _matches(match: int | str, layer: str, index: int, last: bool) -> bool:
+def _matches(match: int | str | list[str], layer: str, index: int, last: bool) -> bool:
     if isinstance(match, int):
         return match == index
+    if isinstance(match, list):
+        return any(fnmatch.fnmatchcase(layer, glob) for glob in match)
     if match in {"last", "all"}:
         return match == "all" or last
     return fnmatch.fnmatchcase(layer, match)

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
-    parser.add_argument("tokens", help="safetensors with input_ids int64 (N, T), no pads")
+    parser.add_argument("tokens", help="safetensors with input_ids int64 (N, T) and mask bool (N, T)")
     parser.add_argument("output")
     parser.add_argument("--bits", type=int, required=True)
     parser.add_argument("--group-size", type=int, required=True)
@@ -28,8 +28,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     model = AutoModelForCausalLM.from_pretrained(given.model, dtype="auto")
-    tokens = load_file(given.tokens)["input_ids"]
-    rows = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in tokens]
+    stored = load_file(given.tokens)
+    tokens, mask = stored["input_ids"], stored["mask"].to(torch.int64)
+    rows = [{"input_ids": row, "attention_mask": keep} for row, keep in zip(tokens, mask, strict=True)]
     started = time.perf_counter()
     tuner = AutoRound(
         model,

@@ -1,0 +1,191 @@
+"""The comparison: models x settings x methods x seeds, one row of a CSV each; a finished cell is never rerun.
+
+    python -m benchmarks.quality --model stories15m=STORIES15M --settings w4 w4g96 w3g96 w2g32 \\
+        --calibration tinystories.txt --other wikitext2-valid.txt --work runs/quality --peer-python PEER/bin/python
+
+PEER is an environment with `torch` and `auto-round==0.16.1` and nothing of ours. All methods see the same tokens: ours
+train on them but for the last few, which choose the best step; AutoRound, which chooses by its training loss, trains on
+all of them. Held-out text comes from the rest of the calibration text's domain and from another one.
+"""
+
+import argparse
+import csv
+import fcntl
+import json
+import os
+import subprocess
+import sys
+import time
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from benchmarks.quality.measure import Reference, full_precision, quantised, tokens_of
+from benchmarks.quality.methods import METHODS, Setting
+from lfq_lightning.checkpoints import open_checkpoint
+from lfq_lightning.data import CalibrationData
+
+RESULTS = Path(__file__).parents[1] / "results" / "quality.csv"
+PEERS = {"autoround": 1, "autoround-best": 5}  # times the setting's steps
+SEQUENCES, SELECTION, HELD_OUT = 144, 16, 32
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="NAME=CHECKPOINT")
+    parser.add_argument("--calibration", type=Path, required=True, help="a .txt; its last tenth is held out")
+    parser.add_argument("--other", type=Path, required=True, help="a .txt of another domain")
+    parser.add_argument("--settings", nargs="+", required=True, help="such as w4 w3g96 w2g32; asymmetric")
+    parser.add_argument("--methods", nargs="+", default=[*METHODS, *PEERS])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--sequences", type=int, default=SEQUENCES, help="calibration sequences, selection included")
+    parser.add_argument("--seq-len", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--work", type=Path, required=True, help="a folder for what lies between")
+    parser.add_argument("--peer-python", help="interpreter of the peer's environment")
+    given = parser.parse_args()
+    given.work.mkdir(parents=True, exist_ok=True)
+    matrix = Matrix(given)
+    for seed in given.seeds:
+        for setting in given.settings:
+            for method in given.methods:
+                if method not in PEERS or given.peer_python:
+                    matrix.fill(setting, method, seed)
+
+
+class Matrix:
+    """The cells of one model."""
+
+    def __init__(self, given: argparse.Namespace) -> None:
+        self.given = given
+        self.name, _, self.checkpoint = given.model.partition("=")
+        self.calibration, self.held_out = _split(given.calibration, given.work)
+
+    @cached_property
+    def reference(self) -> Reference:
+        tokenizer = open_checkpoint(self.checkpoint).tokenizer()
+        domains = {"held_out": self.held_out, "other": self.given.other}
+        sets = {name: tokens_of(text, tokenizer, HELD_OUT, self.given.seq_len) for name, text in domains.items()}
+        return Reference(self.checkpoint, sets)
+
+    def fill(self, label: str, method: str, seed: int) -> None:
+        """Run one cell and append its row, unless the row is there."""
+        given, setting = self.given, _setting(label, self.given.steps, self.given.batch_size)
+        names = {"model": self.name, "setting": label, "method": method, "seed": str(seed), "steps": str(given.steps)}
+        if _finished(names):
+            return
+        folder = given.work / "-".join(names.values())
+        data = {"dataset": str(self.calibration), "seq_len": given.seq_len, "seed": seed}
+        data |= {"num_samples": given.sequences - SELECTION, "num_held_out": SELECTION}
+        if method in PEERS:
+            versions = _versions(given.peer_python, ("torch", "transformers", "auto-round"))
+            command = self._peer(_tokens(self.checkpoint, data, folder), folder, setting, PEERS[method], seed)
+        else:
+            versions = _versions(sys.executable, ("torch", "transformers", "lightning", "lfq-lightning"))
+            command = self._ours(data, folder, METHODS[method](setting), seed)
+        seconds, peak_bytes = _timed(command, folder.with_suffix(".log"))
+        measured = self.reference.measure(quantised(folder))
+        per_sequence = " ".join(f"{value:.4f}" for value in measured.pop("kl_per_sequence"))
+        row = names | {key: f"{value:.5f}" for key, value in measured.items()}
+        row |= {"seconds": f"{seconds:.1f}", "peak_rss_gb": f"{peak_bytes / 1e9:.3f}"}
+        _append(row | {"versions": versions, "kl_per_sequence": per_sequence})
+        print(
+            *(row[key] for key in ("model", "setting", "method", "seed", "kl", "top1_agreement", "seconds")), flush=True
+        )
+
+    def _ours(self, data: dict[str, Any], folder: Path, plan: list[dict[str, Any]], seed: int) -> list[str]:
+        config = {"seed_everything": seed, "model": {"checkpoint": self.checkpoint}, "data": data, "plan": plan}
+        file = folder.with_suffix(".json")
+        file.write_text(json.dumps({**config, "output": str(folder)}))
+        return [sys.executable, "-m", "lfq_lightning", "run", "--config", str(file), "--overwrite", "true"]
+
+    def _peer(self, tokens: Path, folder: Path, setting: Setting, times: int, seed: int) -> list[str]:
+        script = Path(__file__).parent / "peer_auto_round.py"
+        command = [self.given.peer_python, script, _dense(self.checkpoint, self.given.work), tokens, folder]
+        command += ["--bits", setting.bits, "--group-size", setting.group_size, "--steps", times * setting.steps]
+        return [str(word) for word in [*command, "--batch-size", setting.batch_size, "--seed", seed]]
+
+
+def _setting(label: str, steps: int, batch_size: int) -> Setting:
+    bits, _, group = label.removeprefix("w").partition("g")
+    return Setting(int(bits), int(group) if group else -1, False, steps, batch_size)
+
+
+def _split(text: Path, work: Path) -> tuple[Path, Path]:
+    """Write the text's first nine tenths as documents of many windows, and the rest; return both."""
+    stories = [story.strip() for story in text.read_text(encoding="utf-8").split("<|endoftext|>") if story.strip()]
+    if len(stories) == 1:  # no separators: paragraphs
+        stories = [part.strip() for part in stories[0].split("\n") if part.strip()]
+    cut = len(stories) * 9 // 10
+    documents = ["\n".join(stories[start : start + 30]) for start in range(0, cut, 30)]
+    paths = work / f"{text.stem}-calibration.txt", work / f"{text.stem}-held-out.txt"
+    paths[0].write_text("<|endoftext|>".join(documents), encoding="utf-8")
+    paths[1].write_text("\n".join(stories[cut:]), encoding="utf-8")
+    return paths
+
+
+def _tokens(checkpoint: str, data: dict[str, Any], folder: Path) -> Path:
+    """Write the tokens that our runs see, training and selection, for a peer."""
+    train, chosen_by = CalibrationData(**data).token_sets(open_checkpoint(checkpoint), torch.device("cpu"))
+    file = folder.with_suffix(".safetensors")
+    save_file(
+        {
+            "input_ids": torch.cat([train.input_ids, chosen_by.input_ids]),
+            "mask": torch.cat([train.mask, chosen_by.mask]),
+        },
+        file,
+    )
+    return file
+
+
+def _dense(checkpoint: str, work: Path) -> str:
+    """Return a Hugging Face folder of the model: peers read no GGUF."""
+    folder = work / Path(checkpoint).stem
+    if not checkpoint.endswith(".gguf"):
+        return checkpoint
+    if not folder.exists():
+        full_precision(checkpoint).bfloat16().save_pretrained(folder)
+        open_checkpoint(checkpoint).tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def _timed(command: list[str], log: Path) -> tuple[float, int]:
+    """Run a command with its output in a log; return wall seconds and its peak resident bytes."""
+    started = time.perf_counter()
+    with log.open("w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        _, status, usage = os.wait4(process.pid, 0)
+    if status != 0:
+        raise SystemExit(f"{' '.join(command)} failed; see {log}.")
+    return time.perf_counter() - started, usage.ru_maxrss * 1024
+
+
+def _finished(cell: dict[str, str]) -> bool:
+    if not RESULTS.exists():
+        return False
+    with RESULTS.open(newline="") as file:
+        return any(all(row[key] == value for key, value in cell.items()) for row in csv.DictReader(file))
+
+
+def _append(row: dict[str, str]) -> None:
+    RESULTS.parent.mkdir(exist_ok=True)
+    with RESULTS.open("a", newline="") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        writer = csv.DictWriter(file, list(row))
+        if file.tell() == 0:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def _versions(python: str, names: tuple[str, ...]) -> str:
+    """Return what is installed beside an interpreter."""
+    script = "import sys; from importlib.metadata import version; print(*(f'{n}={version(n)}' for n in sys.argv[1:]))"
+    return subprocess.run([python, "-c", script, *names], check=True, capture_output=True, text=True).stdout.strip()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""What a quantised model lost against full precision: held-out metrics in two domains, and where greedy texts part."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from lfq_lightning.checkpoints import open_checkpoint
+from lfq_lightning.held_out import evaluate
+from lfq_lightning.load import load
+from lfq_lightning.meta_model import assign_weights, meta_model
+from lfq_lightning.model_skeleton import ModelSkeleton
+from lfq_lightning.token_set import TokenSet
+
+PROMPT_TOKENS, NEW_TOKENS, PROMPTS = 16, 48, 100
+
+
+def full_precision(checkpoint: str) -> PreTrainedModel:
+    """Return the model of a checkpoint with its weights in fp32, GGUF included."""
+    opened = open_checkpoint(checkpoint)
+    model = meta_model(opened.config)
+    assign_weights(model, opened.tensors(opened.names()), checkpoint)
+    return model.float()
+
+
+def quantised(folder: Path) -> PreTrainedModel:
+    """Return the model in `folder` in fp32: one of our runs, or a peer's dequantised weights."""
+    if (folder / "journal.jsonl").exists() and "weight_packed" in (folder / "model.safetensors.index.json").read_text():
+        return load(folder)[0].float()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+class Reference:
+    """The full-precision side of every comparison, computed once.
+
+    Args:
+        checkpoint: the model.
+        domains: name → tokens; the first is that of the calibration.
+    """
+
+    def __init__(self, checkpoint: str, domains: dict[str, TokenSet]) -> None:
+        self.head = ModelSkeleton(open_checkpoint(checkpoint)).head(torch.float32)
+        self.head.norm = torch.nn.Identity()  # the decoder's own output is normed already
+        self.domains = domains
+        self.prompts = next(iter(domains.values())).input_ids
+        model = full_precision(checkpoint)
+        self.hidden = {name: _hidden(model, tokens) for name, tokens in domains.items()}
+        self.texts = self._greedy(model)
+
+    def measure(self, model: PreTrainedModel) -> dict[str, Any]:
+        """Return the columns of the table; `kl_per_sequence` (first domain) is for paired tests."""
+        row: dict[str, Any] = {}
+        for number, (name, tokens) in enumerate(self.domains.items()):
+            student, teacher = (self.head.readout(h) for h in (_hidden(model, tokens), self.hidden[name]))
+            values, per_sequence = evaluate(student, teacher, self.head, tokens)
+            suffix = "" if number == 0 else f"_{name}"
+            row |= {f"{metric}{suffix}": value for metric, value in values.items() if metric != "perplexity_fp"}
+            if number == 0:
+                row["kl_per_sequence"] = per_sequence["kl"]
+        texts = self._greedy(model)
+        same = (texts == self.texts).long().cumprod(1).sum(1)
+        return row | {"tokens_before_difference": float(same.float().mean())}
+
+    def _greedy(self, model: PreTrainedModel) -> Tensor:
+        """Return NEW_TOKENS greedy tokens for each prompt, the first tokens of windows of the first domain."""
+        windows = self.prompts.unfold(1, PROMPT_TOKENS, PROMPT_TOKENS).flatten(0, 1)
+        prompts = windows[torch.linspace(0, len(windows) - 1, PROMPTS).long()]
+        if bool((self.prompts[:, 0] == self.prompts[0, 0]).all()):  # the BOS token: each prompt gets one
+            prompts[:, 0] = self.prompts[0, 0]
+        with torch.no_grad():
+            output = model.generate(  # type: ignore[operator]
+                prompts,
+                attention_mask=torch.ones_like(prompts),
+                do_sample=False,
+                min_new_tokens=NEW_TOKENS,
+                max_new_tokens=NEW_TOKENS,
+                pad_token_id=0,
+            )
+        return output[:, PROMPT_TOKENS:]
+
+
+def _hidden(model: PreTrainedModel, tokens: TokenSet) -> Tensor:
+    with torch.no_grad():
+        rows = [model.base_model(input_ids=row[None]).last_hidden_state for row in tokens.input_ids]
+    return torch.cat(rows)
+
+
+def tokens_of(text: Path, tokenizer: PreTrainedTokenizerBase, sequences: int, seq_len: int) -> TokenSet:
+    """Cut a text into windows of seq_len tokens, each begun with the tokenizer's BOS if it gives one."""
+    lead = [tokenizer.bos_token_id] if tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id] else []
+    ids = tokenizer(text.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)["input_ids"]
+    step = seq_len - len(lead)
+    windows = [lead + ids[start : start + step] for start in range(0, len(ids) - step + 1, step)]
+    if len(windows) < sequences:
+        raise SystemExit(f"{text} has {len(windows)} windows of {seq_len} tokens, but {sequences} are needed.")
+    return TokenSet.from_lists(windows[:sequences], seq_len)
