@@ -7,10 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lfq_lightning.cli import lightning_main, main
+from lfq_lightning.objectives import OBJECTIVES
+from lfq_lightning.quantizers import QUANTIZERS
 from tests.conftest import FLEXROUND, GPTQ, save_tiny
 
 ROOT = Path(__file__).parents[1]
@@ -70,15 +73,23 @@ def test_configs_merge_and_print(config, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("preset", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
-def test_every_preset_parses(preset, monkeypatch, capsys):
-    from lfq_lightning.plan import Plan, Rule
-
+def test_every_preset_runs(preset, monkeypatch, tmp_path, text_file):
+    """Whole, on a model wide enough for groups of 128; only steps, data and paths are cut down."""
     monkeypatch.chdir(ROOT)
-    with pytest.raises(SystemExit) as stopped:
-        run(preset, "--print_config")
-    assert stopped.value.code == 0
-    printed = yaml.safe_load(capsys.readouterr().out)
-    Plan([Rule(**rule) for rule in printed["plan"]])
+    model = save_tiny(tmp_path / "model", hidden_size=128, intermediate_size=256, head_dim=32, dtype=torch.bfloat16)
+    content = yaml.safe_load(preset.read_text())
+    for rule in content["plan"]:
+        if "steps" in rule:
+            rule["steps"] = 4
+    content["data"] = {"dataset": str(text_file), "num_samples": 8, "seq_len": 32, "num_held_out": 4}
+    content |= {"model": {"checkpoint": str(model)}, "output": str(tmp_path / "run")}
+    cut = tmp_path / "cut.yaml"
+    cut.write_text(yaml.safe_dump(content))
+    run(cut)
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert 0 < metrics["held_out"]["kl"] <= metrics["before_last_training"]["held_out"]["kl"] * 1.0001
+    printed = yaml.safe_load((tmp_path / "run" / "lfq.yaml").read_text())
+    assert len(printed["plan"]) == len(content["plan"])
 
 
 def test_the_documented_objective(config, capsys):
@@ -95,9 +106,23 @@ def test_the_documented_objective(config, capsys):
     assert last["loss_after"] < last["loss_before"]
 
 
+def test_the_documented_quantizer(config):
+    """docs/adding-a-quantizer.md shows docs/my_quantizer.py as it is, and a model is quantised with it."""
+    file = ROOT / "docs" / "my_quantizer.py"
+    assert file.read_text() in (ROOT / "docs" / "adding-a-quantizer.md").read_text()
+    quantizer = {"name": "my_quantizer", "bits": 3, "group_size": 16, "init": "gptq", "largest": 1.5}
+    path = config(plugins=[str(file)], plan=[{"match": "all", "quantizer": quantizer, "steps": 8}])
+    run(path)
+    journal = [json.loads(line) for line in (path.parent / "run" / "journal.jsonl").read_text().splitlines()]
+    assert all(line["quantizers"] == ["my_quantizer"] for line in journal)
+    assert any(line["loss_after"] < line["loss_before"] for line in journal)
+
+
 def test_list(capsys):
     main(["list"])
     printed = capsys.readouterr().out
+    for name in (*QUANTIZERS.names(), *OBJECTIVES.names()):
+        assert name in printed
     for word in ("flexround", "gptq", "rtn", "logit_ce", "kl", "mse", "block_scheduler", "damp=0.01", "2605.29756"):
         assert word in printed
 

@@ -93,16 +93,8 @@ def _groups(folder):
     ],
 )
 def test_mistakes(llama, text_file, arguments, message):
-    command = [
-        sys.executable,
-        "-m",
-        "lfq_lightning",
-        "sensitivity",
-        str(llama),
-        "--dataset",
-        str(text_file),
-        *arguments,
-    ]
+    command = [sys.executable, "-m", "lfq_lightning", "sensitivity", str(llama), "--dataset", str(text_file)]
+    command += ["--seq-len", "24", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert message in done.stderr
