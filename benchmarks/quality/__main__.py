@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.quality.measure import Reference, full_precision, quantised, tokens_of
-from benchmarks.quality.methods import METHODS, Setting
+from benchmarks.quality.methods import ABLATIONS, METHODS, Setting
 from lfq_lightning.checkpoints import open_checkpoint
 from lfq_lightning.data import CalibrationData
 
@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path, required=True, help="a .txt; its last tenth is held out")
     parser.add_argument("--other", type=Path, required=True, help="a .txt of another domain")
     parser.add_argument("--settings", nargs="+", required=True, help="such as w4 w3g96 w2g32; asymmetric")
-    parser.add_argument("--methods", nargs="+", default=[*METHODS, *PEERS])
+    parser.add_argument("--methods", nargs="+", choices=[*METHODS, *PEERS, *ABLATIONS], default=[*METHODS, *PEERS])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--sequences", type=int, default=SEQUENCES, help="calibration sequences, selection included")
     parser.add_argument("--seq-len", type=int, default=256)
@@ -86,7 +86,7 @@ class Matrix:
             command = self._peer(_tokens(self.checkpoint, data, folder), folder, setting, PEERS[method], seed)
         else:
             versions = _versions(sys.executable, ("torch", "transformers", "lightning", "lfq-lightning"))
-            command = self._ours(data, folder, METHODS[method](setting), seed)
+            command = self._ours(data, folder, {**METHODS, **ABLATIONS}[method](setting), seed)
         seconds, peak_bytes = _timed(command, folder.with_suffix(".log"))
         measured = self.reference.measure(quantised(folder))
         per_sequence = " ".join(f"{value:.4f}" for value in measured.pop("kl_per_sequence"))

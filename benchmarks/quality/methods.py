@@ -25,8 +25,12 @@ class Setting:
         return {"steps": self.steps, "batch_size": self.batch_size, **({"lr": lr} if lr else {})}
 
 
-def _everywhere(name: str, lr: float | None = None, **options: Any) -> Callable[[Setting], Plan]:
-    return lambda s: [{"match": "all", "quantizer": s.quantizer(name, **options), **s.training(lr)}]
+def _everywhere(
+    name: str, lr: float | None = None, objective: Any = "mse", **options: Any
+) -> Callable[[Setting], Plan]:
+    return lambda s: [
+        {"match": "all", "quantizer": s.quantizer(name, **options), "objective": objective, **s.training(lr)}
+    ]
 
 
 def _with_lfq(name: str, lr: float | None = None, **options: Any) -> Callable[[Setting], Plan]:
@@ -42,6 +46,22 @@ def _gptq_lfq(setting: Setting) -> Plan:
     return [{**last, **setting.training()}, *_everywhere("gptq")(setting)]
 
 
+def _last_by(objective: Any) -> Callable[[Setting], Plan]:
+    def plan(setting: Setting) -> Plan:
+        rest = _everywhere("flexround")(setting)
+        return [{**rest[0], "match": "last", "objective": objective}, *rest]
+
+    return plan
+
+
+def _recipe(setting: Setting) -> Plan:
+    quantizer = setting.quantizer("flexround", offset=True)
+    rest = {"match": "all", "quantizer": quantizer, **setting.training(5e-3)}
+    last = {**rest, "match": "last", "objective": "logit_ce", "steps": setting.steps // 2}
+    return [last, rest]
+
+
+RECIPE = "recipe"
 METHODS: dict[str, Callable[[Setting], Plan]] = {
     "rtn": _everywhere("rtn"),
     "nf4": lambda _: [{"match": "all", "quantizer": "nf4"}],
@@ -54,4 +74,13 @@ METHODS: dict[str, Callable[[Setting], Plan]] = {
     "omniquant+lfq": _with_lfq("omniquant", lr=1e-2),
     "block_ap": _everywhere("block_ap"),
     "block_ap+lfq": _with_lfq("block_ap"),
+    RECIPE: _recipe,
+}
+
+# the last block by other objectives, and blocks by other squared errors; FlexRound each time
+ABLATIONS: dict[str, Callable[[Setting], Plan]] = {
+    **{f"flexround+{name}": _last_by(name) for name in ("kl", "reverse_kl", "js", "topk_kl", "logit_mse", "hard_ce")},
+    "flexround+mse+lfq": _last_by([{"name": "mse", "weight": 1}, {"name": "logit_ce", "weight": 1}]),
+    "flexround normalised": _everywhere("flexround", objective={"name": "mse", "normalised": True}),
+    "flexround massive": _everywhere("flexround", objective={"name": "mse", "massive": 100.0}),
 }

@@ -1,0 +1,137 @@
+"""Write the tables of the comparison, from benchmarks/results/quality.csv into docs/results.md and the README.
+
+python -m benchmarks.quality.report
+"""
+
+import csv
+import statistics
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+
+from benchmarks.quality.__main__ import PEERS, RESULTS
+from benchmarks.quality.methods import ABLATIONS, METHODS, RECIPE
+
+ROOT = Path(__file__).parents[2]
+BEGIN, END = "<!-- quality: begin -->", "<!-- quality: end -->"
+COLUMNS = {
+    "kl": ("KL to FP", 3),
+    "top1_agreement": ("top-1", 3),
+    "flip_rate": ("flips", 3),
+    "perplexity": ("perplexity", 2),
+    "kl_other": ("KL, other domain", 3),
+    "tokens_before_difference": ("tokens before difference", 1),
+    "seconds": ("seconds", 0),
+    "peak_rss_gb": ("peak RSS, GB", 2),
+}
+FLIPS = 20_000  # random sign changes in the paired test
+
+Rows = list[dict[str, str]]
+
+
+def main() -> None:
+    with RESULTS.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    tables = [f"## {title}\n\n{_table(group)}" for title, group in _groups(rows).items()]
+    lfq, won, cells = _lfq_table(rows)
+    text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    lead = f"## LFQ on against off\n\n{won} of {cells} cells: KL lower with LFQ at p < .01.\n\n{lfq}"
+    _replace(ROOT / "docs" / "results.md", text, "\n\n".join([_summary(rows), lead, *tables]))
+    readme = ROOT / "README.md"
+    _replace(readme, readme.read_text(encoding="utf-8"), _summary(rows))
+
+
+def _groups(rows: Rows) -> dict[str, Rows]:
+    groups: dict[str, Rows] = defaultdict(list)
+    for row in rows:
+        groups[f"{row['model']}, {row['setting']}, {row['steps']} steps"].append(row)
+    return dict(sorted(groups.items()))
+
+
+def _mean(rows: Rows, column: str) -> float:
+    return statistics.mean(float(row[column]) for row in rows)
+
+
+def _by_method(rows: Rows) -> dict[str, Rows]:
+    order = [*METHODS, *PEERS, *ABLATIONS]
+    methods = sorted({row["method"] for row in rows}, key=order.index)
+    return {method: [row for row in rows if row["method"] == method] for method in methods}
+
+
+def _table(rows: Rows) -> str:
+    lines = [
+        f"| method | seeds | {' | '.join(title for title, _ in COLUMNS.values())} |",
+        "|---" * (2 + len(COLUMNS)) + "|",
+    ]
+    for method, own in _by_method(rows).items():
+        numbers = (f"{_mean(own, column):.{digits}f}" for column, (_, digits) in COLUMNS.items())
+        lines.append(f"| {method} | {len(own)} | {' | '.join(numbers)} |")
+    return "\n".join(lines)
+
+
+def _summary(rows: Rows) -> str:
+    """KL of each method (mean over seeds), a column per model and setting, and the recipe against AutoRound."""
+    groups = _groups(rows)
+    methods = list(_by_method(rows))
+    lines = [f"| KL to FP | {' | '.join(groups)} |", "|---" * (1 + len(groups)) + "|"]
+    for method in methods:
+        cells = []
+        for group in groups.values():
+            own = [row for row in group if row["method"] == method]
+            cells.append(f"{_mean(own, 'kl'):.3f}" if own else "")
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    ratios = []
+    for group in groups.values():
+        pair = [[row for row in group if row["method"] == method] for method in (RECIPE, "autoround")]
+        seeds = {row["seed"] for row in pair[0]} & {row["seed"] for row in pair[1]}
+        ours, theirs = ([row for row in side if row["seed"] in seeds] for side in pair)
+        if seeds:
+            change = _mean(ours, "kl") / _mean(theirs, "kl") - 1
+            ratios.append(f"{change:+.0%}, {_mean(ours, 'seconds') / _mean(theirs, 'seconds'):.2f}x the time")
+        else:
+            ratios.append("")
+    lines.append(f"| **{RECIPE} against autoround, same seeds** | {' | '.join(ratios)} |")
+    return "\n".join(lines)
+
+
+def _lfq_table(rows: Rows) -> tuple[str, int, int]:
+    """Pair each method with itself + LFQ, over all held-out sequences of all seeds both have."""
+    lines = ["| model, setting | method | KL without | KL with LFQ | difference | p |", "|---" * 6 + "|"]
+    won = cells = 0
+    for title, group in _groups(rows).items():
+        methods = _by_method(group)
+        for method in methods:
+            if f"{method}+lfq" not in methods:
+                continue
+            sides = [{row["seed"]: row for row in methods[name]} for name in (method, f"{method}+lfq")]
+            seeds = sorted(sides[0].keys() & sides[1].keys())
+            if not seeds:
+                continue
+            off, on = ([float(v) for s in seeds for v in side[s]["kl_per_sequence"].split()] for side in sides)
+            difference, p = paired_test(on, off)
+            won, cells = won + (difference < 0 and p < 0.01), cells + 1
+            lines.append(
+                f"| {title} | {method} | {statistics.mean(off):.4f} | {statistics.mean(on):.4f} | {difference:+.4f} | "
+                f"{'< .0001' if p < 1e-4 else f'{p:.4f}'} |"
+            )
+    return "\n".join(lines), won, cells
+
+
+def paired_test(a: list[float], b: list[float]) -> tuple[float, float]:
+    """Return the mean of a - b and its two-sided p by random sign changes of the differences."""
+    differences = torch.tensor(a, dtype=torch.float64) - torch.tensor(b, dtype=torch.float64)
+    signs = torch.randint(0, 2, (FLIPS, len(differences)), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
+    chance = (signs.double() @ differences).abs() >= differences.sum().abs() * (1 - 1e-12)
+    return float(differences.mean()), (float(chance.sum()) + 1) / (FLIPS + 1)
+
+
+def _replace(file: Path, text: str, content: str) -> None:
+    """Put `content` between the marks."""
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    file.write_text(f"{before}{BEGIN}\n{content}\n{END}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
