@@ -41,8 +41,14 @@ class CalibrationBlock(LightningModule, ABC):
         """Return the objective's loss of the block's outputs `hidden` (B, T, D) for the batch they came from."""
         return self.objective.loss(hidden, batch["target"], batch["mask"], self.head)
 
-    def training_step(self, batch: Batch, batch_idx: int = 0) -> Tensor | None:
-        """Return the batch's loss; None, which Lightning skips, if the block has nothing to train."""
+    def quantizers(self) -> list[LearnedQuantizer]:
+        """Return what is trained."""
+        return [module for module in self.modules() if isinstance(module, LearnedQuantizer)]
+
+    def training_step(self, batch: Batch, step: int = 0) -> Tensor | None:
+        """Return the batch's loss at an optimizer step; None, which Lightning skips, if there is nothing to train."""
+        for quantizer in self.quantizers():
+            quantizer.anneal(step / self.plan.steps)
         loss = self.loss(self.block(batch["inputs"]), batch)
         return loss if loss.requires_grad else None
 
@@ -52,11 +58,10 @@ class CalibrationBlock(LightningModule, ABC):
     def configure_optimizers(self) -> Any:
         """The plan's optimizer over all learned quantizers; None if the block has nothing to train."""
         groups: dict[float, list[nn.Parameter]] = {}
-        for module in self.modules():
-            if isinstance(module, LearnedQuantizer):
-                for name, parameter in module.named_parameters():
-                    if parameter.requires_grad:
-                        groups.setdefault(self.plan.lr * module.rates.get(name, 1.0), []).append(parameter)
+        for quantizer in self.quantizers():
+            for name, parameter in quantizer.named_parameters():
+                if parameter.requires_grad:
+                    groups.setdefault(self.plan.lr * quantizer.rates.get(name, 1.0), []).append(parameter)
         if not groups:
             return None
         listed = [{"params": parameters, "lr": lr} for lr, parameters in groups.items()]

@@ -28,7 +28,7 @@ class CalibrationModule(LightningModule):
         return self.block
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
-        loss = self.current.training_step(batch, batch_idx)
+        loss = self.current.training_step(batch, batch_idx // self.trainer.accumulate_grad_batches)
         if loss is not None:
             self.log("train/loss", loss.detach())
         return loss

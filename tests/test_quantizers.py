@@ -103,6 +103,7 @@ def test_learned(name, init, scheme):
         moved |= {n for n, p in trained.items() if p.grad is not None and p.grad.abs().sum() > 0}
         optimizer.step()
     assert moved == set(trained)
+    quantizer.eval()
     ended = quantizer.export()
     assert ended.scale.dtype == torch.bfloat16
     assert torch.allclose(quantizer().bfloat16(), ended.dequantize())  # what is trained is what ships

@@ -221,12 +221,16 @@ class BlockScheduler(BlockCallback):
     def _held_out(self) -> tuple[float, Tensor]:
         """Return the held-out loss now, as validation computes it, and the block's outputs."""
         total, count, outputs = 0.0, 0, []
+        for quantizer in self.current.quantizers():
+            quantizer.eval()
         for batch in self.data.val_dataloader():
             batch = self.module.transfer_batch_to_device(batch, self.device, 0)
             hidden, tokens = self.block(batch["inputs"]), int(batch["mask"].sum())
             total += float(self.current.loss(hidden, batch)) * tokens
             count += tokens
             outputs.append(hidden.to(self.splits.held_out.student))
+        for quantizer in self.current.quantizers():
+            quantizer.train()
         return total / count, torch.cat(outputs)
 
     def _keep_if_best(self, loss: float) -> None:

@@ -93,7 +93,7 @@ class LearnedQuantizer(Quantizer):
     """Trains the rounding of one weight by gradient, from the solution of a closed-form quantizer.
 
     A subclass says what is learned: the grid (scale and zero point), and the weight in units of the scale before it is
-    rounded. The plan names the quantizer it starts from by `init`, an option of every learned quantizer; at step 0
+    rounded. In eval mode `forward()` is `export().dequantize()`; in training it may differ. The plan names the quantizer it starts from by `init`, an option of every learned quantizer; at step 0
     `export()` equals `start`. `rates` are learning rates relative to the plan's, by parameter name; 1 if not in it.
 
     Args:
@@ -120,6 +120,9 @@ class LearnedQuantizer(Quantizer):
     @abstractmethod
     def levels(self, scale: Tensor) -> Tensor:
         """Return what is rounded: the weight in units of the scale, (O, G, K)."""
+
+    def anneal(self, progress: float) -> None:  # noqa: B027 - not abstract: most do not change while they train
+        """Take note of how far training is, from 0 at the first step to 1 after the last; called before each step."""
 
     def forward(self) -> Tensor:
         """Return the fake-quantised weight (O, I) fp32, differentiable in the parameters."""

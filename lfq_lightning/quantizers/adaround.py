@@ -1,0 +1,90 @@
+"""AdaRound: soft rounding that hardens while it is trained."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lfq_lightning.errors import UserError
+from lfq_lightning.learned_grid import ship_through
+from lfq_lightning.quant_scheme import QuantScheme
+from lfq_lightning.quantized_tensor import QuantizedTensor
+from lfq_lightning.quantizers import QUANTIZERS, LearnedQuantizer
+
+_EDGE = 0.02  # positions start this far from a level at least, where the sigmoid still has a slope
+
+
+class _SoftRound(torch.autograd.Function):
+    """(clip(low + sigmoid(sharpness·position), 0, most) - zero)·scale."""
+
+    @staticmethod
+    def forward(
+        ctx, position: Tensor, scale: Tensor, low: Tensor, zero: Tensor, sharpness: float, most: int
+    ) -> Tensor:
+        up = (position * sharpness).sigmoid_()
+        codes = low + up
+        inside = (codes >= 0) & (codes <= most)
+        steps = codes.clamp_(0, most).sub_(zero)
+        slope = (1 - up).mul_(up).mul_(inside)
+        ctx.save_for_backward(steps, slope, scale)
+        ctx.sharpness = sharpness
+        return steps * scale
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Any, ...]:
+        steps, slope, scale = ctx.saved_tensors
+        by_scale = (grad * steps).sum(-1, keepdim=True)
+        return (grad * slope).mul_(scale * ctx.sharpness), by_scale, None, None, None, None
+
+
+@QUANTIZERS.register
+class AdaRound(LearnedQuantizer):
+    """Each weight goes up or down: floor(W/s) + sigmoid(β·ν), with ν learned and β growing until the sigmoid is a step.
+
+    In training the rounding is soft and its gradient exact, no straight-through estimate: the weights that have hardened
+    are made up for by those that have not yet (as in TesseraQ, arXiv 2410.19103, which hardens them one share after the
+    other). β grows exponentially over the plan's steps in place of AdaRound's regulariser. Held-out checks and the export
+    take the hard rounding, ν > 0; at the start that is `init`'s. The scale of each group is learned too.
+
+    Args:
+        sharpness: β at the last step; it is 1 at the first.
+    """
+
+    paper = "AdaRound (arXiv 2004.10568), section 3.2, equations 21 to 23"
+    default_init = "awq"
+    rates = {"position": 25.0}  # noqa: RUF012
+
+    def __init__(self, latent: Tensor, start: QuantizedTensor, *, sharpness: float = 1000.0) -> None:
+        super().__init__(latent, start)
+        self.sharpness = sharpness
+        self.beta = 1.0
+        ratio = self.latent / self.start_scale
+        low = ratio.floor()
+        nearest_up = ratio.round() > low
+        position = (ratio - low).clamp(_EDGE, 1 - _EDGE).logit()
+        # a half may round either way: the sign is that of the rounding
+        position = torch.where(nearest_up, position.abs().clamp(min=1e-6), -position.abs())
+        self.low = nn.Parameter(low + self.start_zero, requires_grad=False)
+        self.position = nn.Parameter(position)
+        self.log_scale = nn.Parameter(torch.zeros_like(self.start_scale))
+
+    @classmethod
+    def check(cls, scheme: QuantScheme, options: dict[str, Any]) -> None:
+        if not options["sharpness"] > 1:
+            raise UserError(f"quantizer adaround: sharpness {options['sharpness']} must be above 1.")
+
+    def anneal(self, progress: float) -> None:
+        self.beta = self.sharpness**progress
+
+    def grid(self) -> tuple[Tensor, Tensor]:
+        return ship_through(self.start_scale * self.log_scale.exp(), self.scale_dtype), self.start_zero
+
+    def levels(self, scale: Tensor) -> Tensor:
+        return self.low - self.start_zero + (self.position > 0)
+
+    def forward(self) -> Tensor:
+        if not self.training:
+            return super().forward()
+        scale, zero = self.grid()
+        most = self.scheme.max_code
+        return _SoftRound.apply(self.position, scale, self.low, zero, self.beta, most).flatten(1)
