@@ -55,8 +55,8 @@ def _last_by(objective: Any) -> Callable[[Setting], Plan]:
 
 
 def _recipe(setting: Setting) -> Plan:
-    quantizer = setting.quantizer("flexround", offset=True)
-    rest = {"match": "all", "quantizer": quantizer, **setting.training(5e-3)}
+    quantizer = setting.quantizer("adaround", init="awq")
+    rest = {"match": "all", "quantizer": quantizer, **setting.training(), "steps": setting.steps * 3 // 4}
     last = {**rest, "match": "last", "objective": "logit_ce", "steps": setting.steps // 2}
     return [last, rest]
 
@@ -74,6 +74,8 @@ METHODS: dict[str, Callable[[Setting], Plan]] = {
     "omniquant+lfq": _with_lfq("omniquant", lr=1e-2),
     "block_ap": _everywhere("block_ap"),
     "block_ap+lfq": _with_lfq("block_ap"),
+    "adaround": _everywhere("adaround"),
+    "adaround+lfq": _with_lfq("adaround"),
     RECIPE: _recipe,
 }
 
