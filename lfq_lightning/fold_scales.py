@@ -1,5 +1,7 @@
 """Fold a scaling of a layer's inputs into the layer before it: exact for the model, easier to quantise (AWQ)."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
@@ -8,13 +10,13 @@ from lfq_lightning.errors import UserError
 from lfq_lightning.families import Family
 from lfq_lightning.plan import LayerPlan
 from lfq_lightning.quantizers import ClosedFormQuantizer
-from lfq_lightning.solve import Inputs, inputs_of
+from lfq_lightning.solve import Inputs
 
 
 def fold_scales(
     block: DecoderBlock, layers: dict[str, LayerPlan], inputs: Inputs, family: Family, dtype: torch.dtype
 ) -> None:
-    """Scale the inputs of layers whose quantizer wants it, in place, in the order of the forward.
+    """Scale the inputs of layers whose quantizer wants it, in place.
 
     With s from the quantizer's `input_scale`, the layer's weight becomes W·diag(s), and what makes its input (a norm,
     or a linear layer whose outputs reach it one by one) is divided by s; both in `dtype`, as they ship. A pair whose
@@ -22,7 +24,26 @@ def fold_scales(
 
     Raises UserError if some readers of one tensor are to be scaled and others not.
     """
+    pairs = _pairs(block, layers, family, dtype)
     linears = block.linears()
+    _observe(block, {linears[pair.readers[0]]: pair.quantizer for pair in pairs}, inputs)
+    for pair in pairs:
+        scale = _divide(pair.source, pair.quantizer.input_scale(), dtype, family.unit_offset)
+        for name in pair.readers:
+            linears[name].weight.mul_(scale)
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """A module, the linear layers that read what it makes, and the quantizer of those, stacked by rows."""
+
+    source: nn.Module
+    readers: list[str]
+    quantizer: ClosedFormQuantizer
+
+
+def _pairs(block: DecoderBlock, layers: dict[str, LayerPlan], family: Family, dtype: torch.dtype) -> list[_Pair]:
+    found, modules, linears = [], block.modules_by_name(), block.linears()
     for prefix in block.names:
         for source_name, reader_names in family.folds:
             readers = [f"{prefix}.{name}" for name in reader_names]
@@ -30,22 +51,35 @@ def fold_scales(
             if not wanting:
                 continue
             plan = layers[wanting[0]]
-            assert issubclass(plan.closed_form.cls, ClosedFormQuantizer)
             if len(wanting) < len(readers) or any(layers[name].scheme != plan.scheme for name in wanting):
                 raise UserError(
                     f"{', '.join(readers)} read one tensor, so {plan.closed_form.name} scales all of them or none; "
                     "give them one rule."
                 )
-            source = block.modules_by_name()[f"{prefix}.{source_name}"]
-            weights = [linears[name].weight for name in readers]
+            assert issubclass(plan.closed_form.cls, ClosedFormQuantizer)
+            source, weights = modules[f"{prefix}.{source_name}"], [linears[name].weight for name in readers]
             if isinstance(source, nn.Linear) and source.out_features != weights[0].shape[1]:
                 continue
             quantizer: ClosedFormQuantizer = plan.closed_form.build(torch.cat(weights).detach(), plan.scheme, dtype)
-            for rows in inputs_of(block, linears[readers[0]], inputs):
-                quantizer.observe(rows)
-            scale = _divide(source, quantizer.input_scale(), dtype, family.unit_offset)
-            for weight in weights:
-                weight.mul_(scale)
+            found.append(_Pair(source, readers, quantizer))
+    return found
+
+
+def _observe(block: DecoderBlock, watching: dict[nn.Linear, ClosedFormQuantizer], inputs: Inputs) -> None:
+    """Show each quantizer the inputs of its layer, in one pass: no pair's scaling changes another pair's inputs."""
+    caught: dict[nn.Module, Tensor] = {}
+    hooks = [
+        linear.register_forward_pre_hook(lambda module, arguments: caught.update({module: arguments[0]}))
+        for linear in watching
+    ]
+    try:
+        for hidden, mask in inputs() if watching else ():
+            block(hidden)
+            for linear, quantizer in watching.items():
+                quantizer.observe(caught.pop(linear)[mask])
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _divide(source: nn.Module, scale: Tensor, dtype: torch.dtype, unit_offset: bool) -> Tensor:

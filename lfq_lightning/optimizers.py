@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
 
+_EPS = 1e-15  # a block's squared error has gradients of 1e-9 a weight, which Adam's usual 1e-8 would smother
+
 
 class SignSGD(torch.optim.Optimizer):
     """Steps of one size: p ← p - lr·sign(gradient) (signSGD, arXiv 1802.04434, algorithm 1)."""
@@ -41,7 +43,7 @@ def build_optimizer(name: str, groups: list[dict[str, Any]], steps: int, fused: 
         fused: let Adam use PyTorch's fused kernel; it does not go with gradient clipping in Lightning.
     """
     if name == "adam":
-        optimizer: torch.optim.Optimizer = torch.optim.Adam(groups, fused=fused)
+        optimizer: torch.optim.Optimizer = torch.optim.Adam(groups, eps=_EPS, fused=fused)
         schedule: Any = CosineAnnealingLR(optimizer, T_max=steps)
     else:
         optimizer = SignSGD(groups, lr=0.0)

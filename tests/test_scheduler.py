@@ -81,7 +81,7 @@ def by_hand(model, text):
         shipped = {name: solution.quantized for name, solution in shipped.items()}
         if plan.learned:
             parameters = [p for p in module.parameters() if p.requires_grad]
-            optimizer = torch.optim.Adam(parameters, lr=LR, fused=True)
+            optimizer = torch.optim.Adam(parameters, lr=LR, eps=1e-15, fused=True)
             cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=STEPS)
 
             def held_out(module=module, split=splits[1]):
