@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from lfq_lightning.decoder_block import DecoderBlock
-from lfq_lightning.errors import UserError
 from lfq_lightning.families import Family
 from lfq_lightning.plan import LayerPlan
 from lfq_lightning.quantizers import ClosedFormQuantizer
@@ -21,8 +20,6 @@ def fold_scales(
     With s from the quantizer's `input_scale`, the layer's weight becomes W·diag(s), and what makes its input (a norm,
     or a linear layer whose outputs reach it one by one) is divided by s; both in `dtype`, as they ship. A pair whose
     shapes disagree (v → o under grouped queries) is left alone.
-
-    Raises UserError if some readers of one tensor are to be scaled and others not.
     """
     pairs = _pairs(block, layers, family, dtype)
     linears = block.linears()
@@ -51,11 +48,7 @@ def _pairs(block: DecoderBlock, layers: dict[str, LayerPlan], family: Family, dt
             if not wanting:
                 continue
             plan = layers[wanting[0]]
-            if len(wanting) < len(readers) or any(layers[name].scheme != plan.scheme for name in wanting):
-                raise UserError(
-                    f"{', '.join(readers)} read one tensor, so {plan.closed_form.name} scales all of them or none; "
-                    "give them one rule."
-                )
+            assert wanting == readers, "the plan checks that"
             assert issubclass(plan.closed_form.cls, ClosedFormQuantizer)
             source, weights = modules[f"{prefix}.{source_name}"], [linears[name].weight for name in readers]
             if isinstance(source, nn.Linear) and source.out_features != weights[0].shape[1]:

@@ -152,6 +152,7 @@ class Plan:
                 layers[name] = first.layer
                 if first not in used:
                     used.append(first)
+        _check_folds(skeleton, indices, layers)
         learned = [parsed for parsed in used if parsed.layer.learned]
         for parsed in learned[1:]:
             if parsed.training != learned[0].training:
@@ -255,3 +256,25 @@ def _check_group(parsed: _ParsedRule, name: str, in_features: int, skeleton: Mod
         f"{parsed.where}: group_size {size} does not divide the {in_features} inputs of {name}; "
         f"sizes that fit all its block's layers: {', '.join(fitting)}, or -1 (per output channel)."
     )
+
+
+def _check_folds(skeleton: ModelSkeleton, indices: range, layers: dict[str, LayerPlan]) -> None:
+    """Raise UserError if scales cannot be folded: no pairs for the family, or only some readers of a tensor want it."""
+    wanting = {name: layer for name, layer in layers.items() if layer.closed_form.cls.scales_inputs}
+    if not wanting:
+        return
+    checkpoint, plugin = skeleton.checkpoint, next(iter(wanting.values())).closed_form.name
+    if not checkpoint.family.folds:
+        raise UserError(
+            f"{plugin} folds scales into other layers, and no such pairs are known of {checkpoint.config.model_type}; "
+            "add `folds` to its row in families.py, or use gptq."
+        )
+    for index in indices:
+        for _, readers in checkpoint.family.folds:
+            names = [f"{skeleton.block_name(index)}.{reader}" for reader in readers]
+            schemes = [wanting[name].scheme for name in names if name in wanting]
+            if schemes and (len(schemes) < len(names) or any(scheme != schemes[0] for scheme in schemes)):
+                raise UserError(
+                    f"{', '.join(names)} read one tensor, so {plugin} scales all of them or none, for one grid; give "
+                    "them one rule."
+                )

@@ -26,6 +26,7 @@ class LayerSensitivity:
     kl: dict[int, float]
 
 
+@torch.no_grad()
 def measure_sensitivity(
     checkpoint: Checkpoint, tokens: TokenSet, schemes: list[QuantScheme]
 ) -> Iterator[LayerSensitivity]:
@@ -42,30 +43,29 @@ def measure_sensitivity(
             for name, (_, width) in skeleton.linear_shapes(index).items():
                 if scheme.group_size != -1 and width % scheme.group_size:
                     raise UserError(f"--group-size {scheme.group_size} does not divide the {width} inputs of {name}.")
-    with torch.no_grad():
-        inputs = [torch.cat([skeleton.embed(row[None]) for row in tokens.input_ids])]
-        blocks = [skeleton.block(range(index, index + 1)) for index in range(len(skeleton))]
-        for block in blocks:
-            inputs.append(torch.cat([block(part) for part in inputs[-1].split(1)]))
-        head, objective = skeleton.head(torch.float32), KL()
-        target = objective.target(head.readout(inputs[-1][tokens.mask]), head)
+    inputs = [torch.cat([skeleton.embed(row[None]) for row in tokens.input_ids])]
+    blocks = [skeleton.block(range(index, index + 1)) for index in range(len(skeleton))]
+    for block in blocks:
+        inputs.append(torch.cat([block(part) for part in inputs[-1].split(1)]))
+    head, objective = skeleton.head(torch.float32), KL()
+    target = objective.target(head.readout(inputs[-1][tokens.mask]), head)
 
-        def kl_from(start: int) -> float:
-            hidden: Tensor = inputs[start]
-            for later in blocks[start:]:
-                hidden = torch.cat([later(part) for part in hidden.split(1)])
-            return float(objective.token_loss(head.readout(hidden[tokens.mask]), target, head).mean())
+    def kl_from(start: int) -> float:
+        hidden: Tensor = inputs[start]
+        for later in blocks[start:]:
+            hidden = torch.cat([later(part) for part in hidden.split(1)])
+        return float(objective.token_loss(head.readout(hidden[tokens.mask]), target, head).mean())
 
-        for index, block in enumerate(blocks):
-            for name, linear in block.linears().items():
-                weight, kl = linear.weight.clone(), {}
-                for scheme in schemes:
-                    rtn = RTN(weight, scheme, checkpoint.dtype)
-                    rtn.solve()
-                    linear.weight.copy_(rtn.export().dequantize())
-                    kl[scheme.num_bits] = kl_from(index)
-                linear.weight.copy_(weight)
-                yield LayerSensitivity(name, weight.numel(), kl)
+    for index, block in enumerate(blocks):
+        for name, linear in block.linears().items():
+            weight, kl = linear.weight.clone(), {}
+            for scheme in schemes:
+                rtn = RTN(weight, scheme, checkpoint.dtype)
+                rtn.solve()
+                linear.weight.copy_(rtn.export().dequantize())
+                kl[scheme.num_bits] = kl_from(index)
+            linear.weight.copy_(weight)
+            yield LayerSensitivity(name, weight.numel(), kl)
 
 
 def check_average(average_bits: float, widths: list[int]) -> None:

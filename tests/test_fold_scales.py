@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from lfq_lightning.checkpoints import open_checkpoint
-from lfq_lightning.errors import UserError
 from lfq_lightning.fold_scales import fold_scales
 from lfq_lightning.model_skeleton import ModelSkeleton
 from lfq_lightning.plan import Plan, Rule
@@ -33,15 +32,6 @@ def test_the_function_stays(family_folder):
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     source, readers = skeleton.checkpoint.family.folds[0]
     assert {f"{block.names[0]}.{name}.weight" for name in (source, *readers)} <= changed
-
-
-def test_half_of_the_readers(llama):
-    skeleton = ModelSkeleton(open_checkpoint(str(llama)))
-    skeleton.embed(torch.zeros(1, 16, dtype=torch.int64))
-    rules = [Rule("*.q_proj", "gptq"), Rule("all", "awq")]
-    plan = Plan(rules).resolve(skeleton)[0]
-    with torch.no_grad(), pytest.raises(UserError, match=r"q_proj.*read one tensor, so awq scales all of them or none"):
-        fold_scales(skeleton.block(plan.indices), plan.layers, batches(), skeleton.checkpoint.family, torch.float32)
 
 
 def test_scaling_helps_where_channels_differ():

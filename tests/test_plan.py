@@ -4,6 +4,7 @@ import pytest
 
 from lfq_lightning.checkpoints import open_checkpoint
 from lfq_lightning.errors import UserError
+from lfq_lightning.families import Family
 from lfq_lightning.model_skeleton import ModelSkeleton
 from lfq_lightning.plan import Plan, Rule
 
@@ -58,6 +59,8 @@ def test_first_match_wins(skeleton):
         ([Rule("all", {**FLEXROUND, "init": "flexround"})], "init 'flexround' does not solve"),
         ([Rule("all", {**FLEXROUND, "init": {"name": "block_ap", "init": "flexround"}})], "init 'block_ap' does not"),
         ([Rule("all", {**FLEXROUND, "init": "fp"})], "init 'fp' does not solve"),
+        ([Rule("*.q_proj", "gptq"), Rule("all", "awq")], r"q_proj.*read one tensor, so awq scales all of them or none"),
+        ([Rule("*.up_proj", {"name": "awq", "bits": 3}), Rule("all", "awq")], r"gate_proj.*for one grid"),
         ([Rule("all", {"name": "nf4", "bits": 3})], "nf4 has 4 bits"),
         ([Rule("all", {"name": "nf4", "group_size": 32})], "nf4: group_size 32 must be one of 64"),
         ([Rule("all", FLEXROUND, objective="logit_ce")], "block 0 is not the last; use `match: last`"),
@@ -82,3 +85,11 @@ def test_first_match_wins(skeleton):
 def test_mistakes(skeleton, rules, message):
     with pytest.raises(UserError, match=message):
         Plan(rules).resolve(skeleton)
+
+
+def test_a_family_without_folds(llama):
+    skeleton = ModelSkeleton(open_checkpoint(str(llama)))
+    skeleton.checkpoint.family = Family(folds=())
+    with pytest.raises(UserError, match="no such pairs are known of llama; add `folds`"):
+        Plan([Rule("all", "awq")]).resolve(skeleton)
+    assert len(Plan([Rule("all", "gptq")]).resolve(skeleton)) == 3

@@ -52,7 +52,7 @@ class AdaRound(LearnedQuantizer):
 
     paper = "AdaRound (arXiv 2004.10568), section 3.2, equations 21 to 23"
     default_init = "awq"
-    rates = {"position": 25.0}
+    rates = {"position": 25.0, "log_scale": 4.0}
 
     def __init__(self, latent: Tensor, start: QuantizedTensor, *, sharpness: float = 1000.0) -> None:
         super().__init__(latent, start)
