@@ -56,9 +56,9 @@ def _last_by(objective: Any) -> Callable[[Setting], Plan]:
 
 def _recipe(setting: Setting) -> Plan:
     quantizer = setting.quantizer("adaround", init="awq")
-    rest = {"match": "all", "quantizer": quantizer, **setting.training(), "steps": setting.steps * 5 // 8}
+    rest = {"match": "all", "quantizer": quantizer, **setting.training(), "steps": setting.steps * 9 // 16}
     anchored = [{"name": "logit_ce", "weight": 1}, {"name": "mse", "normalised": True, "weight": 5}]
-    return [{**rest, "match": "last", "objective": anchored, "steps": setting.steps // 2}, rest]
+    return [{**rest, "match": "last", "objective": anchored, "steps": setting.steps * 2 // 5}, rest]
 
 
 RECIPE = "recipe"
