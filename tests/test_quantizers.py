@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from lfq_lightning.optimizers import DEFAULT_LR, build_optimizer
 from lfq_lightning.quant_scheme import QuantScheme
 from lfq_lightning.quantizers import QUANTIZERS, ClosedFormQuantizer, LearnedQuantizer
 
@@ -106,9 +108,83 @@ def test_learned(name, init, scheme):
     quantizer.eval()
     ended = quantizer.export()
     assert ended.scale.dtype == torch.bfloat16
-    assert torch.allclose(quantizer().bfloat16(), ended.dequantize())  # what is trained is what ships
+    assert torch.equal(quantizer().bfloat16(), ended.dequantize())  # what is trained is what ships
     if scheme.symmetric:
         assert torch.equal(ended.zero_point, begun.zero_point)
+
+
+def trained(name, scheme, steps=60):
+    """Train a toy layer from the quantizer's own start as the plan would; return it, its start, its errors."""
+    weight, inputs = problem()
+    cls = QUANTIZERS.parse(name).cls
+    start = solved(cls.default_init, scheme)
+    quantizer = QUANTIZERS.parse(name).build(start.latent, start.export())
+    lr = DEFAULT_LR[cls.default_optimizer](steps)
+    trainable = {n: p for n, p in quantizer.named_parameters() if p.requires_grad}
+    groups = [{"params": [p], "lr": lr * cls.rates.get(n, 1.0)} for n, p in trainable.items()]
+    settings = build_optimizer(cls.default_optimizer, groups, steps, fused=True)
+    errors = []
+    for step in range(steps):
+        quantizer.eval()
+        errors.append(float(((inputs @ (quantizer() - weight).T) ** 2).mean().detach()))
+        quantizer.train()
+        quantizer.anneal(step / steps)
+        settings["optimizer"].zero_grad()
+        ((inputs @ (quantizer() - weight).T) ** 2).mean().backward()
+        settings["optimizer"].step()
+        settings["lr_scheduler"]["scheduler"].step()
+    return quantizer.eval(), start, errors
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("name", VARIANTS, ids=str)
+def test_the_best_step_beats_the_start(name, symmetric):
+    _, _, errors = trained(name, QuantScheme(3, 9, symmetric), steps=300)
+    assert min(errors[1:]) < errors[0]
+
+
+@pytest.mark.parametrize("name", VARIANTS, ids=str)
+def test_same_start_same_bytes_and_state_survives(name, tmp_path):
+    scheme = QuantScheme(3, 9, symmetric=False)
+    first, start, _ = trained(name, scheme, steps=5)
+    second, _, _ = trained(name, scheme, steps=5)
+    save_file(first.state_dict(), tmp_path / "state.safetensors")
+    third = QUANTIZERS.parse(name).build(start.latent, start.export()).eval()
+    third.load_state_dict(load_file(tmp_path / "state.safetensors"))
+    for other in (second.export(), third.export()):
+        assert torch.equal(first.export().codes, other.codes)
+        assert torch.equal(first.export().scale, other.scale)
+        assert torch.equal(first.export().zero_point, other.zero_point)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_gradient_of_flexround(symmetric):
+    """Against autograd of the paper's equation in fp64, with the round written as detached."""
+    scheme = QuantScheme(2, 9, symmetric)
+    start = solved("rtn", scheme)
+    name = {"name": "flexround", "offset": True, "zero_point": True}
+    quantizer = QUANTIZERS.parse(name).build(start.latent, start.export())
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in quantizer.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    upstream = torch.randn(7, 63)
+    (quantizer() * upstream).sum().backward()
+    exact = {n: p.detach().double().requires_grad_() for n, p in quantizer.named_parameters() if p.requires_grad}
+    scale = start.export().scale.double() * exact["log_s1"].exp()
+    zero = start.export().zero_point.double()
+    if not symmetric:
+        zero = zero + exact["zero_shift"]
+        zero = (zero + (zero.round() - zero).detach()).clamp(0, 3)
+    ratio = start.latent.double().view(7, 7, 9) / (scale * (exact["log_s2"] + exact["log_s3"]).exp())
+    ratio = ratio + exact["offset"].clamp(-0.5, 0.5)
+    codes = (ratio + (ratio.round() - ratio).detach() + zero).clamp(0, 3)
+    (((codes - zero) * scale).flatten(1) * upstream).sum().backward()
+    for label, parameter in quantizer.named_parameters():
+        if parameter.requires_grad:
+            error = (parameter.grad.double() - exact[label].grad).norm()
+            assert error <= 1e-4 * exact[label].grad.norm() + 1e-6, label
 
 
 def test_an_offset_lifts_weights_that_round_to_zero():
@@ -128,6 +204,20 @@ def test_an_offset_lifts_weights_that_round_to_zero():
             optimizer.step()
         moved = quantizer.export().codes[:, ::9] != scheme.middle_code
         assert bool(moved.any()) == offset
+
+
+@pytest.mark.parametrize("shape", [(7, 63), (5, 64), (36, 288), (3, 1000)])
+def test_nf4_by_hand(shape):
+    """Blocks of 64 of the flat weight, each value to the nearest of the 16 levels of QLoRA (appendix E)."""
+    levels = [-1.0, -0.6961928, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.09105004, 0.0]
+    levels += [0.0795803, 0.1609302, 0.24611230, 0.33791524, 0.44070983, 0.5626170, 0.72295684, 1.0]
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    ours = QUANTIZERS.parse("nf4").build(weight, QuantScheme(4)).export()
+    assert ours.shape == weight.shape
+    for block, quantised in zip(weight.flatten().split(64), ours.flatten().split(64), strict=True):
+        largest = block.abs().max()
+        nearest = (block[:, None] / largest - torch.tensor(levels)).abs().argmin(1)
+        assert torch.allclose(quantised, torch.tensor(levels)[nearest] * largest, rtol=1e-3, atol=1e-3)
 
 
 def test_dequantize_rounds_once():

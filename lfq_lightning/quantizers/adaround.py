@@ -67,6 +67,7 @@ class AdaRound(LearnedQuantizer):
         self.low = nn.Parameter(low + self.start_zero, requires_grad=False)
         self.position = nn.Parameter(position)
         self.log_scale = nn.Parameter(torch.zeros_like(self.start_scale))
+        del self.latent  # low and position say the same
 
     @classmethod
     def check(cls, scheme: QuantScheme, options: dict[str, Any]) -> None:

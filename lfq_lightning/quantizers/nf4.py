@@ -35,5 +35,8 @@ class NF4(DenseQuantizer):
         except ImportError as error:
             raise UserError("quantizer nf4 needs bitsandbytes; pip install bitsandbytes.") from error
         size = 64 if self.scheme.group_size == -1 else self.scheme.group_size
-        packed, state = quantize_4bit(self.weight, blocksize=size, quant_type="nf4")
-        return dequantize_4bit(packed, state).to(torch.float32)
+        # One block a row: bitsandbytes' CPU kernel goes wrong where a block crosses the end of a row.
+        flat = torch.nn.functional.pad(self.weight.flatten(), (0, -self.weight.numel() % size)).view(-1, size)
+        packed, state = quantize_4bit(flat, blocksize=size, quant_type="nf4")
+        whole = dequantize_4bit(packed, state).to(torch.float32).flatten()
+        return whole[: self.weight.numel()].view_as(self.weight)
