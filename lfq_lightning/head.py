@@ -5,6 +5,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from lfq_lightning.gram import add_gram
 from lfq_lightning.ops.logit_divergence import soft_cap
 
 _GRAM_WORDS = 2**14  # rows of the head turned to fp32 at once
@@ -48,9 +49,9 @@ class Head(nn.Module):
         sums = torch.promote_types(self.weight.dtype, torch.float32)
         width = self.weight.shape[1]
         gram = torch.zeros(width, width, dtype=sums, device=self.weight.device)
-        with torch.no_grad(), torch.autocast(self.weight.device.type, enabled=False):
+        with torch.no_grad():
             for words in self.weight.split(_GRAM_WORDS):
-                gram.addmm_(words.to(sums).T, words.to(sums))
+                add_gram(gram, words)
         return gram
 
     def readout(self, hidden: Tensor) -> Tensor:

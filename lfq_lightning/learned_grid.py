@@ -1,4 +1,4 @@
-"""What learned quantizers share: rounding with a gradient, and grids whose ends move."""
+"""What learned quantizers share: rounding with a gradient."""
 
 from typing import Any
 
@@ -58,15 +58,3 @@ def fake_quantize(levels: Tensor, scale: Tensor, zero: Tensor, most: int) -> Ten
         most: the largest code.
     """
     return _FakeQuantize.apply(levels, scale, zero, most)
-
-
-def moved_ends(
-    scale: Tensor, zero: Tensor, most: int, low: Tensor, high: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Return scale and zero point (O, G, 1) of an asymmetric grid whose ends are multiples of a given grid's.
-
-    A grid reaches from -zero·scale to (most - zero)·scale; its lower end is multiplied by `low`, its upper by `high`.
-    The scale is rounded to `dtype`, the zero point to a code.
-    """
-    factor = (zero * low + (most - zero) * high) / most
-    return ship_through(scale * factor, dtype), round_through(zero * low / factor).clamp(0, most)

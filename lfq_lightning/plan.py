@@ -141,14 +141,14 @@ class Plan:
         used: list[_ParsedRule] = []
         last = len(skeleton) - 1 in indices
         for index in indices:
-            for name, (_, in_features) in skeleton.linear_shapes(index).items():
+            for name in skeleton.linear_shapes(index):
                 matching = [parsed for parsed in self._rules if _matches(parsed.rule.match, name, index, last)]
                 outcome.matched.update(parsed.where for parsed in matching)
                 if not matching:
                     continue
                 first = matching[0]
                 outcome.won.add(first.where)
-                _check_group(first, name, in_features, skeleton, index)
+                check_group(first.layer.scheme, name, skeleton, index, first.where)
                 layers[name] = first.layer
                 if first not in used:
                     used.append(first)
@@ -246,14 +246,15 @@ def _parse_quantizer(value: str | dict[str, Any]) -> LayerPlan:
     return LayerPlan(scheme, closed_form, learned)
 
 
-def _check_group(parsed: _ParsedRule, name: str, in_features: int, skeleton: ModelSkeleton, index: int) -> None:
-    size = parsed.layer.scheme.group_size
+def check_group(scheme: QuantScheme, name: str, skeleton: ModelSkeleton, index: int, where: str) -> None:
+    """Raise UserError, beginning with `where`, if the groups do not divide the inputs of a layer of block `index`."""
+    size, in_features = scheme.group_size, skeleton.linear_shapes(index)[name][1]
     if size == -1 or in_features % size == 0:
         return
     widths = {i for _, i in skeleton.linear_shapes(index).values()}
     fitting = [str(k) for k in range(16, min(widths) + 1) if all(width % k == 0 for width in widths)]
     raise UserError(
-        f"{parsed.where}: group_size {size} does not divide the {in_features} inputs of {name}; "
+        f"{where}: group_size {size} does not divide the {in_features} inputs of {name}; "
         f"sizes that fit all its block's layers: {', '.join(fitting)}, or -1 (per output channel)."
     )
 

@@ -12,6 +12,7 @@ from lfq_lightning.checkpoints import Checkpoint
 from lfq_lightning.errors import UserError
 from lfq_lightning.model_skeleton import ModelSkeleton
 from lfq_lightning.objectives.kl import KL
+from lfq_lightning.plan import check_group
 from lfq_lightning.quant_scheme import QuantScheme
 from lfq_lightning.quantizers.rtn import RTN
 from lfq_lightning.token_set import TokenSet
@@ -40,9 +41,8 @@ def measure_sensitivity(
     skeleton = ModelSkeleton(checkpoint)
     for scheme in schemes:
         for index in range(len(skeleton)):
-            for name, (_, width) in skeleton.linear_shapes(index).items():
-                if scheme.group_size != -1 and width % scheme.group_size:
-                    raise UserError(f"--group-size {scheme.group_size} does not divide the {width} inputs of {name}.")
+            for name in skeleton.linear_shapes(index):
+                check_group(scheme, name, skeleton, index, "sensitivity")
     inputs = [torch.cat([skeleton.embed(row[None]) for row in tokens.input_ids])]
     blocks = [skeleton.block(range(index, index + 1)) for index in range(len(skeleton))]
     for block in blocks:

@@ -58,22 +58,23 @@ def solve(
             quantizers.append((names, plan.closed_form.build(weight, plan.scheme, scale_dtype)))
         watching = [quantizer for _, quantizer in quantizers if quantizer.needs_inputs]
         if watching:
-            for rows in inputs_of(block, linears[stage[0]], inputs):
+            for rows in _inputs_of(block, linears[stage[0]], inputs):
                 for quantizer in watching:
                     quantizer.observe(rows)
         for names, quantizer in quantizers:
             quantizer.solve()
-            _check(quantizer, names)
+            exported = quantizer.export()
+            _check(quantizer, exported, names)
             sizes = [linears[name].out_features for name in names]
-            parts = zip(quantizer.export().split(sizes), quantizer.latent.split(sizes), strict=True)
+            parts = zip(exported.split(sizes), quantizer.latent.split(sizes), strict=True)
             for name, (quantized, latent) in zip(names, parts, strict=True):
                 solutions[name] = Solution(quantized, latent)
                 linears[name].weight.copy_(quantized.dequantize())
     return solutions
 
 
-def _check(quantizer: ClosedFormQuantizer, names: list[str]) -> None:
-    exported, shape = quantizer.export(), quantizer.weight.shape
+def _check(quantizer: ClosedFormQuantizer, exported: QuantizedTensor, names: list[str]) -> None:
+    shape = quantizer.weight.shape
     if exported.codes.shape != shape or quantizer.latent.shape != shape:
         raise UserError(
             f"quantizer {plugin_name(type(quantizer))}: codes and latent are {tuple(exported.codes.shape)} and "
@@ -109,7 +110,7 @@ def _stages(block: DecoderBlock, inputs: Inputs) -> list[list[str]]:
     return [names for _, names in seen]
 
 
-def inputs_of(block: DecoderBlock, linear: nn.Linear, inputs: Inputs) -> Iterator[Tensor]:
+def _inputs_of(block: DecoderBlock, linear: nn.Linear, inputs: Inputs) -> Iterator[Tensor]:
     """Yield the inputs (tokens, I) of one layer, pads removed, for each batch."""
     caught: list[Tensor] = []
 

@@ -13,8 +13,8 @@ from lfq_lightning.plan import BlockPlan
 class BlockReport:
     """What calibrating one block did.
 
-    Losses are those of its objective on the held-out split, before and after training; `kl_…` is the KL to full precision
-    (nats per token) of what the head reads after the block. `index` is its first decoder layer.
+    Losses are those of its objective on the held-out split, before and after training; `kl_…` is the KL to full
+    precision (nats per token) of what the head reads after the block. `index` is its first decoder layer.
     """
 
     index: int

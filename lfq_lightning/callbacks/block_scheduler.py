@@ -15,7 +15,6 @@ from lfq_lightning.block_flops import block_flops
 from lfq_lightning.block_module import BlockModule
 from lfq_lightning.calibration_block import CalibrationBlock
 from lfq_lightning.callbacks import CALLBACKS, BlockCallback, BlockReport
-from lfq_lightning.decoder_block import DecoderBlock
 from lfq_lightning.errors import UserError
 from lfq_lightning.final_block_module import FinalBlockModule
 from lfq_lightning.fold_scales import fold_scales
@@ -113,14 +112,14 @@ class BlockScheduler(BlockCallback):
             with self._forward_only():
                 self._keep_if_best(self._held_out()[0])
         self._end()
-        following = self.plans.index(self.current.plan) + 1
+        following = self.current.plan.index + 1
         if following < len(self.plans):
             self._begin(self.plans[following])
         else:
             self._finish()
             trainer.should_stop = True
 
-    # ---- one block -----------------------------------------------------------------------------------------------------
+    # ---- one block ---------------------------------------------------------------------------------------------------
 
     def _begin(self, plan: BlockPlan) -> None:
         """Run the teacher, solve in closed form, and put the block on the bench."""
@@ -193,7 +192,7 @@ class BlockScheduler(BlockCallback):
         for listener in self._listeners():
             listener.on_run_end(self.trainer, metrics, self.folder.path)
 
-    # ---- parts ---------------------------------------------------------------------------------------------------------
+    # ---- parts -------------------------------------------------------------------------------------------------------
 
     def _module(self, plan: BlockPlan) -> CalibrationBlock:
         objective, clips = plan.objective.build(), bool(self.trainer.gradient_clip_val)
@@ -253,16 +252,15 @@ class BlockScheduler(BlockCallback):
             )
 
     def _write(self, plan: BlockPlan, shipped: dict[str, QuantizedTensor]) -> None:
-        dense = {name: tensor.to(self.skeleton.checkpoint.dtype) for name, tensor in self.block.tensors().items()}
+        replaced, dtype = {f"{name}.weight" for name in shipped}, self.skeleton.checkpoint.dtype
+        dense = {name: tensor for name, tensor in self.block.tensors().items() if name not in replaced}
         for index, layer in zip(plan.indices, self.block.names, strict=True):
-            own = {name: quantized for name, quantized in shipped.items() if name.startswith(f"{layer}.")}
-            replaced = {f"{name}.weight" for name in own}
-            tensors = {
-                name: tensor.cpu() for name, tensor in dense.items() if name.startswith(f"{layer}.") and name not in replaced
-            }
-            for name, quantized in own.items():
-                tensors |= pack_tensors(name, quantized)
-                self.schemes[name] = quantized.scheme
+            prefix = f"{layer}."
+            tensors = {name: tensor.to(dtype).cpu() for name, tensor in dense.items() if name.startswith(prefix)}
+            for name, quantized in shipped.items():
+                if name.startswith(prefix):
+                    tensors |= pack_tensors(name, quantized)
+                    self.schemes[name] = quantized.scheme
             self.folder.write_shard(index + 1, tensors)
 
     def _lens_kl(self, outputs: Tensor) -> float:
@@ -278,7 +276,7 @@ class BlockScheduler(BlockCallback):
     def _report(self, plan: BlockPlan, kl_before: float, kl_after: float) -> BlockReport:
         tokens, held_out = self.splits.train.mask.numel(), self.splits.held_out.mask.numel()
         flops = [block_flops(p, self.skeleton, tokens, held_out, self.data.seq_len) for p in self.plans]
-        now, done = time.perf_counter(), sum(flops[: self.plans.index(plan) + 1])
+        now, done = time.perf_counter(), sum(flops[: plan.index + 1])
         return BlockReport(
             index=plan.index,
             name=" + ".join(self.block.names),

@@ -15,8 +15,8 @@ class DivergenceObjective(Objective):
     """Base of objectives that are a function of the student's and the teacher's logits.
 
     Args:
-        temperature: both rows of logits are divided by it; the loss is multiplied by its square, which keeps the size of
-            the gradient (Hinton et al., arXiv 1503.02531, section 2).
+        temperature: both rows of logits are divided by it; the loss is multiplied by its square, which keeps the size
+            of the gradient (Hinton et al., arXiv 1503.02531, section 2).
     """
 
     logit_space = True

@@ -2,11 +2,11 @@
 
 from torch import Tensor
 
-from lfq_lightning.token_set import NO_NEXT
 from lfq_lightning.errors import UserError
 from lfq_lightning.head import Head
 from lfq_lightning.objectives import OBJECTIVES, Objective
 from lfq_lightning.ops.linear_soft_ce import linear_soft_ce
+from lfq_lightning.token_set import NO_NEXT
 
 
 @OBJECTIVES.register

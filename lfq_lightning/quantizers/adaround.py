@@ -1,12 +1,11 @@
 """AdaRound: soft rounding that hardens while it is trained."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from lfq_lightning.errors import UserError
-from lfq_lightning.learned_grid import ship_through
 from lfq_lightning.quant_scheme import QuantScheme
 from lfq_lightning.quantized_tensor import QuantizedTensor
 from lfq_lightning.quantizers import QUANTIZERS, LearnedQuantizer
@@ -18,9 +17,7 @@ class _SoftRound(torch.autograd.Function):
     """(clip(low + sigmoid(sharpness·position), 0, most) - zero)·scale."""
 
     @staticmethod
-    def forward(
-        ctx, position: Tensor, scale: Tensor, low: Tensor, zero: Tensor, sharpness: float, most: int
-    ) -> Tensor:
+    def forward(ctx, position: Tensor, scale: Tensor, low: Tensor, zero: Tensor, sharpness: float, most: int) -> Tensor:
         up = (position * sharpness).sigmoid_()
         codes = low + up
         inside = (codes >= 0) & (codes <= most)
@@ -41,10 +38,10 @@ class _SoftRound(torch.autograd.Function):
 class AdaRound(LearnedQuantizer):
     """Each weight goes up or down: floor(W/s) + sigmoid(β·ν), with ν learned and β growing until the sigmoid is a step.
 
-    In training the rounding is soft and its gradient exact, no straight-through estimate: the weights that have hardened
-    are made up for by those that have not yet (as in TesseraQ, arXiv 2410.19103, which hardens them one share after the
-    other). β grows exponentially over the plan's steps in place of AdaRound's regulariser. Held-out checks and the export
-    take the hard rounding, ν > 0; at the start that is `init`'s. The scale of each group is learned too.
+    In training the rounding is soft and its gradient exact, no straight-through estimate: the weights that have
+    hardened are made up for by those that have not yet (as in TesseraQ, arXiv 2410.19103, which hardens them one share
+    after the other). β grows exponentially over the plan's steps in place of AdaRound's regulariser. Held-out checks
+    and the export take the hard rounding, ν > 0; at the start that is `init`'s. The scale of each group is learned too.
 
     Args:
         sharpness: β at the last step; it is 1 at the first.
@@ -52,7 +49,7 @@ class AdaRound(LearnedQuantizer):
 
     paper = "AdaRound (arXiv 2004.10568), section 3.2, equations 21 to 23"
     default_init = "awq"
-    rates = {"position": 25.0, "log_scale": 4.0}
+    rates: ClassVar = {"position": 25.0, "log_scale": 4.0}
 
     def __init__(self, latent: Tensor, start: QuantizedTensor, *, sharpness: float = 1000.0) -> None:
         super().__init__(latent, start)
@@ -78,7 +75,7 @@ class AdaRound(LearnedQuantizer):
         self.beta = self.sharpness**progress
 
     def grid(self) -> tuple[Tensor, Tensor]:
-        return ship_through(self.start_scale * self.log_scale.exp(), self.scale_dtype), self.start_zero
+        return self.scaled_grid(self.log_scale)
 
     def levels(self, scale: Tensor) -> Tensor:
         return self.low - self.start_zero + (self.position > 0)

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
+from lfq_lightning.gram import add_gram
 from lfq_lightning.quant_scheme import QuantScheme
-from lfq_lightning.quantized_tensor import QuantizedTensor
-from lfq_lightning.quantizers import QUANTIZERS, ClosedFormQuantizer
+from lfq_lightning.quantizers import QUANTIZERS, NearestQuantizer
 from lfq_lightning.round_to_nearest import round_to_nearest
 from lfq_lightning.scale_search import search_scale
 
@@ -13,13 +13,13 @@ _SEARCH_RATIOS = 1  # scalings are compared on plain min-max grids
 
 
 @QUANTIZERS.register
-class AWQ(ClosedFormQuantizer):
+class AWQ(NearestQuantizer):
     """AWQ: input channels with large activations are scaled up before rounding to nearest, and ranges are clipped.
 
-    The scale of a channel is mean|x|^r / mean|w|^(1-r), w relative to its group's largest ("duo scaling"), with the r of a
-    grid that makes the least error in the layer's output; it is folded into the norm or layer before (families.py), so the
-    model's function stays. Then each group's range is shrunk to what makes the least error in its share of the output.
-    Both errors come from the Hessian Σxxᵀ, so no activations are kept.
+    The scale of a channel is mean|x|^r / mean|w|^(1-r), w relative to its group's largest ("duo scaling"), with the r
+    of a grid that makes the least error in the layer's output; it is folded into the norm or layer before
+    (families.py), so the model's function stays. Then each group's range is shrunk to what makes the least error in its
+    share of the output. Both errors come from the Hessian Σxxᵀ, so no activations are kept.
 
     Args:
         grid: exponents r tried, from 0 to 1 (and no scaling at all).
@@ -43,8 +43,7 @@ class AWQ(ClosedFormQuantizer):
 
     def observe(self, inputs: Tensor) -> None:
         inputs = inputs.float()
-        with torch.autocast(inputs.device.type, enabled=False):
-            self.hessian.addmm_(inputs.T, inputs)
+        add_gram(self.hessian, inputs)
         self.activation += inputs.abs().sum(0)
         self.tokens += len(inputs)
 
@@ -68,18 +67,12 @@ class AWQ(ClosedFormQuantizer):
         groups = self.weight.shape[1] // width
         blocks = self.hessian.view(groups, width, groups, width).diagonal(dim1=0, dim2=2)
         hessian = blocks.permute(2, 0, 1).contiguous()
-        grids = [search_scale(self.weight, self.scheme, self.scale_dtype, self.clip, hessian=h) for h in (hessian, None)]
+        grids = [
+            search_scale(self.weight, self.scheme, self.scale_dtype, self.clip, hessian=h) for h in (hessian, None)
+        ]
         by_output, by_weight = (self._errors(self.weight, *grid) for grid in grids)
         better = (by_output <= by_weight)[:, None, None]  # groups were searched one by one: their sum decides
         self.scale, self.zero_point = (torch.where(better, a, b) for a, b in zip(*grids, strict=True))
-
-    @property
-    def latent(self) -> Tensor:
-        return self.weight
-
-    def export(self) -> QuantizedTensor:
-        codes = round_to_nearest(self.weight, self.scale, self.zero_point, self.scheme)
-        return self.quantized(codes, self.scale, self.zero_point)
 
     def _error(self, input_scale: Tensor) -> float:
         scaled = self.weight * input_scale

@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor, nn
 
-from lfq_lightning.learned_grid import round_through, ship_through
 from lfq_lightning.quantized_tensor import QuantizedTensor
 from lfq_lightning.quantizers import QUANTIZERS, LearnedQuantizer
 
@@ -12,8 +11,8 @@ from lfq_lightning.quantizers import QUANTIZERS, LearnedQuantizer
 class BlockAP(LearnedQuantizer):
     """Trains the weights themselves, the scales and the zero points, straight through the rounding.
 
-    So that one learning rate serves every model, weights are learned as a shift in levels of the start's scale (W = W₀ +
-    s₀·ω) and scales as a factor on the start's. A symmetric grid keeps its zero point.
+    So that one learning rate serves every model, weights are learned as a shift in levels of the start's scale (W = W₀
+    + s₀·ω) and scales as a factor on the start's. A symmetric grid keeps its zero point.
     """
 
     paper = "EfficientQAT (arXiv 2407.11062), section 3.2, Block-AP"
@@ -25,10 +24,7 @@ class BlockAP(LearnedQuantizer):
         self.zero_shift = None if self.scheme.symmetric else nn.Parameter(torch.zeros_like(self.start_scale))
 
     def grid(self) -> tuple[Tensor, Tensor]:
-        scale = ship_through(self.start_scale * self.log_scale.exp(), self.scale_dtype)
-        if self.zero_shift is None:
-            return scale, self.start_zero
-        return scale, round_through(self.start_zero + self.zero_shift).clamp(0, self.scheme.max_code)
+        return self.scaled_grid(self.log_scale, self.zero_shift)
 
     def levels(self, scale: Tensor) -> Tensor:
         return self.latent / scale + self.shift * (self.start_scale / scale)

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from lfq_lightning.errors import UserError
-from lfq_lightning.learned_grid import round_through, ship_through
 from lfq_lightning.quant_scheme import QuantScheme
 from lfq_lightning.quantized_tensor import QuantizedTensor
 from lfq_lightning.quantizers import QUANTIZERS, LearnedQuantizer
@@ -20,8 +19,8 @@ class FlexRound(LearnedQuantizer):
     training starts exactly at the codes of `init`. s1 is rounded to the dtype that ships inside the graph. With
     `init: gptq`, W is the error-compensated weight that GPTQ rounds. A clipped weight passes no gradient to S2 and s3.
 
-    A division moves large weights far and never lifts a weight that rounds to 0, or changes its sign. An additive offset
-    inside the round (AutoRound's, arXiv 2309.05516, section 3) has the opposite property; `offset` learns both.
+    A division moves large weights far and never lifts a weight that rounds to 0, or changes its sign. An additive
+    offset inside the round (AutoRound's, arXiv 2309.05516, section 3) has the opposite property; `offset` learns both.
 
     Args:
         offset: also learn an offset in [-0.5, 0.5] of a level for each weight.
@@ -57,10 +56,7 @@ class FlexRound(LearnedQuantizer):
             raise UserError(f"quantizer flexround: rank {options['rank']} must be positive, or 0 for a full S2.")
 
     def grid(self) -> tuple[Tensor, Tensor]:
-        scale = ship_through(self.start_scale * self.log_s1.exp(), self.scale_dtype)
-        if self.zero_shift is None:
-            return scale, self.start_zero
-        return scale, round_through(self.start_zero + self.zero_shift).clamp(0, self.scheme.max_code)
+        return self.scaled_grid(self.log_s1, self.zero_shift)
 
     def levels(self, scale: Tensor) -> Tensor:
         levels = _Divide.apply(self.latent, scale, self._log_s2(), self.log_s3)

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lfq_lightning.gram import add_gram
 from lfq_lightning.quant_scheme import QuantScheme
 from lfq_lightning.quantized_tensor import QuantizedTensor
 from lfq_lightning.quantizers import QUANTIZERS, ClosedFormQuantizer
@@ -27,9 +28,9 @@ class GPTQ(ClosedFormQuantizer):
 
     Args:
         damp: added to the Hessian's diagonal, as a share of its mean; grown tenfold until the Cholesky succeeds.
-        act_order: `static` rounds the columns in order of decreasing Hessian diagonal, on grids found beforehand; `group`
-            takes the groups in that order, and finds each group's grid when it is reached, on the weights as compensated
-            by then (GPTQModel's group-aware order); `none` keeps the order of the columns.
+        act_order: `static` rounds the columns in order of decreasing Hessian diagonal, on grids found beforehand;
+            `group` takes the groups in that order, and finds each group's grid when it is reached, on the weights as
+            compensated by then (GPTQModel's group-aware order); `none` keeps the order of the columns.
         ratios: shrink factors tried per group in the search of the scale.
         scale_by: what the search measures rounding errors by: the `weight`, or each weight's share of the output by the
             Hessian's `diagonal`.
@@ -58,9 +59,7 @@ class GPTQ(ClosedFormQuantizer):
         self.hessian = torch.zeros(in_features, in_features, dtype=torch.float32, device=weight.device)
 
     def observe(self, inputs: Tensor) -> None:
-        inputs = inputs.float()
-        with torch.autocast(inputs.device.type, enabled=False):  # bf16 sums broke the Cholesky
-            self.hessian.addmm_(inputs.T, inputs)
+        add_gram(self.hessian, inputs)
 
     def solve(self) -> None:
         (rows, columns), size = self.weight.shape, self.scheme.group_of(self.weight.shape[1])

@@ -14,7 +14,7 @@ _BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)  # what bitsandbytes has ke
 
 @QUANTIZERS.register
 class NF4(DenseQuantizer):
-    """4-bit NormalFloat of bitsandbytes in blocks of `group_size` (64 if -1). A row for tables: it ships dense, no smaller.
+    """4-bit NormalFloat of bitsandbytes in blocks of `group_size` (64 if -1). A row for tables: it ships dense.
 
     Its 16 levels are quantiles of a normal distribution, not an integer grid, so the packed format cannot hold them.
     """

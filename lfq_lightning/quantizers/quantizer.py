@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lfq_lightning.learned_grid import fake_quantize
+from lfq_lightning.learned_grid import fake_quantize, round_through, ship_through
 from lfq_lightning.quant_scheme import QuantScheme
 from lfq_lightning.quantized_tensor import QuantizedTensor
 
@@ -20,7 +20,7 @@ class Quantizer(nn.Module, ABC):
     scales_inputs: ClassVar[bool] = False  # it wants them scaled first
 
     @classmethod
-    def check(cls, scheme: QuantScheme, options: dict[str, Any]) -> None:  # noqa: B027 - not abstract: most hold all
+    def check(cls, scheme: QuantScheme, options: dict[str, Any]) -> None:
         """Raise UserError if this quantizer cannot hold the scheme, or an option is out of range."""
 
     @abstractmethod
@@ -55,14 +55,13 @@ class ClosedFormQuantizer(Quantizer):
         scale_dtype: the dtype in which scales ship.
     """
 
-
     def __init__(self, weight: Tensor, scheme: QuantScheme, scale_dtype: torch.dtype) -> None:
         super().__init__()
         self.weight = weight
         self.scheme = scheme
         self.scale_dtype = scale_dtype
 
-    def observe(self, inputs: Tensor) -> None:  # noqa: B027 - not abstract: a data-free quantizer looks at nothing
+    def observe(self, inputs: Tensor) -> None:
         """Take in a batch of the weight's inputs (tokens, I), pads removed. Called only if `needs_inputs`."""
 
     def input_scale(self) -> Tensor:
@@ -93,8 +92,9 @@ class LearnedQuantizer(Quantizer):
     """Trains the rounding of one weight by gradient, from the solution of a closed-form quantizer.
 
     A subclass says what is learned: the grid (scale and zero point), and the weight in units of the scale before it is
-    rounded. In eval mode `forward()` is `export().dequantize()`; in training it may differ. The plan names the quantizer it starts from by `init`, an option of every learned quantizer; at step 0
-    `export()` equals `start`. `rates` are learning rates relative to the plan's, by parameter name; 1 if not in it.
+    rounded. In eval mode `forward()` is `export().dequantize()`; in training it may differ. The plan names the
+    quantizer it starts from by `init`, an option of every learned quantizer; at step 0 `export()` equals `start`.
+    `rates` are learning rates relative to the plan's, by parameter name; 1 if not in it.
 
     Args:
         latent: (O, I) fp32, frozen; rounds to `start.codes` on the grid of `start`.
@@ -121,7 +121,26 @@ class LearnedQuantizer(Quantizer):
     def levels(self, scale: Tensor) -> Tensor:
         """Return what is rounded: the weight in units of the scale, (O, G, K)."""
 
-    def anneal(self, progress: float) -> None:  # noqa: B027 - not abstract: most do not change while they train
+    def scaled_grid(self, log_factor: Tensor, zero_shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return the starting grid with its scale multiplied by exp(log_factor) and its zero point shifted."""
+        scale = ship_through(self.start_scale * log_factor.exp(), self.scale_dtype)
+        if zero_shift is None:
+            return scale, self.start_zero
+        return scale, round_through(self.start_zero + zero_shift).clamp(0, self.scheme.max_code)
+
+    def stretched_grid(self, low: Tensor | None, high: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the start's grid with its ends, -z·s and (2^bits-1-z)·s, multiplied by `low` and `high`.
+
+        A symmetric grid has no `low`: its scale is multiplied by `high`.
+        """
+        if low is None:
+            return ship_through(self.start_scale * high, self.scale_dtype), self.start_zero
+        zero, most = self.start_zero, self.scheme.max_code
+        factor = (zero * low + (most - zero) * high) / most
+        scale = ship_through(self.start_scale * factor, self.scale_dtype)
+        return scale, round_through(zero * low / factor).clamp(0, most)
+
+    def anneal(self, progress: float) -> None:
         """Take note of how far training is, from 0 at the first step to 1 after the last; called before each step."""
 
     def forward(self) -> Tensor:

@@ -4,14 +4,12 @@ import torch
 from torch import Tensor
 
 from lfq_lightning.quant_scheme import QuantScheme
-from lfq_lightning.quantized_tensor import QuantizedTensor
-from lfq_lightning.quantizers import QUANTIZERS, ClosedFormQuantizer
-from lfq_lightning.round_to_nearest import round_to_nearest
+from lfq_lightning.quantizers import QUANTIZERS, NearestQuantizer
 from lfq_lightning.scale_search import search_scale
 
 
 @QUANTIZERS.register
-class RTN(ClosedFormQuantizer):
+class RTN(NearestQuantizer):
     """Round to nearest, with the scale of each group searched for the least squared error of the weight.
 
     Args:
@@ -20,19 +18,9 @@ class RTN(ClosedFormQuantizer):
 
     paper = "the baseline of every PTQ paper; e.g. GPTQ (arXiv 2210.17323), section 4"
 
-    def __init__(
-        self, weight: Tensor, scheme: QuantScheme, scale_dtype: torch.dtype, *, ratios: int = 20
-    ) -> None:
+    def __init__(self, weight: Tensor, scheme: QuantScheme, scale_dtype: torch.dtype, *, ratios: int = 20) -> None:
         super().__init__(weight, scheme, scale_dtype)
         self.ratios = ratios
 
     def solve(self) -> None:
         self.scale, self.zero_point = search_scale(self.weight, self.scheme, self.scale_dtype, self.ratios)
-
-    @property
-    def latent(self) -> Tensor:
-        return self.weight
-
-    def export(self) -> QuantizedTensor:
-        codes = round_to_nearest(self.weight, self.scale, self.zero_point, self.scheme)
-        return self.quantized(codes, self.scale, self.zero_point)

@@ -1,9 +1,10 @@
 """SignRound: AutoRound's learned offsets."""
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
-from lfq_lightning.learned_grid import moved_ends, ship_through
 from lfq_lightning.quantized_tensor import QuantizedTensor
 from lfq_lightning.quantizers import QUANTIZERS, LearnedQuantizer
 
@@ -20,7 +21,7 @@ class SignRound(LearnedQuantizer):
     """
 
     paper = "SignRound / AutoRound (arXiv 2309.05516), section 3, equations 3 to 5"
-    default_init = {"name": "rtn", "ratios": 1}
+    default_init: ClassVar = {"name": "rtn", "ratios": 1}
     default_optimizer = "sign_sgd"
 
     def __init__(self, latent: Tensor, start: QuantizedTensor) -> None:
@@ -31,12 +32,7 @@ class SignRound(LearnedQuantizer):
 
     def grid(self) -> tuple[Tensor, Tensor]:
         high = self.high.clamp(_LEAST, 1)
-        if self.low is None:
-            return ship_through(self.start_scale * high, self.scale_dtype), self.start_zero
-        low = self.low.clamp(_LEAST, 1)
-        return moved_ends(self.start_scale, self.start_zero, self.scheme.max_code, low, high, self.scale_dtype)
+        return self.stretched_grid(None if self.low is None else self.low.clamp(_LEAST, 1), high)
 
     def levels(self, scale: Tensor) -> Tensor:
         return self.latent / scale + self.offset.clamp(-0.5, 0.5)
-
-
