@@ -49,6 +49,12 @@ class DecoderBlock(nn.Module):
             for key, tensor in layer.state_dict().items()
         }
 
+    def load(self, weights: dict[str, Tensor]) -> None:
+        """Put weights and biases in place by full name; in fp32, whatever their dtype."""
+        for name, layer in zip(self.names, self.layers, strict=True):
+            own = {key: weights[f"{name}.{key}"].float() for key in layer.state_dict()}
+            layer.load_state_dict(own)
+
     def train_linear(self, name: str, quantizer: LearnedQuantizer) -> None:
         """Let a linear layer take its weight from a learned quantizer from now on.
 

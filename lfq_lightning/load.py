@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrained
 
 from lfq_lightning.errors import UserError
 from lfq_lightning.meta_model import assign_weights, meta_model
-from lfq_lightning.pack_format import SUFFIXES, schemes_of, unpack_tensors
+from lfq_lightning.pack_format import dequantized, schemes_of
 
 
 def load(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -41,10 +41,8 @@ def load(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path / file} cannot be read ({error}); copy the model again.") from error
     layers = [name.removesuffix(".weight_packed") for name in stored if name.endswith(".weight_packed")]
-    weights = {name: tensor for name, tensor in stored.items() if not name.endswith(SUFFIXES)}
     try:
-        for name, scheme in schemes_of(quantization, layers).items():
-            weights[f"{name}.weight"] = unpack_tensors(name, stored, scheme).dequantize()
+        weights = dequantized(stored, schemes_of(quantization, layers))
     except KeyError as error:
         raise UserError(f"{path}: the shards hold no {error}; copy the model again.") from error
     model = meta_model(config)

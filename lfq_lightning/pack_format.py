@@ -42,6 +42,15 @@ def unpack_tensors(name: str, tensors: dict[str, Tensor], scheme: QuantScheme) -
     return QuantizedTensor(codes, scale, zero_point, scheme)
 
 
+def dequantized(stored: dict[str, Tensor], schemes: dict[str, QuantScheme]) -> dict[str, Tensor]:
+    """Return the weights that stored tensors stand for: packed layers in the dtype of their scales, the rest as it is.
+
+    Raises KeyError for a tensor that a layer of `schemes` lacks.
+    """
+    weights = {name: tensor for name, tensor in stored.items() if not name.endswith(SUFFIXES)}
+    return weights | {f"{name}.weight": unpack_tensors(name, stored, s).dequantize() for name, s in schemes.items()}
+
+
 def quantization_config(schemes: dict[str, QuantScheme], ignore: list[str]) -> dict[str, Any]:
     """Return the `quantization_config` of config.json for layers with these schemes; `ignore` stay as they are.
 

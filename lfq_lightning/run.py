@@ -61,6 +61,7 @@ class CommandLine(LightningCLI):
         parser.add_argument("--plan", type=list[Rule], required=True, help="rules; first match wins")
         parser.add_argument("--output", type=str, required=True, help="new folder for the packed model")
         parser.add_argument("--overwrite", type=bool, default=False, help="replace an earlier run in that folder")
+        parser.add_argument("--reuse", type=str | None, default=None, help="a run whose first blocks are taken over")
         parser.add_argument("--plugins", type=list[str] | str, default=[], help="Python files with plugins of your own")
         parser.add_argument("--callbacks", type=list[str | dict[str, Any]], default=[], help="registered callbacks")
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
@@ -75,7 +76,7 @@ class CommandLine(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         config: Namespace = self.config_init.run
         resolved = self._parser("run").dump(self.config.run, skip_none=False)
-        scheduler = BlockScheduler(config.plan, config.output, config.overwrite, resolved)
+        scheduler = BlockScheduler(config.plan, config.output, config.overwrite, config.reuse, resolved)
         given = config.trainer.callbacks or []
         foreign = [CALLBACKS.parse(value) for value in config.callbacks]
         for plugin in foreign:

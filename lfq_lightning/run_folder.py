@@ -17,6 +17,7 @@ from lfq_lightning.pack_format import quantization_config
 from lfq_lightning.quant_scheme import QuantScheme
 
 JOURNAL = "journal.jsonl"
+FACTS = "facts.json"
 LOGS = "logs"  # Lightning's loggers may write here before the run does
 _OURS = (  # all that a run may leave in its folder
     "model-?????-of-?????.safetensors*",
@@ -24,6 +25,7 @@ _OURS = (  # all that a run may leave in its folder
     "*config.json*",
     "metrics.json*",
     "versions.json*",
+    f"{FACTS}*",
     "lfq.yaml*",
     "tokenizer*",
     "chat_template.jinja",
@@ -34,6 +36,11 @@ _OURS = (  # all that a run may leave in its folder
     JOURNAL,
 )
 _VERSIONS = ("lfq-lightning", "torch", "lightning", "transformers", "safetensors", "triton")
+
+
+def shard_name(number: int, shards: int) -> str:
+    """Return the file of a shard: 0 is what is outside the blocks, block i is in i + 1."""
+    return f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
 
 
 class RunFolder:
@@ -77,8 +84,8 @@ class RunFolder:
                 "free; free some or give a folder on another disk."
             )
 
-    def open(self, resolved_config: str | None) -> None:
-        """Empty the folder of an earlier run, and start the journal."""
+    def open(self, resolved_config: str | None, facts: dict[str, Any]) -> None:
+        """Empty the folder of an earlier run, start the journal, and note what all blocks depend on."""
         # Config first: what is left is no model then. The journal last: until then the folder is known as a run's.
         for old in sorted(self._content(), key=lambda entry: (entry.name == JOURNAL, entry.name != "config.json")):
             old.unlink()
@@ -86,11 +93,12 @@ class RunFolder:
         (self.path / JOURNAL).touch()
         if resolved_config is not None:
             self.write_text("lfq.yaml", resolved_config)
+        self.write_json(FACTS, facts)
         self.write_json("versions.json", {name: found for name in _VERSIONS if (found := _version(name))})
 
     def write_shard(self, number: int, tensors: dict[str, Tensor]) -> None:
-        """Write shard `number` (0 is what is outside the blocks) whole or not at all."""
-        name = f"model-{number + 1:05d}-of-{self.shards:05d}.safetensors"
+        """Write shard `number` whole or not at all."""
+        name = shard_name(number, self.shards)
         partial = self.path / f"{name}.partial"
         save_file(tensors, partial, metadata={"format": "pt"})
         partial.chmod((self.path / JOURNAL).stat().st_mode)  # safetensors lets only the owner read

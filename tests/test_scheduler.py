@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler, LearningRateMonitor, ModelCheckpoint
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from lfq_lightning.activation_cache import ActivationCache
 from lfq_lightning.block_module import BlockModule
@@ -32,9 +32,9 @@ RULES = [
 SEED = 3
 
 
-def calibrate(model, text, output, *callbacks, rules=RULES, **trainer):
-    scheduler = BlockScheduler(rules, str(output))
-    data = CalibrationData(str(text), num_samples=12, seq_len=32, num_held_out=5, seed=SEED)
+def calibrate(model, text, output, *callbacks, rules=RULES, reuse=None, overwrite=False, seed=SEED, **trainer):
+    scheduler = BlockScheduler(rules, str(output), overwrite, reuse)
+    data = CalibrationData(str(text), num_samples=12, seq_len=32, num_held_out=5, seed=seed)
     settings = {"accelerator": "cpu", "precision": "32-true", "logger": False, **trainer}
     Trainer(callbacks=[scheduler, *callbacks], **settings).run(CalibrationModule(str(model)), data)
     return scheduler
@@ -243,6 +243,63 @@ def test_blocks_without_a_rule_stay_in_full_precision(llama, text_file, tmp_path
     assert 0 < metrics["held_out"]["kl"] < 0.2
 
 
+AWQ_THEN_FLEXROUND = {"name": "flexround", "bits": 3, "group_size": 16, "init": "awq"}
+REUSED = {
+    "learned": RULES[1:],
+    "dense": [Rule(0, "nf4"), Rule("*.down_proj", "fp"), *RULES],
+    "folded": [Rule("all", AWQ_THEN_FLEXROUND, steps=STEPS, batch_size=BATCH)],
+    "unmatched": [Rule(1, {"name": "rtn", "bits": 4}), Rule("*.2.*", "rtn")],
+}
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("before", REUSED.values(), ids=REUSED)
+def test_reused_blocks_change_no_byte(llama, text_file, tmp_path, before, precision):
+    last = Rule("last", FLEXROUND, objective="logit_ce", steps=STEPS, batch_size=BATCH)
+    calibrate(llama, text_file, tmp_path / "base", rules=before, precision=precision)
+    wanted = [last, *(rule for rule in before if rule.match not in {"last", "*.2.*"})]
+    calibrate(llama, text_file, tmp_path / "whole", rules=wanted, precision=precision)
+    short = calibrate(
+        llama, text_file, tmp_path / "short", rules=wanted, precision=precision, reuse=str(tmp_path / "base")
+    )
+    assert short.taken == 2
+    for name in ("model-00002-of-00004", "model-00003-of-00004", "model-00004-of-00004"):
+        files = [tmp_path / run / f"{name}.safetensors" for run in ("whole", "short")]
+        assert files[0].read_bytes() == files[1].read_bytes()
+    assert (tmp_path / "whole" / "config.json").read_bytes() == (tmp_path / "short" / "config.json").read_bytes()
+    journals = [(tmp_path / run / "journal.jsonl").read_text().splitlines() for run in ("whole", "short")]
+    fingerprints = [[json.loads(line)["fingerprint"] for line in journal] for journal in journals]
+    assert fingerprints[0] == fingerprints[1]
+
+
+def test_reuse_ends_where_plans_or_weights_differ(llama, text_file, tmp_path):
+    calibrate(llama, text_file, tmp_path / "base")
+    changed = [RULES[0], Rule(1, {**FLEXROUND, "bits": 4}, steps=STEPS, batch_size=BATCH), RULES[2]]
+    assert calibrate(llama, text_file, tmp_path / "a", rules=changed, reuse=str(tmp_path / "base")).taken == 1
+    other = tmp_path / "other"
+    other.mkdir()
+    for file in llama.iterdir():
+        (other / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"][3, 3] += 1
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    assert calibrate(other, text_file, tmp_path / "b", reuse=str(tmp_path / "base")).taken == 1
+    with pytest.raises(UserError, match="another seed"):
+        calibrate(llama, text_file, tmp_path / "c", seed=SEED + 1, reuse=str(tmp_path / "base"))
+    with pytest.raises(UserError, match=r"another trainer.precision \('32-true', now 'bf16-mixed'\)"):
+        calibrate(llama, text_file, tmp_path / "c", precision="bf16-mixed", reuse=str(tmp_path / "base"))
+    with pytest.raises(UserError, match="is not the folder of a run"):
+        calibrate(llama, text_file, tmp_path / "c", reuse=str(llama))
+    with pytest.raises(UserError, match="give another output"):
+        calibrate(llama, text_file, tmp_path / "base", reuse=str(tmp_path / "base"), overwrite=True)
+    assert not (tmp_path / "c").exists()
+    with pytest.raises(UserError, match="did not begin with this model and plan"):
+        calibrate(llama, text_file, tmp_path / "c", rules=RULES[1:2], reuse=str(tmp_path / "base"))
+    (tmp_path / "base" / "model-00002-of-00004.safetensors").unlink()
+    with pytest.raises(UserError, match=r"00002-of-00004.* cannot be read"):
+        calibrate(llama, text_file, tmp_path / "d", reuse=str(tmp_path / "base"))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -267,8 +324,6 @@ def test_trainers_that_cannot_work(llama, text_file, tmp_path, settings, message
 
 @pytest.mark.parametrize("where", ["block", "embedding", "activations"])
 def test_broken_numbers_are_named(llama, text_file, tmp_path, where):
-    from safetensors.torch import save_file
-
     broken = tmp_path / "broken"
     broken.mkdir()
     for file in llama.iterdir():

@@ -5,7 +5,8 @@
 
 PEER is an environment with `torch` and `auto-round==0.16.1` and nothing of ours. All methods see the same tokens: ours
 train on them but for the last few, which choose the best step; AutoRound, which chooses by its training loss, trains on
-all of them. Held-out text comes from the rest of the calibration text's domain and from another one.
+all of them. A method that differs from another in its last block only (`…+lfq`) takes over the other's blocks, whose
+seconds count for both. Held-out text comes from the rest of the calibration text's domain and from another one.
 """
 
 import argparse
@@ -87,11 +88,16 @@ class Matrix:
         else:
             versions = _versions(sys.executable, ("torch", "transformers", "lightning", "lfq-lightning"))
             command = self._ours(data, folder, method, {**METHODS, **ABLATIONS}[method](setting), seed)
+        base = given.work / "-".join((names | {"method": method.partition("+")[0]}).values())
+        if base != folder and (base / "config.json").exists():
+            command += ["--reuse", str(base)]
         seconds, peak_bytes = _timed(command, folder.with_suffix(".log"))
+        seconds += _seconds_taken_over(folder, base)
         measured = self.reference.measure(quantised(folder))
         per_sequence = " ".join(f"{value:.4f}" for value in measured.pop("kl_per_sequence"))
         row = names | {key: f"{value:.5f}" for key, value in measured.items()}
         row |= {"seconds": f"{seconds:.1f}", "peak_rss_gb": f"{peak_bytes / 1e9:.3f}"}
+        row["threads"] = str(torch.get_num_threads())
         _append(row | {"versions": versions, "kl_per_sequence": per_sequence})
         print(
             *(row[key] for key in ("model", "setting", "method", "seed", "kl", "top1_agreement", "seconds")), flush=True
@@ -164,6 +170,17 @@ def _timed(command: list[str], log: Path) -> tuple[float, int]:
     if status != 0:
         raise SystemExit(f"{' '.join(command)} failed; see {log}.")
     return time.perf_counter() - started, usage.ru_maxrss * 1024
+
+
+def _seconds_taken_over(folder: Path, base: Path) -> float:
+    """Return what the blocks that `folder`'s run took over from `base`'s had cost there."""
+    if folder == base or not (base / "journal.jsonl").exists():
+        return 0.0
+    ours, theirs = (
+        {line["fingerprint"]: line["seconds"] for line in map(json.loads, (run / "journal.jsonl").open())}
+        for run in (folder, base)
+    )
+    return sum(seconds for fingerprint, seconds in theirs.items() if fingerprint in ours)
 
 
 def _finished(cell: dict[str, str]) -> bool:

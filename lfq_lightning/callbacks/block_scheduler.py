@@ -1,5 +1,6 @@
 """BlockScheduler: the method on one page. Takes one `Trainer.fit` through all blocks of a model."""
 
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,13 +16,15 @@ from lfq_lightning.block_flops import block_flops
 from lfq_lightning.block_module import BlockModule
 from lfq_lightning.calibration_block import CalibrationBlock
 from lfq_lightning.callbacks import CALLBACKS, BlockCallback, BlockReport
+from lfq_lightning.earlier_run import EarlierRun
 from lfq_lightning.errors import UserError
 from lfq_lightning.final_block_module import FinalBlockModule
+from lfq_lightning.fingerprint import block_fingerprint, run_facts
 from lfq_lightning.fold_scales import fold_scales
 from lfq_lightning.held_out import evaluate
 from lfq_lightning.model_skeleton import ModelSkeleton
 from lfq_lightning.objectives.kl import KL
-from lfq_lightning.pack_format import pack_tensors
+from lfq_lightning.pack_format import dequantized, pack_tensors
 from lfq_lightning.peak_memory import peak_bytes, reset_peak
 from lfq_lightning.plan import BlockPlan, Plan, Rule
 from lfq_lightning.precision import compute_dtype, stream_dtype
@@ -31,6 +34,8 @@ from lfq_lightning.quantized_tensor import QuantizedTensor
 from lfq_lightning.run_folder import RunFolder
 from lfq_lightning.solve import Solution, solve
 from lfq_lightning.token_set import TokenSet
+
+log = logging.getLogger(__name__)
 
 _LENS_TOKENS = 1024  # held-out tokens on which each block's KL is read
 
@@ -47,17 +52,24 @@ class BlockScheduler(BlockCallback):
         plan: the rules; first match wins.
         output: folder for the packed model.
         overwrite: replace an earlier run in `output`.
+        reuse: folder of another run; its first blocks are taken over as far as plan, model, data and settings agree.
         resolved_config: YAML text to keep beside the results.
     """
 
     paper = "block-wise calibration: BRECQ (arXiv 2102.05426); the final block: LFQ (arXiv 2605.29756)"
 
     def __init__(
-        self, plan: list[Rule], output: str, overwrite: bool = False, resolved_config: str | None = None
+        self,
+        plan: list[Rule],
+        output: str,
+        overwrite: bool = False,
+        reuse: str | None = None,
+        resolved_config: str | None = None,
     ) -> None:
         self.plan = Plan(plan)
         self.output = output
         self.overwrite = overwrite
+        self.reuse = reuse
         self.resolved_config = resolved_config
         self.prepared = False
         self.finished = False
@@ -72,6 +84,9 @@ class BlockScheduler(BlockCallback):
         self.plans = self.plan.resolve(self.skeleton)
         self.folder = RunFolder(self.output, shards=len(self.skeleton) + 1, overwrite=self.overwrite)
         self.folder.check(output_bytes(self.skeleton, self.plans))
+        self.earlier = EarlierRun(self.reuse) if self.reuse else None
+        if self.earlier is not None and self.earlier.path.resolve() == self.folder.path.resolve():
+            raise UserError("reuse: it is the output itself; give another output.")
         self.prepared = True
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -81,7 +96,10 @@ class BlockScheduler(BlockCallback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.trainer, self.device = trainer, trainer.strategy.root_device
         train, self.held_out_tokens = self.data.token_sets(self.module.checkpoint, self.device)
-        self.folder.open(self.resolved_config)
+        facts = run_facts(trainer, self.data.seed, (train, self.held_out_tokens))
+        if self.earlier is not None:
+            self.earlier.check(facts)
+        self.folder.open(self.resolved_config, facts)
         self.splits = Splits(self._embed(train), self._embed(self.held_out_tokens))
         self.head = self.skeleton.head(compute_dtype(trainer.precision)).to(self.device)
         self.folder.write_shard(0, self.skeleton.checkpoint.tensors(self.skeleton.outer_names()))
@@ -89,8 +107,13 @@ class BlockScheduler(BlockCallback):
         self.peak_bytes = peak_bytes(self.device)
         for listener in self._listeners():
             listener.on_run_start(self.trainer, self.plans)
+        self.fingerprint = ""
+        self.taken = 0
+        if self.earlier is not None:
+            self.taken = self._take_over(self.earlier)
+            log.info("reuse: %d of %d blocks taken over from %s", self.taken, len(self.plans), self.earlier.path)
         self.blocks_started = time.perf_counter()
-        self._begin(self.plans[0])
+        self._begin(self.plans[self.taken])
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         trainer.strategy.setup_optimizers(trainer)  # a new block: its own parameters, its own schedule
@@ -128,6 +151,7 @@ class BlockScheduler(BlockCallback):
         for listener in self._listeners():
             listener.on_block_start(self.trainer, plan)
         self.block = self.skeleton.block(plan.indices).to(self.device)
+        self.fingerprint = block_fingerprint(self.fingerprint, plan, self.block.tensors())
         self.current = self._module(plan)
         with self._forward_only():
             for split in self.splits.each():
@@ -160,9 +184,33 @@ class BlockScheduler(BlockCallback):
             report = self._report(plan, self.start_kl, self._lens_kl(self.splits.held_out.student))
         self.peak_bytes = max(self.peak_bytes, report.peak_bytes)
         self.trainer.strategy.optimizers = []  # let go of this block before the next one is read
-        self.folder.append_journal(vars(report))
+        self.folder.append_journal(vars(report) | {"fingerprint": self.fingerprint})
         for listener in self._listeners():
             listener.on_block_end(self.trainer, report)
+
+    def _take_over(self, earlier: EarlierRun) -> int:
+        """Take an earlier run's first blocks, as far as plan and weights agree; return the first block to calibrate."""
+        for plan in self.plans[:-1]:
+            block = self.skeleton.block(plan.indices).to(self.device)
+            fingerprint = block_fingerprint(self.fingerprint, plan, block.tensors())
+            report = earlier.report(plan.index, fingerprint)
+            if report is None and plan.index == 0:
+                raise UserError(f"reuse: {earlier.path} did not begin with this model and plan; leave reuse away.")
+            if report is None:
+                return plan.index
+            stored = earlier.shard(plan.index + 1, self.folder.shards)
+            schemes = {name: p.scheme for name, p in plan.layers.items() if f"{name}.weight_packed" in stored}
+            with self._forward_only():
+                for split in self.splits.each():
+                    split.advance_teacher(block, self.device)
+                block.load(dequantized(stored, schemes))
+                for split in self.splits.each():
+                    split.advance_student(block, self.device)
+            self.folder.write_shard(plan.index + 1, stored)
+            self.folder.append_journal(report)
+            self.schemes |= schemes
+            self.fingerprint = fingerprint
+        return self.plans[-1].index
 
     def _finish(self) -> None:
         """Measure full precision, the last block as it was before training, and what ships; complete the folder."""
@@ -276,7 +324,8 @@ class BlockScheduler(BlockCallback):
     def _report(self, plan: BlockPlan, kl_before: float, kl_after: float) -> BlockReport:
         tokens, held_out = self.splits.train.mask.numel(), self.splits.held_out.mask.numel()
         flops = [block_flops(p, self.skeleton, tokens, held_out, self.data.seq_len) for p in self.plans]
-        now, done = time.perf_counter(), sum(flops[: plan.index + 1])
+        now = time.perf_counter()
+        done, todo = sum(flops[self.taken : plan.index + 1]), sum(flops[plan.index + 1 :])
         return BlockReport(
             index=plan.index,
             name=" + ".join(self.block.names),
@@ -289,7 +338,7 @@ class BlockScheduler(BlockCallback):
             kl_after=kl_after,
             seconds=now - self.block_started,
             peak_bytes=peak_bytes(self.device),
-            eta_seconds=(now - self.blocks_started) * (sum(flops) / done - 1),
+            eta_seconds=(now - self.blocks_started) * todo / done,
         )
 
     def _listeners(self) -> list[BlockCallback]:
