@@ -34,6 +34,7 @@ class ActivationCache(Dataset[Batch]):
         self.mask = tokens.mask
         self.next_token = tokens.next_token
         self.target: dict[str, Tensor] = {}
+        self.reference = self.teacher[:0]
 
     def __len__(self) -> int:
         return len(self.mask)
@@ -48,11 +49,15 @@ class ActivationCache(Dataset[Batch]):
 
     def student_batches(self, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the student's inputs (B, T, D) and masks (B, T) in order."""
-        for inputs, mask in zip(self.student.split(FORWARD_BATCH), self.mask.split(FORWARD_BATCH), strict=True):
-            yield inputs.to(device), mask.to(device)
+        return self._batches(self.student, device)
 
-    def advance_teacher(self, block: Callable[[Tensor], Tensor], device: torch.device) -> None:
-        """Replace the teacher's inputs by the block's outputs, in place."""
+    def reference_batches(self, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the teacher's inputs (B, T, D), if they were kept, and masks (B, T) in order."""
+        return self._batches(self.reference, device)
+
+    def advance_teacher(self, block: Callable[[Tensor], Tensor], device: torch.device, keep: bool = False) -> None:
+        """Replace the teacher's inputs by the block's outputs, in place; `keep` a copy of the inputs as `reference`."""
+        self.reference = self.teacher.clone() if keep else self.teacher[:0]
         _advance(self.teacher, block, device)
 
     def advance_student(self, block: Callable[[Tensor], Tensor], device: torch.device) -> None:
@@ -76,6 +81,10 @@ class ActivationCache(Dataset[Batch]):
         generator = torch.Generator().manual_seed(seed)
         sampler = RandomSampler(self, num_samples=batch_size * num_batches, generator=generator)
         return DataLoader(self, batch_size=batch_size, sampler=sampler, collate_fn=_identity)
+
+    def _batches(self, stream: Tensor, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+        for inputs, mask in zip(stream.split(FORWARD_BATCH), self.mask.split(FORWARD_BATCH), strict=True):
+            yield inputs.to(device), mask.to(device)
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,11 @@ class LayerPlan:
     closed_form: Plugin[ClosedFormQuantizer] | Plugin[DenseQuantizer]
     learned: Plugin[LearnedQuantizer] | None
 
+    @property
+    def needs_reference(self) -> bool:
+        cls = self.closed_form.cls
+        return issubclass(cls, ClosedFormQuantizer) and cls.needs_reference(self.closed_form.options)
+
 
 @dataclass(frozen=True)
 class BlockPlan:
@@ -76,6 +81,10 @@ class BlockPlan:
     @property
     def learned(self) -> bool:
         return any(layer.learned for layer in self.layers.values())
+
+    @property
+    def needs_reference(self) -> bool:
+        return any(layer.needs_reference for layer in self.layers.values())
 
     @property
     def logit_space(self) -> bool:

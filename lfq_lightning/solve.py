@@ -1,5 +1,6 @@
 """Solve a block: run the closed-form quantizers of its layers, in the order the data flows."""
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -30,7 +31,7 @@ class _ReachedError(Exception):
 
 
 def solve(
-    block: DecoderBlock, layers: dict[str, LayerPlan], inputs: Inputs, scale_dtype: torch.dtype
+    block: DecoderBlock, layers: dict[str, LayerPlan], inputs: Inputs, scale_dtype: torch.dtype, reference: Inputs
 ) -> dict[str, Solution]:
     """Quantise the linear layers of `block` in closed form, in place, and return each layer's solution.
 
@@ -38,8 +39,16 @@ def solve(
 
     True-sequential (GPTQ, section 4): a layer's quantizer sees inputs made by the already quantised layers before it.
     Layers that read the same tensor and have the same plan (q, k, v; gate, up) share one pass and one solve.
+
+    Args:
+        block: in full precision.
+        layers: the plan of each layer that is quantised.
+        inputs: the quantised prefix's hidden states before the block.
+        scale_dtype: the dtype in which scales ship.
+        reference: the full-precision model's hidden states before the block; read only by quantizers that ask for it.
     """
     linears = block.linears()
+    teacher = copy.deepcopy(block) if any(layer.needs_reference for layer in layers.values()) else block
     solutions: dict[str, Solution] = {}
     for stage in _stages(block, inputs):
         groups: dict[tuple[str, str], list[str]] = {}
@@ -61,6 +70,12 @@ def solve(
             for rows in _inputs_of(block, linears[stage[0]], inputs):
                 for quantizer in watching:
                     quantizer.observe(rows)
+        correcting = [quantizer for names, quantizer in quantizers if layers[names[0]].needs_reference]
+        if correcting:
+            wanted = _inputs_of(teacher, teacher.linears()[stage[0]], reference)
+            for rows, wanted_rows in zip(_inputs_of(block, linears[stage[0]], inputs), wanted, strict=True):
+                for quantizer in correcting:
+                    quantizer.observe_reference(rows, wanted_rows)
         for names, quantizer in quantizers:
             quantizer.solve()
             exported = quantizer.export()

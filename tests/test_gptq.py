@@ -60,6 +60,26 @@ def test_same_codes_as_the_textbook(scheme, leaf, act_order, monkeypatch):
     assert (quantizer.export().codes == expected.byte()).float().mean() >= 0.99  # fp32 may round a tie the other way
 
 
+@pytest.mark.parametrize("correct", [0.25, 1.0])
+@pytest.mark.parametrize("act_order", ["static", "group", "none"])
+def test_correction_is_ridge_regression_on_the_reference(correct, act_order):
+    """fp64 least squares: min ‖W'x - W(x + correct·(x_fp - x))‖² + λ‖W' - W‖², then the textbook on W'."""
+    weight, x = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(3)), inputs()
+    reference = x + 0.3 * torch.randn(x.shape, generator=torch.Generator().manual_seed(5))
+    scheme = QuantScheme(3, 7, symmetric=False)
+    quantizer = GPTQ(weight, scheme, torch.float32, act_order=act_order, correct=correct)
+    for part, wanted in zip(x.split(77), reference.split(77), strict=True):
+        quantizer.observe(part)
+        quantizer.observe_reference(part, wanted)
+    quantizer.solve()
+    ridge = (0.01 * (x.double() ** 2).sum(0).mean()).sqrt() * torch.eye(COLUMNS, dtype=torch.float64)
+    shift = correct * (reference - x).double() @ weight.double().T
+    rows = torch.cat([x.double(), ridge]), torch.cat([shift, torch.zeros(COLUMNS, ROWS, dtype=torch.float64)])
+    target = weight + torch.linalg.lstsq(*rows).solution.T.float()
+    assert (target - weight).abs().max() > 0.01
+    assert (quantizer.export().codes == textbook(target, x, scheme, act_order, 0.01).byte()).float().mean() >= 0.98
+
+
 def test_an_input_that_is_always_zero_is_rounded_alone():
     x = inputs()
     x[:, 4] = 0

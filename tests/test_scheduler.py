@@ -74,7 +74,7 @@ def by_hand(model, text):
                 else:
                     split.target = {}
             inputs = lambda: zip(splits[0].student.split(8), splits[0].mask.split(8), strict=True)  # noqa: E731
-            shipped = {n: s for n, s in solve(block, plan.layers, inputs, checkpoint.dtype).items()}
+            shipped = {n: s for n, s in solve(block, plan.layers, inputs, checkpoint.dtype, inputs).items()}
         for name, solution in shipped.items():
             if plan.layers[name].learned:
                 block.train_linear(name, plan.layers[name].learned.build(solution.latent, solution.quantized))
@@ -338,3 +338,15 @@ def test_broken_numbers_are_named(llama, text_file, tmp_path, where):
     with pytest.raises(UserError, match=expected.get(where, "block 1: its full-precision activations")):
         calibrate(broken, text_file, tmp_path / "run")
     assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_gptq_may_correct_towards_full_precision(llama, text_file, tmp_path):
+    plain, corrected = ({"name": "gptq", "bits": 3, "group_size": 16, **more} for more in ({}, {"correct": 0.5}))
+    codes = []
+    for name, quantizer in (("plain", plain), ("corrected", corrected)):
+        calibrate(llama, text_file, tmp_path / name, rules=[Rule("all", quantizer)])
+        shards = [load_file(tmp_path / name / f"model-0000{i}-of-00004.safetensors") for i in (2, 3)]
+        codes.append([shard[f"model.layers.{i}.mlp.down_proj.weight_packed"] for i, shard in enumerate(shards)])
+    assert not torch.equal(codes[0][0], codes[1][0]) and not torch.equal(codes[0][1], codes[1][1])
+    with pytest.raises(UserError, match="correct 2.0 must be between 0 and 1"):
+        calibrate(llama, text_file, tmp_path / "bad", rules=[Rule("all", {"name": "gptq", "correct": 2})])

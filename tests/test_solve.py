@@ -17,8 +17,8 @@ def skeleton(llama):
     return skeleton
 
 
-def batches():
-    hidden = torch.randn(6, 16, 32, generator=torch.Generator().manual_seed(0))
+def batches(seed=0):
+    hidden = torch.randn(6, 16, 32, generator=torch.Generator().manual_seed(seed))
     mask = torch.ones(6, 16, dtype=torch.bool)
     mask[1, 5:] = False
     mask[4, 1:] = False
@@ -30,7 +30,7 @@ def test_true_sequential_by_hand(skeleton):
     plan = Plan([Rule("all", {"name": "gptq", "bits": 3, "group_size": 16})]).resolve(skeleton)[1]
     block, inputs = skeleton.block(range(1, 2)), batches()
     with torch.no_grad():
-        solutions = solve(block, plan.layers, inputs, torch.float32)
+        solutions = solve(block, plan.layers, inputs, torch.float32, inputs)
         assert list(solutions) == [
             *(f"model.layers.1.self_attn.{x}_proj" for x in "qkvo"),
             *(f"model.layers.1.mlp.{x}_proj" for x in ("gate", "up", "down")),
@@ -60,7 +60,30 @@ def test_layers_without_a_rule_stay(skeleton):
     plan = Plan([Rule("*.down_proj", {"name": "gptq", "group_size": 16})]).resolve(skeleton)[0]
     block = skeleton.block(range(1))
     with torch.no_grad():
-        solutions = solve(block, plan.layers, batches(), torch.float32)
+        solutions = solve(block, plan.layers, batches(), torch.float32, batches())
     assert list(solutions) == ["model.layers.0.mlp.down_proj"]
     for name, linear in skeleton.block(range(1)).linears().items():
         assert torch.equal(linear.weight, block.linears()[name].weight) == (name != "model.layers.0.mlp.down_proj")
+
+
+def test_the_reference_is_the_full_precision_layers_input(skeleton, monkeypatch):
+    """By hand: hook the inputs of an untouched block on the teacher's stream, layer by layer."""
+    plan = Plan([Rule("all", {"name": "gptq", "bits": 2, "group_size": 16, "correct": 1.0})]).resolve(skeleton)[1]
+    student, teacher = batches(), batches(seed=1)
+    seen = []
+    monkeypatch.setattr(GPTQ, "observe_reference", lambda _, inputs, reference: seen.append((inputs, reference)))
+    with torch.no_grad():
+        solve(skeleton.block(range(1, 2)), plan.layers, student, torch.float32, teacher)
+        untouched = skeleton.block(range(1, 2))
+        expected = []
+        for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"):
+            linear, caught = untouched.linears()[f"model.layers.1.{name}"], []
+            hook = linear.register_forward_pre_hook(lambda _, arguments, caught=caught: caught.append(arguments[0]))
+            for hidden, mask in teacher():
+                untouched(hidden)
+                expected.append(caught.pop()[mask])
+            hook.remove()
+    assert len(seen) == len(expected) == 8
+    for (inputs, reference), wanted in zip(seen, expected, strict=True):
+        assert torch.equal(reference, wanted)
+        assert inputs.shape == reference.shape and not torch.equal(inputs, reference)

@@ -83,6 +83,7 @@ METHODS: dict[str, Callable[[Setting], Plan]] = {
 ABLATIONS: dict[str, Callable[[Setting], Plan]] = {
     **{f"flexround+{name}": _last_by(name) for name in ("kl", "reverse_kl", "js", "topk_kl", "logit_mse", "hard_ce")},
     "flexround+mse+lfq": _last_by([{"name": "mse", "weight": 1}, {"name": "logit_ce", "weight": 1}]),
+    **{f"gptq correct {share}": _everywhere("gptq", correct=share) for share in (0.25, 1.0)},
     "flexround normalised": _everywhere("flexround", objective={"name": "mse", "normalised": True}),
     "flexround massive": _everywhere("flexround", objective={"name": "mse", "massive": 100.0}),
 }

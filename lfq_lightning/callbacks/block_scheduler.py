@@ -155,7 +155,7 @@ class BlockScheduler(BlockCallback):
         self.current = self._module(plan)
         with self._forward_only():
             for split in self.splits.each():
-                split.advance_teacher(self.block, self.device)
+                split.advance_teacher(self.block, self.device, keep=plan.needs_reference)
                 split.set_target(self._target, self.device)
             self._check_finite(plan.index, "full-precision", [split.teacher for split in self.splits.each()])
             self.solutions = self._solve(plan)
@@ -249,10 +249,11 @@ class BlockScheduler(BlockCallback):
         return BlockModule(self.block, objective, plan, clips).to(self.device)
 
     def _solve(self, plan: BlockPlan) -> dict[str, Solution]:
-        inputs, dtype = partial(self.splits.train.student_batches, self.device), self.skeleton.checkpoint.dtype
+        train, dtype = self.splits.train, self.skeleton.checkpoint.dtype
+        inputs, reference = (partial(way, self.device) for way in (train.student_batches, train.reference_batches))
         try:
             fold_scales(self.block, plan.layers, inputs, self.skeleton.checkpoint.family, dtype)
-            return solve(self.block, plan.layers, inputs, dtype)
+            return solve(self.block, plan.layers, inputs, dtype, reference)
         except ArithmeticError as error:
             raise UserError(f"block {plan.index}: {error}; try trainer.precision 32-true or more samples.") from error
 

@@ -2,12 +2,13 @@
 
 import logging
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from lfq_lightning.gram import add_gram
+from lfq_lightning.errors import UserError
+from lfq_lightning.gram import add_gram, add_products
 from lfq_lightning.quant_scheme import QuantScheme
 from lfq_lightning.quantized_tensor import QuantizedTensor
 from lfq_lightning.quantizers import QUANTIZERS, ClosedFormQuantizer
@@ -34,6 +35,10 @@ class GPTQ(ClosedFormQuantizer):
         ratios: shrink factors tried per group in the search of the scale.
         scale_by: what the search measures rounding errors by: the `weight`, or each weight's share of the output by the
             Hessian's `diagonal`.
+        correct: which share of the quantised prefix's error the layer corrects, 0 … 1. The weight W that is rounded
+            becomes W + correct · W Σ(x_fp - x)xᵀ H⁻¹; at 1 its outputs on x are the closest to W x_fp. That is the
+            asymmetric calibration of GPTAQ (arXiv 2504.02692, section 4), solved before the columns instead of between
+            them.
     """
 
     paper = "GPTQ (arXiv 2210.17323), section 3 and algorithm 1"
@@ -49,17 +54,33 @@ class GPTQ(ClosedFormQuantizer):
         act_order: Literal["static", "group", "none"] = "static",
         ratios: int = 20,
         scale_by: Literal["weight", "diagonal"] = "weight",
+        correct: float = 0.0,
     ) -> None:
         super().__init__(weight, scheme, scale_dtype)
         self.damp = damp
         self.act_order = act_order
         self.ratios = ratios
         self.scale_by = scale_by
+        self.correct = correct
         in_features = weight.shape[1]
         self.hessian = torch.zeros(in_features, in_features, dtype=torch.float32, device=weight.device)
+        self.shift = torch.zeros_like(self.hessian) if correct else None  # Σ (x_fp - x) xᵀ
+
+    @classmethod
+    def check(cls, scheme: QuantScheme, options: dict[str, Any]) -> None:
+        if not 0 <= options.get("correct", 0.0) <= 1:
+            raise UserError(f"quantizer gptq: correct {options['correct']} must be between 0 and 1.")
+
+    @classmethod
+    def needs_reference(cls, options: dict[str, Any]) -> bool:
+        return bool(options.get("correct"))
 
     def observe(self, inputs: Tensor) -> None:
         add_gram(self.hessian, inputs)
+
+    def observe_reference(self, inputs: Tensor, reference: Tensor) -> None:
+        assert self.shift is not None
+        add_products(self.shift, reference.float() - inputs.float(), inputs)
 
     def solve(self) -> None:
         (rows, columns), size = self.weight.shape, self.scheme.group_of(self.weight.shape[1])
@@ -68,9 +89,10 @@ class GPTQ(ClosedFormQuantizer):
         order = _order(diagonal, size, self.act_order)
         back = torch.argsort(order)
         factor = self._inverse_factor(order)
+        weight = self._corrected(factor, back)
         # Rows are columns of the weight here: each step then reads contiguous memory.
-        work = self.weight.T[order].contiguous()
-        scale, zero = (value.float()[:, :, 0].T[order // size] for value in self._grid(self.weight, size, importance))
+        work = weight.T[order].contiguous()
+        scale, zero = (value.float()[:, :, 0].T[order // size] for value in self._grid(weight, size, importance))
         codes, latent, errors = torch.empty_like(work), torch.empty_like(work), torch.empty_like(work)
 
         def round_span(low: int, high: int) -> None:
@@ -102,7 +124,15 @@ class GPTQ(ClosedFormQuantizer):
         )
         self.codes = codes[back].T.contiguous()
         self._latent = latent[back].T.contiguous()
-        del self.hessian
+        del self.hessian, self.shift
+
+    def _corrected(self, factor: Tensor, back: Tensor) -> Tensor:
+        """Return the weight (O, I) to round; `factor` is in processing order, which `back` undoes."""
+        if self.shift is None:
+            return self.weight
+        with torch.autocast(self.weight.device.type, enabled=False):
+            inverse = (factor.T @ factor)[back][:, back]
+            return self.weight + self.correct * (self.weight @ self.shift @ inverse)
 
     def _grid(self, weight: Tensor, group_size: int, importance: Tensor | None) -> tuple[Tensor, Tensor]:
         scheme = replace(self.scheme, group_size=group_size)

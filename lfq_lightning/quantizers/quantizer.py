@@ -61,8 +61,17 @@ class ClosedFormQuantizer(Quantizer):
         self.scheme = scheme
         self.scale_dtype = scale_dtype
 
+    @classmethod
+    def needs_reference(cls, options: dict[str, Any]) -> bool:
+        """Tell whether, with these options, it also wants the inputs that the layer has in the full-precision model."""
+        return False
+
     def observe(self, inputs: Tensor) -> None:
         """Take in a batch of the weight's inputs (tokens, I), pads removed. Called only if `needs_inputs`."""
+
+    def observe_reference(self, inputs: Tensor, reference: Tensor) -> None:
+        """Take in the same batch beside the full-precision model's (tokens, I). Called only if `needs_reference`."""
+        raise NotImplementedError
 
     def input_scale(self) -> Tensor:
         """Return s (I,) fp32 > 0: quantising W·diag(s) for inputs x / s loses less than W for x.
