@@ -5,6 +5,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _WORD = 32
+_POSITIVE = 2**63 - 1
+# Eight codes lie in the eight bytes of an int64. Each round closes the gaps between neighbouring lanes of `width` bytes:
+# (width, the lower lanes); after three rounds the codes are the low 8·num_bits bits.
+_ROUNDS = ((1, 0x00FF00FF00FF00FF), (2, 0x0000FFFF0000FFFF), (4, 0x00000000FFFFFFFF))
 
 
 def pack(codes: Tensor, num_bits: int) -> Tensor:
@@ -13,28 +17,29 @@ def pack(codes: Tensor, num_bits: int) -> Tensor:
     Value i of a row stands at bits i·num_bits …; 32 values fill num_bits words exactly, values may straddle two words.
     """
     rows, columns = codes.shape
-    chunks = -(-columns // _WORD)
-    values = F.pad(codes, (0, chunks * _WORD - columns)).view(rows, chunks, _WORD).long()
-    words = torch.zeros(rows, chunks, num_bits + 1, dtype=torch.int64, device=codes.device)
-    for i in range(_WORD):
-        word, shift = divmod(i * num_bits, _WORD)
-        shifted = values[..., i] << shift
-        words[..., word] |= shifted & 0xFFFFFFFF
-        words[..., word + 1] |= shifted >> _WORD
-    used = -(-columns * num_bits // _WORD)
-    signed = words[..., :num_bits].reshape(rows, -1)[:, :used]
-    return torch.where(signed >= 2**31, signed - 2**32, signed).to(torch.int32).contiguous()
+    values = F.pad(codes, (0, -columns % _WORD)).contiguous()
+    if num_bits < 8:
+        lanes = values.view(torch.int64)
+        for width, low in _ROUNDS:
+            high = (lanes & (low << 8 * width & _POSITIVE)).bitwise_right_shift_(width * (8 - num_bits))
+            lanes = (lanes & low).bitwise_or_(high)
+        values = lanes.view(torch.uint8).view(rows, -1, 8)[:, :, :num_bits].reshape(rows, -1)
+    return values.view(torch.int32)[:, : -(-columns * num_bits // _WORD)].contiguous()
 
 
 def unpack(words: Tensor, num_bits: int, columns: int) -> Tensor:
     """Invert `pack`: int32 (R, W) → uint8 (R, columns)."""
-    rows = len(words)
-    chunks = -(-columns // _WORD)
-    padded = F.pad(words.long() & 0xFFFFFFFF, (0, chunks * num_bits - words.shape[1])).view(rows, chunks, num_bits)
-    padded = F.pad(padded, (0, 1))
-    codes = torch.empty(rows, chunks, _WORD, dtype=torch.uint8, device=words.device)
-    for i in range(_WORD):
-        word, shift = divmod(i * num_bits, _WORD)
-        both = padded[..., word] >> shift | padded[..., word + 1] << (_WORD - shift)
-        codes[..., i] = (both & (2**num_bits - 1)).to(torch.uint8)
-    return codes.view(rows, -1)[:, :columns].contiguous()
+    rows, whole = len(words), -(-columns // _WORD) * num_bits
+    values = F.pad(words, (0, whole - words.shape[1])).view(torch.uint8)
+    if num_bits < 8:
+        lanes = F.pad(values.view(rows, -1, num_bits), (0, 8 - num_bits)).view(torch.int64)[:, :, 0]
+        for width, _ in reversed(_ROUNDS):
+            gap, used = width * (8 - num_bits), _lanes(width, num_bits)
+            lanes = (lanes & used).bitwise_or_((lanes & (used << width * num_bits)).bitwise_left_shift_(gap))
+        values = lanes.view(torch.uint8)
+    return values[:, :columns].contiguous()
+
+
+def _lanes(width: int, num_bits: int) -> int:
+    """Return the mask of the lower `width` codes of each pair of packed lanes, pairs being 2·width bytes apart."""
+    return sum((1 << width * num_bits) - 1 << start for start in range(0, 64, 16 * width))
