@@ -1,4 +1,4 @@
-"""The command line: `lfq run | list | generate`, and `lightning run` for the same."""
+"""The command line: `lfq COMMAND …`, and `lightning run` for `lfq run`."""
 
 import argparse
 import importlib.util
@@ -14,13 +14,20 @@ _HELP = """usage: lfq COMMAND …
   lfq run --config FILE.yaml [--key.path value …]   quantise a model; --print_config prints every key
   lfq sensitivity MODEL --dataset TEXT --average-bits 3.5
                                                     rank layers by what they lose; propose a plan of mixed widths
-  lfq list                                          every objective, quantizer and callback with its options
+  lfq list                                          every objective, quantizer, callback and format with its options
   lfq generate MODEL_DIR "PROMPT"                   let a packed model answer
+  lfq chat MODEL_DIR                                talk with it
+  lfq inspect MODEL_DIR                             schemes, sizes, and which engines load it
+  lfq export MODEL_DIR --format gptq --output DIR   the same model for another engine; nothing is calibrated again
+  lfq bench MODEL_DIR                               tokens per second and memory against bf16
   lfq --version
 
 `lightning run …` is `lfq run …`. `lfq COMMAND --help` says more."""
 
-_COMMANDS = ("run", "sensitivity", "list", "generate")
+_COMMANDS = ("run", "sensitivity", "list", "generate", "chat", "inspect", "export", "bench")
+
+
+_MODEL_DIR = "a packed model: output folder of `lfq run` or `lfq export`, or another tool's"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -60,10 +67,8 @@ def _dispatch(arguments: list[str]) -> None:
         from lfq_lightning.plugin_list import print_plugins
 
         print_plugins()
-    elif arguments[0] == "sensitivity":
-        _sensitivity(arguments[1:])
-    elif arguments[0] == "generate":
-        _generate(arguments[1:])
+    elif arguments[0] in _PARSED:
+        _PARSED[arguments[0]](arguments[1:])
     else:
         from lfq_lightning.registry import did_you_mean
 
@@ -72,15 +77,58 @@ def _dispatch(arguments: list[str]) -> None:
 
 def _generate(arguments: list[str]) -> None:
     parser = _parser("generate", "Print a packed model's greedy answer.")
-    parser.add_argument("model_dir", help="output folder of `lfq run`")
+    parser.add_argument("model_dir", help=_MODEL_DIR)
     parser.add_argument("prompt", help="what to say to the model; goes through its chat template if it has one")
     parser.add_argument("--max-new-tokens", type=int, default=100, help="longest answer (default: 100)")
     given = parser.parse_args(arguments)
-    if given.max_new_tokens < 1:
-        raise UserError("--max-new-tokens must be at least 1.")
-    from lfq_lightning.load import generate
+    _check_positive(given, "max_new_tokens")
+    from lfq_lightning.generate import answer
+    from lfq_lightning.load_model import load
 
-    print(generate(given.model_dir, given.prompt, given.max_new_tokens))
+    answer(*load(given.model_dir), [{"role": "user", "content": given.prompt}], given.max_new_tokens, stream=True)
+
+
+def _chat(arguments: list[str]) -> None:
+    parser = _parser("chat", "Talk with a packed model; an empty line ends it.")
+    parser.add_argument("model_dir", help=_MODEL_DIR)
+    parser.add_argument("--max-new-tokens", type=int, default=300, help="longest answer (default: 300)")
+    given = parser.parse_args(arguments)
+    _check_positive(given, "max_new_tokens")
+    from lfq_lightning.chat import chat
+
+    chat(given.model_dir, given.max_new_tokens)
+
+
+def _inspect(arguments: list[str]) -> None:
+    parser = _parser("inspect", "Print each layer's scheme and size, and which engines load the model.")
+    parser.add_argument("model_dir", help=_MODEL_DIR)
+    given = parser.parse_args(arguments)
+    from lfq_lightning.inspect_folder import inspect_folder
+
+    inspect_folder(given.model_dir)
+
+
+def _export(arguments: list[str]) -> None:
+    parser = _parser("export", "Write a packed model in another format; nothing is calibrated again.")
+    parser.add_argument("model_dir", help=_MODEL_DIR)
+    parser.add_argument("--format", required=True, help="one of those that `lfq list` shows")
+    parser.add_argument("--output", required=True, help="new folder")
+    given = parser.parse_args(arguments)
+    from lfq_lightning.export import export
+
+    print(export(given.model_dir, given.format, given.output))
+
+
+def _bench(arguments: list[str]) -> None:
+    parser = _parser("bench", "Measure prefill, decode and memory of a packed model and of the same one in bf16.")
+    parser.add_argument("model_dir", help=_MODEL_DIR)
+    parser.add_argument("--prompt-tokens", type=int, default=128, help="random tokens to read (128)")
+    parser.add_argument("--new-tokens", type=int, default=64, help="tokens to write (64)")
+    given = parser.parse_args(arguments)
+    _check_positive(given, "prompt_tokens", "new_tokens")
+    from lfq_lightning.decode_speed import bench
+
+    bench(given.model_dir, given.prompt_tokens, given.new_tokens)
 
 
 def _sensitivity(arguments: list[str]) -> None:
@@ -106,6 +154,22 @@ def _sensitivity(arguments: list[str]) -> None:
         given.seq_len,
         given.output,
     )
+
+
+_PARSED = {
+    "sensitivity": _sensitivity,
+    "generate": _generate,
+    "chat": _chat,
+    "inspect": _inspect,
+    "export": _export,
+    "bench": _bench,
+}
+
+
+def _check_positive(given: argparse.Namespace, *names: str) -> None:
+    for name in names:
+        if vars(given)[name] < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1.")
 
 
 def _parser(command: str, description: str) -> argparse.ArgumentParser:

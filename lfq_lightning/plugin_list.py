@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lfq_lightning.callbacks import CALLBACKS
+from lfq_lightning.formats import FORMATS
 from lfq_lightning.objectives import OBJECTIVES
 from lfq_lightning.quantizers import QUANTIZERS, LearnedQuantizer
 from lfq_lightning.registry import Registry
@@ -15,7 +16,7 @@ from lfq_lightning.registry import Registry
 def print_plugins() -> None:
     """Print one table per registry."""
     console = Console(width=max(100, Console().width))
-    registries: list[Registry[Any]] = [OBJECTIVES, QUANTIZERS, CALLBACKS]
+    registries: list[Registry[Any]] = [OBJECTIVES, QUANTIZERS, CALLBACKS, FORMATS]
     for registry in registries:
         table = Table(title=f"{registry.kind}s", title_justify="left", show_lines=True)
         for column in ("name", "what", "options", "source"):

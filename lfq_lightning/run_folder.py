@@ -11,9 +11,11 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lfq_lightning.checkpoints import Checkpoint
+from lfq_lightning.checkpoints import LICENCES, Checkpoint
 from lfq_lightning.errors import UserError
-from lfq_lightning.pack_format import quantization_config
+from lfq_lightning.formats.compressed_tensors import CompressedTensors
+from lfq_lightning.model_card import CARD, model_card
+from lfq_lightning.packed_folder import CHECKSUMS, INDEX, sha256
 from lfq_lightning.quant_scheme import QuantScheme
 
 JOURNAL = "journal.jsonl"
@@ -21,7 +23,9 @@ FACTS = "facts.json"
 LOGS = "logs"  # Lightning's loggers may write here before the run does
 _OURS = (  # all that a run may leave in its folder
     "model-?????-of-?????.safetensors*",
-    "model.safetensors.index.json*",
+    f"{INDEX}*",
+    f"{CARD}*",
+    *LICENCES,
     "*config.json*",
     "metrics.json*",
     "versions.json*",
@@ -57,6 +61,7 @@ class RunFolder:
         self.shards = shards
         self.overwrite = overwrite
         self._weight_map: dict[str, str] = {}
+        self._checksums: dict[str, str] = {}
         self._total_bytes = 0
 
     def check(self, bytes_needed: int) -> None:
@@ -102,6 +107,7 @@ class RunFolder:
         partial = self.path / f"{name}.partial"
         save_file(tensors, partial, metadata={"format": "pt"})
         partial.chmod((self.path / JOURNAL).stat().st_mode)  # safetensors lets only the owner read
+        self._checksums[name] = sha256(partial)
         _commit(partial, self.path / name)
         self._weight_map |= dict.fromkeys(tensors, name)
         self._total_bytes += sum(tensor.nbytes for tensor in tensors.values())
@@ -127,11 +133,15 @@ class RunFolder:
         generation = checkpoint.generation_config()
         if generation is not None:
             generation.save_pretrained(self.path)
-        index = {"metadata": {"total_size": self._total_bytes}, "weight_map": dict(sorted(self._weight_map.items()))}
-        self.write_json("model.safetensors.index.json", index)
+        metadata = {"total_size": self._total_bytes, CHECKSUMS: self._checksums}
+        self.write_json(INDEX, {"metadata": metadata, "weight_map": dict(sorted(self._weight_map.items()))})
         config = _model_config(checkpoint, architecture)
         if schemes:
-            config["quantization_config"] = quantization_config(schemes, ignore)
+            config["quantization_config"] = CompressedTensors().config(schemes, ignore)
+            engines = CompressedTensors().engines(set(schemes.values()))
+            self.write_text(CARD, model_card(self.path.name, config, schemes, engines, metrics))
+        for file in checkpoint.licences():
+            shutil.copyfile(file, self.path / file.name)
         self.write_json("config.json", config)
 
     @property

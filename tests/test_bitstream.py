@@ -6,9 +6,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lfq_lightning.bitstream import pack, unpack
-from lfq_lightning.pack_format import pack_tensors, quantization_config, schemes_of, unpack_tensors
-from lfq_lightning.quant_scheme import QuantScheme
-from lfq_lightning.quantized_tensor import QuantizedTensor
 
 
 @settings(max_examples=60, deadline=None)
@@ -33,34 +30,3 @@ def test_same_bytes_as_compressed_tensors(bits, columns):
     zero_points = (codes[:, :5].int() - 2 ** (bits - 1)).to(torch.int8)
     packed = pack(codes[:, :5].T.contiguous(), bits).T
     assert torch.equal(packed, helpers.pack_to_int32(zero_points, bits, packed_dim=0))
-
-
-@settings(max_examples=30, deadline=None)
-@given(
-    bits=st.integers(2, 8),
-    symmetric=st.booleans(),
-    groups=st.integers(1, 4),
-    group_size=st.sampled_from([1, 3, 16]),
-    rows=st.integers(1, 9),
-)
-def test_format_round_trip(bits, symmetric, groups, group_size, rows):
-    scheme = QuantScheme(bits, group_size, symmetric)
-    torch.manual_seed(rows)
-    zero = torch.full((rows, groups, 1), scheme.middle_code).byte()
-    if not symmetric:
-        zero = torch.randint(0, 2**bits, (rows, groups, 1)).byte()
-    quantized = QuantizedTensor(
-        torch.randint(0, 2**bits, (rows, groups * group_size)).byte(), torch.randn(rows, groups, 1), zero, scheme
-    )
-    back = unpack_tensors("layer", pack_tensors("layer", quantized), scheme)
-    for name in ("codes", "scale", "zero_point"):
-        assert torch.equal(getattr(back, name), getattr(quantized, name))
-
-
-def test_schemes_survive_the_config():
-    schemes = {"a": QuantScheme(3, 64), "b": QuantScheme(4, -1, symmetric=False), "c": QuantScheme(3, 64)}
-    assert schemes_of(quantization_config(schemes, []), list(schemes)) == schemes
-    one = {"a": QuantScheme(3, 64), "b": QuantScheme(3, 64)}
-    config = quantization_config(one, ["lm_head"])
-    assert config["config_groups"]["group_0"]["targets"] == ["Linear"]
-    assert schemes_of(config, ["a", "b"]) == one

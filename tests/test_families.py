@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM
 from lfq_lightning.checkpoints import open_checkpoint
 from lfq_lightning.cli import main
 from lfq_lightning.head import Head
-from lfq_lightning.load import load
+from lfq_lightning.load_model import load
 from lfq_lightning.model_skeleton import ModelSkeleton
 
 
@@ -28,7 +28,7 @@ def test_quantised_model_loads_in_transformers(family_folder, config):
     path = config(model={"checkpoint": str(family_folder)})
     main(["run", "--config", str(path)])
     output = path.parent / "run"
-    ours, tokenizer = load(output)
+    ours, tokenizer = load(output, dequantize=True)
     theirs = AutoModelForCausalLM.from_pretrained(output)
     inputs = tokenizer("9 bottles", return_tensors="pt")["input_ids"]
     greedy = [m.generate(inputs, do_sample=False, max_new_tokens=20).tolist() for m in (ours, theirs)]

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lfq_lightning.cli import main
-from lfq_lightning.load import load
+from lfq_lightning.load_model import load
 from lfq_lightning.quantizers import QUANTIZERS, DenseQuantizer
 from tests.conftest import GPTQ
 
@@ -22,7 +22,7 @@ def run(config, **changes):
 
 
 def same_in_transformers(output):
-    ours, _ = load(output)
+    ours, _ = load(output, dequantize=True)
     theirs = AutoModelForCausalLM.from_pretrained(output)
     input_ids = torch.arange(20)[None]
     with torch.no_grad():

@@ -16,8 +16,8 @@ from lfq_lightning.checkpoints import open_checkpoint
 from lfq_lightning.data import CalibrationData
 from lfq_lightning.errors import UserError
 from lfq_lightning.final_block_module import FinalBlockModule
+from lfq_lightning.formats.compressed_tensors import CompressedTensors
 from lfq_lightning.model_skeleton import ModelSkeleton
-from lfq_lightning.pack_format import pack_tensors
 from lfq_lightning.plan import Plan, Rule
 from lfq_lightning.solve import solve
 from lfq_lightning.trainer import Trainer
@@ -110,7 +110,7 @@ def by_hand(model, text):
                     parameter.copy_(value)
             shipped |= block.ship()
         for name, quantized in shipped.items():
-            packed |= pack_tensors(name, quantized)
+            packed |= CompressedTensors().pack(name, quantized)
         with torch.no_grad():
             for split in splits:
                 split.student = torch.cat([block(x) for x in split.student.split(8)])
@@ -348,5 +348,5 @@ def test_gptq_may_correct_towards_full_precision(llama, text_file, tmp_path):
         shards = [load_file(tmp_path / name / f"model-0000{i}-of-00004.safetensors") for i in (2, 3)]
         codes.append([shard[f"model.layers.{i}.mlp.down_proj.weight_packed"] for i, shard in enumerate(shards)])
     assert not torch.equal(codes[0][0], codes[1][0]) and not torch.equal(codes[0][1], codes[1][1])
-    with pytest.raises(UserError, match="correct 2.0 must be between 0 and 1"):
+    with pytest.raises(UserError, match=r"correct 2\.0 must be between 0 and 1"):
         calibrate(llama, text_file, tmp_path / "bad", rules=[Rule("all", {"name": "gptq", "correct": 2})])

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 from lfq_lightning.cli import main
-from lfq_lightning.load import load
+from lfq_lightning.load_model import load
 
 
 def quantizer(bits, group_size, symmetric=True):
@@ -28,7 +28,7 @@ PLANS = {
 @pytest.mark.parametrize("plan", PLANS)
 def test_same_weights(plan, config, tmp_path):
     main(["run", "--config", str(config(plan=PLANS[plan]))])
-    ours, _ = load(tmp_path / "run")
+    ours, _ = load(tmp_path / "run", dequantize=True)
     asymmetric = "asymmetric" in plan
     settings = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if asymmetric else {}
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "run", **settings)

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from lfq_lightning.checkpoints import open_checkpoint
 from lfq_lightning.held_out import evaluate
-from lfq_lightning.load import load
+from lfq_lightning.load_model import load
 from lfq_lightning.meta_model import assign_weights, meta_model
 from lfq_lightning.model_skeleton import ModelSkeleton
 from lfq_lightning.token_set import TokenSet
@@ -28,7 +28,7 @@ def full_precision(checkpoint: str) -> PreTrainedModel:
 def quantised(folder: Path) -> PreTrainedModel:
     """Return the model in `folder` in fp32: one of our runs, or a peer's dequantised weights."""
     if (folder / "journal.jsonl").exists() and "weight_packed" in (folder / "model.safetensors.index.json").read_text():
-        return load(folder)[0].float()
+        return load(folder, dequantize=True)[0].float()
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 

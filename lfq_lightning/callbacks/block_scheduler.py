@@ -21,10 +21,10 @@ from lfq_lightning.errors import UserError
 from lfq_lightning.final_block_module import FinalBlockModule
 from lfq_lightning.fingerprint import block_fingerprint, run_facts
 from lfq_lightning.fold_scales import fold_scales
+from lfq_lightning.formats.compressed_tensors import CompressedTensors
 from lfq_lightning.held_out import evaluate
 from lfq_lightning.model_skeleton import ModelSkeleton
 from lfq_lightning.objectives.kl import KL
-from lfq_lightning.pack_format import dequantized, pack_tensors
 from lfq_lightning.peak_memory import peak_bytes, reset_peak
 from lfq_lightning.plan import BlockPlan, Plan, Rule
 from lfq_lightning.precision import compute_dtype, stream_dtype
@@ -203,7 +203,7 @@ class BlockScheduler(BlockCallback):
             with self._forward_only():
                 for split in self.splits.each():
                     split.advance_teacher(block, self.device)
-                block.load(dequantized(stored, schemes))
+                block.load(CompressedTensors().dequantize(stored, schemes))
                 for split in self.splits.each():
                     split.advance_student(block, self.device)
             self.folder.write_shard(plan.index + 1, stored)
@@ -308,7 +308,7 @@ class BlockScheduler(BlockCallback):
             tensors = {name: tensor.to(dtype).cpu() for name, tensor in dense.items() if name.startswith(prefix)}
             for name, quantized in shipped.items():
                 if name.startswith(prefix):
-                    tensors |= pack_tensors(name, quantized)
+                    tensors |= CompressedTensors().pack(name, quantized)
                     self.schemes[name] = quantized.scheme
             self.folder.write_shard(index + 1, tensors)
 

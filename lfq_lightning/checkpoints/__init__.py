@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from lfq_lightning.checkpoints.checkpoint import Checkpoint
+from lfq_lightning.checkpoints.checkpoint import LICENCES, Checkpoint
 from lfq_lightning.errors import UserError
 
-__all__ = ["Checkpoint", "open_checkpoint"]
+__all__ = ["LICENCES", "Checkpoint", "open_checkpoint"]
 
 
 def open_checkpoint(source: str) -> Checkpoint:

@@ -11,6 +11,8 @@ from lfq_lightning.errors import UserError
 from lfq_lightning.families import FAMILIES, Family
 from lfq_lightning.registry import did_you_mean
 
+LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
+
 
 class Checkpoint(ABC):
     """Config, tokenizer and lazily read tensors of a decoder-only model.
@@ -52,3 +54,8 @@ class Checkpoint(ABC):
 
     @abstractmethod
     def generation_config(self) -> GenerationConfig | None: ...
+
+    def licences(self) -> list[Path]:
+        """Return the files that say under what terms the model may be used; they go where its weights go."""
+        folder = self.path if self.path.is_dir() else self.path.parent
+        return sorted(file for pattern in LICENCES for file in folder.glob(pattern) if file.is_file())

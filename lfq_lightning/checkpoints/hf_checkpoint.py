@@ -10,11 +10,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
-from lfq_lightning.checkpoints.checkpoint import Checkpoint
+from lfq_lightning.checkpoints.checkpoint import LICENCES, Checkpoint
 from lfq_lightning.errors import UserError, one_line
 
 _COMPUTED = "rotary_emb.inv_freq"  # old checkpoints store what the model computes
-_WANTED = ["*.json", "*.safetensors", "tokenizer.model", "*.txt", "*.jinja"]
+_WANTED = ["*.json", "*.safetensors", "tokenizer.model", "*.txt", "*.jinja", *LICENCES]
 
 
 def download(hub_id: str) -> Path:

@@ -1,4 +1,4 @@
-"""Does another environment's transformers, with nothing of ours installed, say what `lfq generate` says?
+"""Does another environment's transformers, with nothing of ours installed, say what ours says with the same weights?
 
     python tests/interop/greedy.py OTHER_PYTHON MODEL_DIR PROMPT
 
@@ -8,7 +8,8 @@ Exit code 1 if the greedy texts differ.
 import subprocess
 import sys
 
-from lfq_lightning.load import generate
+from lfq_lightning.generate import answer
+from lfq_lightning.load_model import load
 
 TOKENS = 60
 ALONE = f"""
@@ -31,8 +32,9 @@ def main() -> None:
     command = [python, "-I", "-c", ALONE, folder, prompt]
     printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
     theirs = next(line for line in printed.splitlines() if line.startswith("ANSWER ")).removeprefix("ANSWER ")
-    ours = repr(generate(folder, prompt, TOKENS))
-    print(f"transformers alone: {theirs}\nlfq generate:       {ours}")
+    model, own_tokenizer = load(folder, dequantize=True)  # the same products, so the same roundings
+    ours = repr(answer(model, own_tokenizer, [{"role": "user", "content": prompt}], TOKENS))
+    print(f"transformers alone: {theirs}\nlfq_lightning:      {ours}")
     sys.exit(0 if ours == theirs else 1)
 
 

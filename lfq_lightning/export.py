@@ -1,0 +1,58 @@
+"""Write a packed model in another format, shard by shard; nothing is calibrated again."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from lfq_lightning.errors import UserError
+from lfq_lightning.formats import FORMATS
+from lfq_lightning.model_card import CARD, model_card
+from lfq_lightning.packed_folder import CHECKSUMS, INDEX, PackedFolder, sha256
+
+_LEFT_BEHIND = ("*.safetensors", INDEX, "config.json", "journal.jsonl", "facts.json", CARD, "logs")
+
+
+def export(source: str, format_name: str, output: str) -> Path:
+    """Convert the packed model in `source` and return the new folder. Memory holds one shard.
+
+    Raises UserError, and leaves nothing behind, if the format cannot hold the model or `output` exists.
+    """
+    folder, target = PackedFolder(source), Path(output).expanduser()
+    to = FORMATS.get(format_name.replace("-", "_"))()
+    if target.exists():
+        raise UserError(f"output: {target} exists; give a new folder.")
+    for name, scheme in folder.schemes.items():
+        to.check(name, scheme, folder.shapes[name])
+    quantization = to.config(folder.schemes, folder.dense)
+    partial = target.with_name(f"{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        shutil.copytree(folder.path, partial, ignore=shutil.ignore_patterns(*_LEFT_BEHIND))
+        index: dict[str, Any] = {"metadata": {"total_size": 0, CHECKSUMS: {}}, "weight_map": {}}
+        for shard in folder.shards():
+            tensors = dict(shard.dense)
+            for name, quantized in shard.layers.items():
+                tensors |= to.pack(name, quantized)
+            save_file(tensors, partial / shard.file, metadata={"format": "pt"})
+            index["metadata"]["total_size"] += sum(tensor.nbytes for tensor in tensors.values())
+            index["metadata"][CHECKSUMS][shard.file] = sha256(partial / shard.file)
+            index["weight_map"] |= dict.fromkeys(tensors, shard.file)
+        settings = {**folder.settings, "quantization_config": quantization}
+        _write_json(partial / INDEX, {**index, "weight_map": dict(sorted(index["weight_map"].items()))})
+        _write_json(partial / "config.json", settings)
+        metrics = partial / "metrics.json"
+        measured = json.loads(metrics.read_text(encoding="utf-8")) if metrics.is_file() else None
+        card = model_card(target.name, settings, folder.schemes, to.engines(set(folder.schemes.values())), measured)
+        (partial / CARD).write_text(card, encoding="utf-8")
+        partial.replace(target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return target
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,13 @@
+"""GPTQ, version 1: zero points are stored less one, so 0 cannot be."""
+
+from lfq_lightning.formats import FORMATS
+from lfq_lightning.formats.gptq_layout import GPTQLayout
+
+
+@FORMATS.register
+class GPTQ(GPTQLayout):
+    """2, 3, 4 and 8 bits; what most engines call GPTQ. No zero point of 0."""
+
+    paper = "AutoGPTQ; GPTQModel, checkpoint_format gptq"
+    version = "gptq"
+    zero_offset = 1

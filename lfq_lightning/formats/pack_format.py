@@ -1,0 +1,83 @@
+"""PackFormat: how quantised weights lie in safetensors shards and in config.json."""
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from lfq_lightning.errors import UserError
+from lfq_lightning.quant_scheme import QuantScheme
+from lfq_lightning.quantized_tensor import QuantizedTensor
+
+Shape = tuple[int, ...]
+
+
+class PackFormat(ABC):
+    """Base of all formats. `pack` and `unpack` are exact inverses, but for a scale that the format stores in fp16.
+
+    Attributes:
+        paper: where the format is specified.
+        quant_method: its name in `quantization_config`.
+    """
+
+    paper: ClassVar[str]
+    quant_method: ClassVar[str]
+
+    @abstractmethod
+    def check(self, name: str, scheme: QuantScheme, shape: tuple[int, int]) -> None:
+        """Raise UserError, with the formats that can, if a layer (O, I) of that scheme cannot be held."""
+
+    @abstractmethod
+    def layout(self, scheme: QuantScheme, shape: tuple[int, int]) -> dict[str, Shape]:
+        """Return the tensors of one layer (O, I): last part of the name → shape. The first holds the codes."""
+
+    @abstractmethod
+    def pack(self, name: str, quantized: QuantizedTensor) -> dict[str, Tensor]:
+        """Return the stored tensors of the layer `name` by full name. Raises UserError for values it cannot hold."""
+
+    @abstractmethod
+    def unpack(self, name: str, tensors: dict[str, Tensor], scheme: QuantScheme) -> QuantizedTensor:
+        """Invert `pack`; `tensors` have the shapes of `layout`."""
+
+    @abstractmethod
+    def config(self, schemes: dict[str, QuantScheme], dense: list[str]) -> dict[str, Any]:
+        """Return the `quantization_config` of config.json; linear layers in `dense` stay as they are."""
+
+    @abstractmethod
+    def schemes(self, config: dict[str, Any], layers: list[str]) -> dict[str, QuantScheme]:
+        """Read back the scheme of each of `layers`, those with packed tensors, from a `quantization_config`.
+
+        Raises UserError for what this package cannot compute with, KeyError or TypeError for a damaged config.
+        """
+
+    @abstractmethod
+    def engines(self, schemes: set[QuantScheme]) -> list[str]:
+        """Return which engines load a model of these schemes, and how."""
+
+    def dequantize(self, tensors: dict[str, Tensor], schemes: dict[str, QuantScheme]) -> dict[str, Tensor]:
+        """Return the weights that stored tensors stand for; packed layers in the dtype of their scales.
+
+        Raises KeyError for a tensor that a layer of `schemes` lacks.
+        """
+        dense = {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[0] not in schemes}
+        biases = {name: tensor for name, tensor in tensors.items() if name.endswith(".bias")}
+        weights = {f"{name}.weight": self.unpack(name, tensors, s).dequantize() for name, s in schemes.items()}
+        return dense | biases | weights
+
+    def packed_name(self, stored: str) -> str | None:
+        """Return the layer whose codes the tensor `stored` holds, if it does."""
+        layer, _, last = stored.rpartition(".")
+        return layer if last == next(iter(self.layout(QuantScheme(), (32, 32)))) else None
+
+
+def check_layout(layout: dict[str, Shape], name: str, tensors: dict[str, Tensor], source: object) -> None:
+    """Raise UserError naming `source` if a tensor of the layer `name` is absent or not of the shape in `layout`."""
+    for last, shape in layout.items():
+        tensor = tensors.get(f"{name}.{last}")
+        if tensor is None:
+            raise UserError(f"{source} has no tensor {name}.{last}; copy the model again.")
+        if tuple(tensor.shape) != shape:
+            raise UserError(
+                f"{source}: {name}.{last} is {tuple(tensor.shape)}, but by config.json it would be {shape}; config and "
+                "shards do not belong together, copy the model again."
+            )

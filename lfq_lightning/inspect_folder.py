@@ -1,0 +1,55 @@
+"""What a packed folder holds: `lfq inspect`."""
+
+from rich.console import Console
+from rich.table import Table
+
+from lfq_lightning.packed_folder import PackedFolder
+from lfq_lightning.quant_scheme import QuantScheme
+
+_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # what vLLM computes as one matrix
+
+
+def inspect_folder(path: str) -> None:
+    """Print each layer's scheme, bits per weight and size, the totals, and which engines load the folder.
+
+    Raises UserError for a folder that cannot be read; every shard is checked.
+    """
+    folder, console = PackedFolder(path), Console()
+    sizes = {layer: size for shard in folder.shards() for layer, size in shard.packed_bytes.items()}
+    table = Table(title=f"{folder.path}: {folder.format_name}", title_justify="left")
+    for column in ("layer", "outputs × inputs", "bits", "group", "grid", "bits per weight", "MB"):
+        table.add_column(column)
+    for name, scheme in folder.schemes.items():
+        o, i = folder.shapes[name]
+        group = "channel" if scheme.group_size == -1 else str(scheme.group_size)
+        grid = "symmetric" if scheme.symmetric else "asymmetric"
+        per_weight = 8 * sizes[name] / (o * i)
+        table.add_row(
+            name, f"{o} × {i}", str(scheme.num_bits), group, grid, f"{per_weight:.2f}", f"{sizes[name] / 1e6:.2f}"
+        )
+    console.print(table)
+    weights = sum(folder.shapes[name][0] * folder.shapes[name][1] for name in folder.schemes)
+    packed, whole = sum(sizes.values()), sum((folder.path / file).stat().st_size for file in folder.files)
+    console.print(f"packed layers: {packed / 1e6:.1f} MB, {8 * packed / max(weights, 1):.2f} bits per weight")
+    console.print(f"all shards: {whole / 1e6:.1f} MB; not packed: {', '.join(folder.dense) or 'no linear layer'}")
+    engines, mixed = (
+        folder.format.engines(set(folder.schemes.values())),
+        fused_differently(folder.schemes, folder.dense),
+    )
+    if mixed:
+        engines = [engine for engine in engines if not engine.startswith("vLLM")]
+        console.print(f"not vLLM, which computes them as one matrix: {' and '.join(mixed)} have different schemes")
+    console.print(f"loads in: {', '.join(['lfq_lightning', *engines])}")
+
+
+def fused_differently(schemes: dict[str, QuantScheme], dense: list[str]) -> list[str]:
+    """Return the first layers that vLLM fuses and that differ in scheme, or are partly dense; or none."""
+    every: dict[str, QuantScheme | None] = {**dict.fromkeys(dense), **schemes}
+    for name in every:
+        prefix, _, last = name.rpartition(".")
+        for parts in _FUSED:
+            if last == parts[0]:
+                found = [f"{prefix}.{part}" for part in parts if f"{prefix}.{part}" in every]
+                if len({every[part] for part in found}) > 1:
+                    return found
+    return []

@@ -1,0 +1,175 @@
+"""PackedFolder: a packed model on disk, in any of the formats, its shards read one at a time."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, PretrainedConfig
+
+from lfq_lightning.errors import UserError, one_line
+from lfq_lightning.formats import FORMATS, PackFormat, check_layout
+from lfq_lightning.meta_model import meta_model
+from lfq_lightning.quant_scheme import QuantScheme
+from lfq_lightning.quantized_tensor import QuantizedTensor
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+CHECKSUMS = "sha256"  # key in the index's metadata: file → digest
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What one file holds.
+
+    Args:
+        file: its name.
+        layers: the packed layers.
+        dense: all other tensors by full name.
+        packed_bytes: what each packed layer takes on disk.
+    """
+
+    file: str
+    layers: dict[str, QuantizedTensor]
+    dense: dict[str, Tensor]
+    packed_bytes: dict[str, int]
+
+
+class PackedFolder:
+    """A folder with config.json and packed safetensors, ours or another tool's.
+
+    Args:
+        path: the folder. Raises UserError if it is not one, is damaged, or uses what this package cannot compute with.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).expanduser()
+        if not (self.path / "config.json").is_file():
+            raise UserError(f"{self.path} is not a finished packed model (no config.json); run `lfq run` to make one.")
+        if not (self.path / INDEX).is_file() and not (self.path / SINGLE).is_file():
+            raise UserError(f"{self.path} has neither {INDEX} nor {SINGLE}; copy the model again.")
+        try:
+            self.settings: dict[str, Any] = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
+            self.config: PretrainedConfig = AutoConfig.from_pretrained(self.path, local_files_only=True)
+            self.files, self._checksums = self._index()
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise UserError(
+                f"{self.path}: config or index is damaged ({one_line(error)[:100]}); copy the model again."
+            ) from error
+        self.quantization: dict[str, Any] = self.settings.get("quantization_config") or {}
+        if not self.quantization:
+            raise UserError(
+                f"{self.path} is not packed (its config has no quantization_config); load it with transformers."
+            )
+        del self.config.quantization_config
+        self.format_name, self.format = _format_of(self.quantization, self.path)
+        self.shapes = _linear_shapes(self.config)
+        self.schemes = self._schemes()
+
+    def shards(self) -> Iterator[Shard]:
+        """Read file after file. Raises UserError for a damaged one, or one that does not fit the config."""
+        for file in self.files:
+            tensors = self._read(file)
+            layers = [layer for name in tensors if (layer := self.format.packed_name(name)) is not None]
+            for layer in layers:
+                check_layout(self.format.layout(self.schemes[layer], self.shapes[layer]), layer, tensors, self.path)
+            names = {
+                layer: [f"{layer}.{last}" for last in self.format.layout(self.schemes[layer], self.shapes[layer])]
+                for layer in layers
+            }
+            packed = {name for parts in names.values() for name in parts}
+            for name in tensors.keys() - packed:
+                if name.rpartition(".")[0] in names and not name.endswith(".bias"):
+                    raise UserError(
+                        f"{self.path / file} holds {name}, which {self.format_name} as read here has not; use the tool "
+                        "that made it."
+                    )
+            yield Shard(
+                file,
+                {layer: self.format.unpack(layer, tensors, self.schemes[layer]) for layer in layers},
+                {name: tensor for name, tensor in tensors.items() if name not in packed},
+                {layer: sum(tensors[name].nbytes for name in parts) for layer, parts in names.items()},
+            )
+
+    @property
+    def dense(self) -> list[str]:
+        """Linear layers that are not packed, the head included."""
+        return [name for name in self.shapes if name not in self.schemes]
+
+    def _index(self) -> tuple[dict[str, list[str]], dict[str, str]]:
+        if (self.path / INDEX).is_file():
+            index = json.loads((self.path / INDEX).read_text(encoding="utf-8"))
+            files: dict[str, list[str]] = {}
+            for name, file in index["weight_map"].items():
+                files.setdefault(file, []).append(name)
+            return dict(sorted(files.items())), index.get("metadata", {}).get(CHECKSUMS, {})
+        with safe_open(self.path / SINGLE, "pt") as shard:
+            return {SINGLE: list(shard.keys())}, {}
+
+    def _schemes(self) -> dict[str, QuantScheme]:
+        names = [name for file in self.files.values() for name in file]
+        layers = [layer for name in names if (layer := self.format.packed_name(name)) is not None]
+        try:
+            schemes = self.format.schemes(self.quantization, layers)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{self.path}: quantization_config lacks {one_line(error)}; copy the model again."
+            ) from error
+        except UserError as error:
+            raise UserError(f"{self.path}: {error}") from error
+        for layer in layers:
+            if layer not in self.shapes:
+                raise UserError(f"{self.path} packs {layer}, which its config knows nothing of; the two do not match.")
+            if layer not in schemes:
+                raise UserError(
+                    f"{self.path} packs {layer}, but quantization_config has no scheme for it; copy it again."
+                )
+            size, width = schemes[layer].group_size, self.shapes[layer][1]
+            if size != -1 and width % size:
+                raise UserError(
+                    f"{self.path}: groups of {size} do not divide the {width} inputs of {layer}; copy it again."
+                )
+        return {layer: schemes[layer] for layer in layers}
+
+    def _read(self, file: str) -> dict[str, Tensor]:
+        path = self.path / file
+        try:
+            if file in self._checksums and sha256(path) != self._checksums[file]:
+                raise UserError(f"{path} is not what was written (its checksum differs); copy the model again.")
+            with safe_open(path, "pt") as shard:
+                tensors = {name: shard.get_tensor(name) for name in shard.keys()}
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} cannot be read ({one_line(error)}); copy the model again.") from error
+        absent = set(self.files[file]) - set(tensors)
+        if absent:
+            raise UserError(f"{path} has no tensor {min(absent)}, but the index names it; copy the model again.")
+        return tensors
+
+
+def sha256(path: Path) -> str:
+    """Return the hexadecimal SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _format_of(quantization: dict[str, Any], path: Path) -> tuple[str, PackFormat]:
+    method = quantization.get("quant_method")
+    version = quantization.get("checkpoint_format", "gptq")
+    for name in FORMATS.names():
+        found = FORMATS.get(name)()
+        if found.quant_method == method and (method != "gptq" or name == version):
+            return name, found
+    named = f"gptq ({version})" if method == "gptq" else method
+    raise UserError(f"{path} is quantised by {named}, which is not read here; known: {', '.join(FORMATS.names())}.")
+
+
+def _linear_shapes(config: PretrainedConfig) -> dict[str, tuple[int, int]]:
+    return {
+        name: (module.out_features, module.in_features)
+        for name, module in meta_model(config).named_modules()
+        if isinstance(module, nn.Linear)
+    }

@@ -1,0 +1,77 @@
+"""PackedLinear against fp64: both paths, awkward shapes, small and large batches."""
+
+import pytest
+import torch
+
+from lfq_lightning.ops.packed_matmul import cpu_int4
+from lfq_lightning.packed_linear import PackedLinear
+from lfq_lightning.quant_scheme import QuantScheme
+from tests.test_formats import random_tensor
+
+INT4 = [
+    (100, 96, QuantScheme(4, 32)),
+    (130, 192, QuantScheme(3, 96, symmetric=False)),
+    (64, 64, QuantScheme(2, -1, symmetric=False)),
+    (1, 512, QuantScheme(4, 512)),
+    (576, 576, QuantScheme(3, 64)),
+]
+OTHERS = [
+    (70, 100, QuantScheme(3, 20, symmetric=False), torch.float32),
+    (33, 64, QuantScheme(8, 32), torch.bfloat16),
+    (5, 63, QuantScheme(5, 9), torch.float16),
+    (64, 64, QuantScheme(4, 32), torch.float16),
+    (64, 48, QuantScheme(4, 16), torch.bfloat16),
+]
+
+
+def check(layer, quantized, bias, rows):
+    x = torch.randn(*rows, quantized.codes.shape[1], generator=torch.Generator().manual_seed(1)).to(
+        quantized.scale.dtype
+    )
+    weight = quantized.dequantize().double()
+    exact = x.double() @ weight.T + (0 if bias is None else bias.double())
+    found = layer(x)
+    assert found.dtype == x.dtype and found.shape == exact.shape
+    # the sum of |x||w| is what one rounding of a term is relative to
+    bound = (x.double().abs() @ weight.abs().T) * torch.finfo(x.dtype).eps * 2 + exact.abs() * torch.finfo(x.dtype).eps
+    assert bool(((found.double() - exact).abs() <= bound + 1e-6).all())
+
+
+@pytest.mark.parametrize("rows", [(1,), (2, 3), (cpu_int4.KERNEL_ROWS + 1,), (0,)], ids=str)
+@pytest.mark.parametrize("case", INT4, ids=str)
+def test_int4_path(case, rows):
+    if not cpu_int4.available():
+        pytest.skip("this PyTorch has no int4 kernel for this CPU")
+    quantized = random_tensor(*case, dtype=torch.bfloat16)
+    layer = PackedLinear(quantized, None)
+    assert layer.int4
+    check(layer, quantized, None, rows)
+
+
+@pytest.mark.parametrize("case", INT4, ids=str)
+def test_int4_weights_are_those_that_ship(case):
+    quantized = random_tensor(*case, dtype=torch.bfloat16)
+    weight = cpu_int4.int4_weight(quantized)
+    rows = quantized.codes.shape[0]
+    parts = [cpu_int4.dequantize(weight, start, 128) for start in range(0, rows, 128)]
+    assert torch.equal(torch.cat(parts), quantized.dequantize())
+
+
+@pytest.mark.parametrize("rows", [(1,), (2, 3), (0,)], ids=str)
+@pytest.mark.parametrize("case", OTHERS, ids=str)
+def test_dequantising_path(case, rows, monkeypatch):
+    monkeypatch.setattr("lfq_lightning.ops.packed_matmul.reference.TILE_WEIGHTS", 300)  # several tiles
+    *shape, dtype = case
+    quantized, bias = random_tensor(*shape, dtype=dtype), torch.randn(shape[0]).to(dtype)
+    layer = PackedLinear(quantized, bias)
+    assert not layer.int4
+    check(layer, quantized, bias, rows)
+
+
+def test_memory_is_that_of_the_codes():
+    quantized = random_tensor(256, 256, QuantScheme(4, 64), dtype=torch.bfloat16)
+    layer = PackedLinear(quantized, None)
+    assert sum(buffer.nbytes for buffer in layer.buffers()) <= 256 * 256 // 2 + 256 * 4 * 5
+    quantized = random_tensor(256, 256, QuantScheme(3, 64), dtype=torch.float16)
+    layer = PackedLinear(quantized, None)
+    assert sum(buffer.nbytes for buffer in layer.buffers()) == 256 * 256 * 3 // 8 + 256 * 4 * 3
