@@ -1,5 +1,6 @@
 """Write a packed model in another format, shard by shard; nothing is calibrated again."""
 
+import fnmatch
 import json
 import shutil
 from pathlib import Path
@@ -11,8 +12,9 @@ from lfq_lightning.errors import UserError
 from lfq_lightning.formats import FORMATS
 from lfq_lightning.model_card import CARD, model_card
 from lfq_lightning.packed_folder import CHECKSUMS, INDEX, PackedFolder, sha256
+from lfq_lightning.run_folder import FACTS, JOURNAL
 
-_LEFT_BEHIND = ("*.safetensors", INDEX, "config.json", "journal.jsonl", "facts.json", CARD, "logs")
+_LEFT_BEHIND = ("*.safetensors", INDEX, "config.json", JOURNAL, FACTS, CARD)
 
 
 def export(source: str, format_name: str, output: str) -> Path:
@@ -30,7 +32,10 @@ def export(source: str, format_name: str, output: str) -> Path:
     partial = target.with_name(f"{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        shutil.copytree(folder.path, partial, ignore=shutil.ignore_patterns(*_LEFT_BEHIND))
+        partial.mkdir(parents=True)
+        for file in folder.path.iterdir():
+            if file.is_file() and not any(fnmatch.fnmatch(file.name, pattern) for pattern in _LEFT_BEHIND):
+                shutil.copyfile(file, partial / file.name)
         index: dict[str, Any] = {"metadata": {"total_size": 0, CHECKSUMS: {}}, "weight_map": {}}
         for shard in folder.shards():
             tensors = dict(shard.dense)
@@ -45,7 +50,7 @@ def export(source: str, format_name: str, output: str) -> Path:
         _write_json(partial / "config.json", settings)
         metrics = partial / "metrics.json"
         measured = json.loads(metrics.read_text(encoding="utf-8")) if metrics.is_file() else None
-        card = model_card(target.name, settings, folder.schemes, to.engines(set(folder.schemes.values())), measured)
+        card = model_card(settings, folder.schemes, to.engines(set(folder.schemes.values())), measured)
         (partial / CARD).write_text(card, encoding="utf-8")
         partial.replace(target)
     except BaseException:

@@ -16,7 +16,6 @@ _COLUMNS = {
 
 
 def model_card(
-    title: str,
     config: dict[str, Any],
     schemes: dict[str, QuantScheme],
     engines: list[str],
@@ -35,7 +34,7 @@ def model_card(
     method = config["quantization_config"]["quant_method"]
     architecture = config["architectures"][0]
     return (
-        f"# {title}\n\n{architecture}, weights quantised by lfq_lightning, stored as {method}.\n\n{listed}\n"
+        f"# {architecture}, quantised\n\nBy lfq_lightning; stored as {method}.\n\n{listed}\n"
         f"{table}\n## Loading\n\n{', '.join(engines)}; or `lfq generate`, `lfq chat` and `lfq_lightning.load`.\n"
     )
 

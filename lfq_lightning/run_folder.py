@@ -139,7 +139,7 @@ class RunFolder:
         if schemes:
             config["quantization_config"] = CompressedTensors().config(schemes, ignore)
             engines = CompressedTensors().engines(set(schemes.values()))
-            self.write_text(CARD, model_card(self.path.name, config, schemes, engines, metrics))
+            self.write_text(CARD, model_card(config, schemes, engines, metrics))
         for file in checkpoint.licences():
             shutil.copyfile(file, self.path / file.name)
         self.write_json("config.json", config)
