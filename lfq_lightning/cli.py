@@ -111,12 +111,17 @@ def _inspect(arguments: list[str]) -> None:
 def _export(arguments: list[str]) -> None:
     parser = _parser("export", "Write a packed model in another format; nothing is calibrated again.")
     parser.add_argument("model_dir", help=_MODEL_DIR)
-    parser.add_argument("--format", required=True, help="one of those that `lfq list` shows")
-    parser.add_argument("--output", required=True, help="new folder")
+    parser.add_argument("--format", required=True, help="gguf, or one of those that `lfq list` shows")
+    parser.add_argument("--output", required=True, help="new folder, or for gguf a new file")
     given = parser.parse_args(arguments)
-    from lfq_lightning.export import export
+    if given.format == "gguf":
+        from lfq_lightning.gguf_export import export_gguf
 
-    print(export(given.model_dir, given.format, given.output))
+        print(export_gguf(given.model_dir, given.output))
+    else:
+        from lfq_lightning.export import export
+
+        print(export(given.model_dir, given.format, given.output))
 
 
 def _bench(arguments: list[str]) -> None:

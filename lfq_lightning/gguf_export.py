@@ -1,0 +1,148 @@
+"""Write a packed model as one GGUF file for llama.cpp."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from lfq_lightning.errors import UserError
+from lfq_lightning.gguf_blocks import block_type, blocks
+from lfq_lightning.gguf_tokenizer import tokenizer_fields
+from lfq_lightning.packed_folder import PackedFolder
+from lfq_lightning.quantized_tensor import QuantizedTensor
+
+# model type → architecture of llama.cpp, and whether it interleaves the rotary halves of q and k
+_ARCHITECTURES = {
+    "llama": ("llama", True),
+    "mistral": ("llama", True),
+    "qwen2": ("qwen2", False),
+    "qwen3": ("qwen3", False),
+}
+_FILE_TYPES = {"Q4_0": 2, "Q4_1": 3, "Q8_0": 7}  # llama.cpp's `general.file_type`
+
+Array = tuple["np.ndarray[Any, Any]", str]  # and the name of its GGML type
+
+
+def export_gguf(source: str, output: str) -> Path:
+    """Convert the packed model in `source` to the file `output` and return its path. Memory holds one shard.
+
+    Raises UserError, and leaves nothing behind, if GGUF cannot hold the model or `output` exists.
+    """
+    try:
+        import gguf
+    except ImportError as error:
+        raise UserError("writing GGUF needs the gguf package: pip install 'lfq-lightning[gguf]'.") from error
+    folder, target = PackedFolder(source), Path(output).expanduser()
+    if target.suffix != ".gguf":
+        raise UserError(f"output: {target} is to be one GGUF file; give a name that ends with .gguf.")
+    if target.exists():
+        raise UserError(f"output: {target} exists; give a new file.")
+    architecture, interleaved = _check(folder)
+    kinds = [block_type(name, scheme, folder.shapes[name][1]) for name, scheme in folder.schemes.items()]
+    tokenizer = AutoTokenizer.from_pretrained(folder.path, local_files_only=True)
+    fields = tokenizer_fields(tokenizer, folder.config.vocab_size)
+    number = next(n for n, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    names = gguf.get_tensor_name_map(number, folder.config.num_hidden_layers)
+    types = gguf.GGMLQuantizationType
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f"{target.name}.partial")
+    writer = gguf.GGUFWriter(partial, architecture)
+    try:
+        _write_hyperparameters(writer, folder.settings, folder.config)
+        writer.add_file_type(_FILE_TYPES[max(kinds, key=kinds.count)])
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        for key, value in fields.items():
+            _add(writer, f"tokenizer.ggml.{key}", value)
+        if tokenizer.chat_template:
+            writer.add_chat_template(tokenizer.chat_template)
+        for name, (array, kind) in _arrays(folder, interleaved):
+            stored = names.get_name(name, try_suffixes=(".weight", ".bias"))
+            assert stored is not None, name
+            writer.add_tensor_info(stored, array.shape, array.dtype, array.nbytes, types[kind])
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for _, (array, _) in _arrays(folder, interleaved):
+            writer.write_tensor_data(array)
+        writer.close()
+        partial.replace(target)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    return target
+
+
+def _check(folder: PackedFolder) -> tuple[str, bool]:
+    config = folder.config
+    if config.model_type not in _ARCHITECTURES:
+        raise UserError(
+            f"GGUF: models of type {config.model_type!r} are not written here, only {', '.join(_ARCHITECTURES)}; use "
+            "another format."
+        )
+    rope = folder.settings.get("rope_parameters") or {}
+    if rope.get("rope_type", "default") != "default":
+        raise UserError(f"GGUF: rotary scaling {rope['rope_type']!r} is not written here; export to another format.")
+    window = folder.settings.get("sliding_window")
+    if window and folder.settings.get("use_sliding_window", True) and window < config.max_position_embeddings:
+        raise UserError("GGUF: sliding-window attention is not written here; export to another format.")
+    return _ARCHITECTURES[config.model_type]
+
+
+def _write_hyperparameters(writer: Any, settings: dict[str, Any], config: Any) -> None:
+    heads, width = config.num_attention_heads, config.hidden_size
+    head_dim = settings.get("head_dim") or width // heads
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(width)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(float((settings.get("rope_parameters") or settings)["rope_theta"]))
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_vocab_size(config.vocab_size)
+
+
+def _add(writer: Any, key: str, value: Any) -> None:
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    elif isinstance(value, str):
+        writer.add_string(key, value)
+    else:
+        writer.add_array(key, value)
+
+
+def _arrays(folder: PackedFolder, interleaved: bool) -> Iterator[tuple[str, Array]]:
+    """Yield every tensor's full name with its array and GGML type, in the same order each time."""
+    config = folder.config
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads} if interleaved else {}
+    for shard in folder.shards():
+        for name, quantized in sorted(shard.layers.items()):
+            order = _interleave(quantized.codes.shape[0], heads.get(name.rpartition(".")[2]))
+            codes, scale, zero = (v[order] for v in (quantized.codes, quantized.scale, quantized.zero_point))
+            kind = block_type(name, quantized.scheme, codes.shape[1])
+            yield f"{name}.weight", (blocks(name, QuantizedTensor(codes, scale, zero, quantized.scheme)), kind)
+        for name, tensor in sorted(shard.dense.items()):
+            yield name, _dense(tensor[_interleave(len(tensor), heads.get(name.split(".")[-2]))])
+
+
+def _interleave(rows: int, heads: int | None) -> Tensor:
+    """Return the order of rows in which the two rotary halves of each head alternate, as llama.cpp wants q and k."""
+    order = torch.arange(rows)
+    return order if heads is None else order.view(heads, 2, -1).transpose(1, 2).flatten()
+
+
+def _dense(tensor: Tensor) -> Array:
+    if tensor.dim() == 1 or tensor.dtype == torch.float32:
+        return tensor.float().numpy(), "F32"
+    if tensor.dtype == torch.float16:
+        return tensor.numpy(), "F16"
+    return tensor.contiguous().view(torch.uint8).numpy(), "BF16"
