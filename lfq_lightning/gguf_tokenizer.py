@@ -24,6 +24,10 @@ def tokenizer_fields(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> dic
     model = state["model"]
     if model["type"] != "BPE":
         raise UserError(f"GGUF: a tokenizer of type {model['type']} is not written here; export to another format.")
+    if not model["merges"]:
+        raise UserError(
+            "GGUF: the tokenizer has no merges, and llama.cpp loads none without; export to another format."
+        )
     added = {token["id"]: token for token in state["added_tokens"]}
     texts = {i: text for text, i in model["vocab"].items()} | {i: token["content"] for i, token in added.items()}
     ids = range(max(vocab_size, max(texts) + 1))

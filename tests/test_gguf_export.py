@@ -69,6 +69,7 @@ def test_the_file_is_the_model(family, bits, tied, packed, tmp_path):  # noqa: F
             export_gguf(str(packed(plan, tied, torch.bfloat16, family)), str(tmp_path / "model.gguf"))
         return
     run = packed(plan, tied, torch.bfloat16, family)
+    trained_tokenizer().save_pretrained(run)
     file = export_gguf(str(run), str(tmp_path / "model.gguf"))
     checkpoint, model = open_checkpoint(str(file)), load(run, dequantize=True)[0]
     state = {name: value for name, value in model.state_dict().items() if not (tied and name == "lm_head.weight")}
@@ -84,9 +85,7 @@ def test_the_file_is_the_model(family, bits, tied, packed, tmp_path):  # noqa: F
 def test_the_tokenizer_comes_along(packed, tmp_path):  # noqa: F811
     """A byte-level BPE with merges, read back by transformers from the file."""
     run = packed([{"match": "all", "quantizer": quantizer(4)}])
-    tokenizer = byte_tokenizer(chat=False)
-    text = "green bottles hanging on the wall, and if one green bottle should fall, " * 3
-    tokenizer.train_new_from_iterator([text], vocab_size=290).save_pretrained(run)
+    trained_tokenizer().save_pretrained(run)
     file = export_gguf(str(run), str(tmp_path / "model.gguf"))
     ours, theirs = AutoTokenizer.from_pretrained(run), open_checkpoint(str(file)).tokenizer()
     for line in ("green bottles fall", "12 345, don't!\n\n  x", "é 漢"):
@@ -109,11 +108,20 @@ def test_other_models_are_refused(packed, tmp_path):  # noqa: F811
         export_gguf(str(run), str(tmp_path / "model.gguf"))
 
 
+def trained_tokenizer():
+    text = "green bottles hanging on the wall, and if one green bottle should fall, " * 3
+    return byte_tokenizer(chat=False).train_new_from_iterator([text], vocab_size=290)
+
+
 def test_tokenizer_fields():
-    tokenizer = byte_tokenizer(chat=False)
-    fields = tokenizer_fields(tokenizer, 300)
+    fields = tokenizer_fields(trained_tokenizer(), 300)
     assert (fields["model"], fields["pre"], fields["add_bos_token"]) == ("gpt2", "gpt-2", True)
     assert len(fields["tokens"]) == len(fields["token_type"]) == 300
-    assert fields["tokens"][256:262] == ["<s>", "</s>", "<u>", "<a>", "[PAD260]", "[PAD261]"]
-    assert fields["token_type"][255:261] == [1, 3, 3, 3, 3, 5]
-    assert fields["bos_token_id"] == 256 and "padding_token_id" not in fields
+    assert fields["tokens"][:4] == ["<s>", "</s>", "<u>", "<a>"] and fields["tokens"][290:292] == [
+        "[PAD290]",
+        "[PAD291]",
+    ]
+    assert fields["token_type"][:5] == [3, 3, 3, 3, 1] and fields["token_type"][289:291] == [1, 5]
+    assert fields["bos_token_id"] == 0 and "padding_token_id" not in fields
+    with pytest.raises(UserError, match="the tokenizer has no merges"):
+        tokenizer_fields(byte_tokenizer(chat=False), 300)

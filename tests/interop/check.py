@@ -1,0 +1,135 @@
+"""Do other engines read what we write? One row per folder and engine; exit code 1 if a check fails.
+
+    python -m tests.interop.check PREPARED --transformers PYTHON --gptqmodel PYTHON --vllm PYTHON --llama-cpp FOLDER
+
+PREPARED comes from prepare.py; each engine lives in an environment of its own (Makefile: interop), llama.cpp
+in a FOLDER where npm has put node-llama-cpp.
+The reference are our own weights as they ship, computed in fp32.
+
+- transformers: weights bit-equal, the same greedy tokens.
+- gptqmodel: logits within 1e-4 of ours (relative, fp32).
+- vLLM computes in bf16, llama.cpp with 8-bit activations: mean difference of log-probabilities, beside that of the same
+  model in bf16; llama.cpp also has to cut the text into the same tokens.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lfq_lightning.load_model import load
+
+ENGINES = Path(__file__).parent / "engines"
+TEXT = "Once upon a time there was a little girl who lived in a small house near the forest. She loved to walk there."
+VLLM = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "HF_HUB_OFFLINE": "1",
+}
+LLAMA_CPP_BOUND = 0.05, 5.0  # nats, or times bf16's difference: activations are rounded to 8 bits there
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("prepared", type=Path)
+    for engine in ("transformers", "gptqmodel", "vllm", "llama-cpp"):
+        parser.add_argument(f"--{engine}")
+    given = parser.parse_args()
+    failed = 0
+    for model in sorted(path.parent for path in given.prepared.glob("*/run")):
+        for engine, what, measured, good in checks(model, given):
+            failed += not good
+            print(f"{model.name:24} {engine:14} {what:18} {measured:44} {'ok' if good else 'FAILED'}", flush=True)
+    sys.exit(1 if failed else 0)
+
+
+def checks(model: Path, given: argparse.Namespace) -> Iterator[tuple[str, str, str, bool]]:
+    """Yield (engine, format, what was measured, whether it is good) for all that applies to one prepared model."""
+    ours = Reference(model / "run")
+    if given.transformers:
+        script = ENGINES / "with_transformers.py"
+        found = run([given.transformers, "-I", script, model / "compressed_tensors", ours.ids])
+        equal = sum(found["weights"][name] == digest for name, digest in ours.digests.items())
+        same = found["greedy"] == ours.greedy
+        measured = f"{equal} of {len(ours.digests)} weights equal, greedy {'same' if same else 'differs'}"
+        yield "transformers", "compressed_tensors", measured, equal == len(ours.digests) and same
+    for name in ("gptq", "gptq_v2"):
+        if given.gptqmodel and (model / name).exists():
+            found = run([given.gptqmodel, ENGINES / "with_gptqmodel.py", model / name, ours.ids])
+            logits = torch.tensor(found["logits"])
+            error = float((logits - ours.logits[-1]).norm() / ours.logits[-1].norm())
+            yield "gptqmodel", name, f"logits differ by {error:.1e}", error <= 1e-4
+    for name in ("compressed_tensors", "awq", "gptq"):
+        scheme = model.name.partition("-")[2]
+        readable = scheme == "w4" or (scheme == "w4-asymmetric" and name != "gptq")
+        if given.vllm and readable and (model / name).exists():
+            found = run([given.vllm, ENGINES / "with_vllm.py", model / name, ours.ids], VLLM)
+            error, bound = ours.difference(found["logprobs"]), ours.difference(ours.bf16)
+            yield "vLLM", name, f"mean |Δ log p| {error:.4f}, bf16 {bound:.4f}", error <= bound * 1.5
+    if given.llama_cpp and (model / "model.gguf").exists():
+        script = Path(given.llama_cpp) / "with_llama_cpp.mjs"
+        script.write_text((ENGINES / "with_llama_cpp.mjs").read_text())
+        found = run(["node", script, model / "model.gguf", TEXT])
+        same = found["tokens"] == ours.plain_tokens
+        error = ours.difference(found["logprobs"], ours.plain_tokens) if same else float("nan")
+        bf16 = ours.difference(ours.bf16)
+        measured = f"tokens {'same' if same else 'differ'}, mean |Δ log p| {error:.4f}, bf16 {bf16:.4f}"
+        yield "llama.cpp", "gguf", measured, same and error <= max(LLAMA_CPP_BOUND[0], LLAMA_CPP_BOUND[1] * bf16)
+
+
+class Reference:
+    """What our own weights give, dense, as they ship."""
+
+    def __init__(self, run_folder: Path) -> None:
+        model, tokenizer = load(run_folder, dequantize=True)
+        self.tokens = tokenizer(TEXT)["input_ids"][:100]
+        self.plain_tokens = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
+        self.ids = json.dumps(self.tokens)
+        self.digests = {
+            name: hashlib.sha256(value.contiguous().view(-1).view(torch.uint8).numpy()).hexdigest()
+            for name, value in model.state_dict().items()
+        }
+        tokens = torch.tensor([self.tokens])
+        with torch.no_grad():
+            self.greedy = model.generate(tokens, do_sample=False, max_new_tokens=40, pad_token_id=0)[
+                0, tokens.shape[1] :
+            ].tolist()
+            half = model.bfloat16()(tokens).logits[0].float()
+            self.model = load(run_folder, dequantize=True)[0].float()
+            self.logits = self.model(tokens).logits[0]
+        self.bf16 = _chosen(half, self.tokens)
+
+    def difference(self, logprobs: list[float], tokens: list[int] | None = None) -> float:
+        """Return the mean |difference| in nats from ours in fp32, for the usual tokens or others."""
+        logits = self.logits
+        if tokens is not None:
+            with torch.no_grad():
+                logits = self.model(torch.tensor([tokens])).logits[0]
+        wanted = _chosen(logits, tokens or self.tokens)
+        return float((torch.tensor(logprobs) - torch.tensor(wanted)).abs().mean())
+
+
+def _chosen(logits: torch.Tensor, tokens: list[int]) -> list[float]:
+    return logits[:-1].log_softmax(-1).gather(1, torch.tensor(tokens[1:])[:, None])[:, 0].tolist()
+
+
+def run(command: list[Any], extra: dict[str, str] | None = None) -> dict[str, Any]:
+    """Run an engine's script and return what it printed after RESULT."""
+    words = [str(word) for word in command]
+    done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, **(extra or {})})
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    if not lines:
+        raise SystemExit(f"{' '.join(words)[:200]} failed:\n{done.stdout[-1500:]}\n{done.stderr[-3000:]}")
+    return json.loads(lines[0].removeprefix("RESULT "))  # type: ignore[no-any-return]
+
+
+if __name__ == "__main__":
+    main()
