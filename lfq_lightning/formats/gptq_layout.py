@@ -34,6 +34,11 @@ class GPTQLayout(PackFormat, ABC):
         bits = scheme.num_bits
         if bits not in _WIDTHS:
             raise UserError(f"{name} has {bits} bits, but {self.version} holds 2, 3, 4 and 8; use compressed-tensors.")
+        if self.zero_offset and not scheme.symmetric:
+            raise UserError(
+                f"{name} is asymmetric; gptq (version 1) cannot store a zero point of 0, and engines take it "
+                "symmetric only; use gptq_v2 or compressed-tensors."
+            )
         for what, size in zip(("outputs", "inputs"), shape, strict=True):
             if size * bits % 32:
                 raise UserError(
@@ -54,10 +59,7 @@ class GPTQLayout(PackFormat, ABC):
     def pack(self, name: str, quantized: QuantizedTensor) -> dict[str, Tensor]:
         bits, width = quantized.scheme.num_bits, quantized.codes.shape[1]
         zero_point = quantized.zero_point[:, :, 0].T
-        if int(zero_point.min()) < self.zero_offset:
-            raise UserError(
-                f"{name} has a zero point of 0, which gptq (version 1) cannot store; use gptq_v2 or compressed-tensors."
-            )
+        assert int(zero_point.min()) >= self.zero_offset, "check refuses asymmetric schemes in version 1"
         return {
             f"{name}.qweight": pack(quantized.codes, bits).T.contiguous(),
             f"{name}.qzeros": pack((zero_point - self.zero_offset).contiguous(), bits),
