@@ -2,7 +2,7 @@
 
     python -m benchmarks.packed_inference --work runs/packed [--smollm2 MODEL.gguf]
 
-A random Llama (D = 2048, 22 blocks, 32000 words: the shape of TinyLlama) and SmolLM2, W4g64 rounded to nearest, batch 1;
+A random Llama (D = 2048, 22 blocks, 32000 words: TinyLlama's shape) and SmolLM2, W4g64 rounded to nearest, batch 1;
 each side in a process of its own, alternating; medians of ROUNDS. Rows go to benchmarks/results/packed_inference.csv.
 """
 
@@ -13,15 +13,21 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from lfq_lightning.bitstream import pack, unpack
 from lfq_lightning.cli import main as lfq
 from lfq_lightning.decode_speed import compare
+from lfq_lightning.ops.packed_matmul import cpu_int4
+from lfq_lightning.quant_scheme import QuantScheme
+from lfq_lightning.quantized_tensor import QuantizedTensor
 
 RESULTS = Path(__file__).parent / "results" / "packed_inference.csv"
 ROUNDS, PROMPT, NEW = 3, 128, 48
@@ -47,6 +53,7 @@ def main() -> None:
             ours, theirs = (statistics.median(value) for value in values.values())
             rows.append({"what": f"{name} {key}", "packed": ours, "bf16": theirs, "ratio": ours / theirs})
         rows += _export(run, given.work / f"{name}-gptq")
+    rows += _products()
     rows += _packing()
     with RESULTS.open("w", newline="") as file:
         writer = csv.DictWriter(file, ["what", "packed", "bf16", "ratio"])
@@ -104,6 +111,37 @@ def _export(run: Path, target: Path) -> list[dict[str, object]]:
     ]
 
 
+def _products() -> list[dict[str, object]]:
+    """Measure one product of M rows by the int4 kernel and by dequantising, in ms, and as a ratio to bf16."""
+    o, i = 5632, 2048
+    scheme = QuantScheme(4, 64)
+    codes = torch.randint(0, 16, (o, i), dtype=torch.uint8)
+    middle = torch.full((o, i // 64, 1), scheme.middle_code, dtype=torch.uint8)
+    quantized = QuantizedTensor(codes, torch.rand(o, i // 64, 1).bfloat16() + 0.5, middle, scheme)
+    weight, dense = cpu_int4.int4_weight(quantized), quantized.dequantize()
+    rows: list[dict[str, object]] = []
+    for m in (1, 4, 16, 64, 96, 128, 256, 512):
+        x = torch.randn(m, i).bfloat16()
+        bf16 = _median(partial(F.linear, x, dense))
+        for way, kernel_rows in (("int4 kernel", m), ("dequantised", 0)):
+            cpu_int4.KERNEL_ROWS = kernel_rows
+            ours = _median(partial(cpu_int4.int4_matmul, x, weight))
+            rows.append(
+                {"what": f"{way}, ({m}, {i}) x ({o}, {i}), ms", "packed": ours, "bf16": bf16, "ratio": ours / bf16}
+            )
+    return rows
+
+
+def _median(run: Callable[[], object], times: int = 9) -> float:
+    run()
+    seconds = []
+    for _ in range(times):
+        started = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - started)
+    return 1e3 * statistics.median(seconds)
+
+
 def _packing() -> list[dict[str, object]]:
     """Measure the packer alone in one thread, MB/s of the fp16 weight."""
     torch.set_num_threads(1)
@@ -111,13 +149,8 @@ def _packing() -> list[dict[str, object]]:
     for bits in (2, 3, 4, 8):
         codes = torch.randint(0, 2**bits, LAYER, dtype=torch.uint8)
         words = pack(codes, bits)
-        for name, run in (("pack", lambda: pack(codes, bits)), ("unpack", lambda: unpack(words, bits, LAYER[1]))):  # noqa: B023
-            seconds = []
-            for _ in range(5):
-                started = time.perf_counter()
-                run()
-                seconds.append(time.perf_counter() - started)
-            rate = 2 * codes.numel() / 1e6 / statistics.median(seconds)
+        for name, run in (("pack", partial(pack, codes, bits)), ("unpack", partial(unpack, words, bits, LAYER[1]))):
+            rate = 2 * codes.numel() / 1e3 / _median(run, times=5)
             rows.append({"what": f"{name} {bits} bits, 4096x14336, MB/s of fp16", "packed": rate})
     return rows
 

@@ -4,15 +4,28 @@ import multiprocessing
 import statistics
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from transformers.generation.streamers import BaseStreamer
 
 from lfq_lightning.load_model import load
 from lfq_lightning.peak_memory import peak_bytes
 
-_WARM_UP = 2  # tokens
+
+class _Clock(BaseStreamer):
+    """Notes when `generate` hands on the prompt and then each token."""
+
+    def __init__(self) -> None:
+        self.ticks: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.ticks.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Nothing is held back."""
 
 
 @dataclass(frozen=True)
@@ -39,20 +52,19 @@ def measure(folder: str, packed: bool, prompt_tokens: int, new_tokens: int) -> D
         model.bfloat16()
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(0, model.config.vocab_size, (1, prompt_tokens), generator=generator)
-    seconds = []
+    clock = _Clock()
+    settings = {"do_sample": False, "pad_token_id": 0, "streamer": clock}
     with torch.no_grad():
-        model(prompt[:, :8], use_cache=True)
-        started = time.perf_counter()
-        output = model(prompt, use_cache=True, logits_to_keep=1)
-        prefill = prompt_tokens / (time.perf_counter() - started)
-        for _ in range(new_tokens + _WARM_UP):
-            started = time.perf_counter()
-            token = output.logits[:, -1:].argmax(-1)
-            output = model(token, past_key_values=output.past_key_values, use_cache=True)
-            seconds.append(time.perf_counter() - started)
+        model.generate(prompt[:, :8], max_new_tokens=2, min_new_tokens=2, **settings)  # type: ignore[operator]
+        clock.ticks.clear()
+        model.generate(  # type: ignore[operator]
+            prompt, max_new_tokens=new_tokens + 1, min_new_tokens=new_tokens + 1, **settings
+        )
+    begun, first, *rest = clock.ticks
+    steps = [after - before for before, after in pairwise([first, *rest])]
     tensors = {t.data_ptr(): t.nbytes for t in [*model.parameters(), *model.buffers()]}
-    decode = 1 / statistics.median(seconds[_WARM_UP:])
-    return DecodeSpeed(prefill, decode, sum(tensors.values()), peak_bytes(torch.device("cpu")))
+    decode = 1 / statistics.median(steps)
+    return DecodeSpeed(prompt_tokens / (first - begun), decode, sum(tensors.values()), peak_bytes(torch.device("cpu")))
 
 
 def compare(folder: str, prompt_tokens: int, new_tokens: int) -> dict[str, DecodeSpeed]:

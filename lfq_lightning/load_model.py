@@ -8,6 +8,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTr
 from lfq_lightning.meta_model import assign_weights, meta_model
 from lfq_lightning.packed_folder import PackedFolder
 from lfq_lightning.packed_linear import PackedLinear
+from lfq_lightning.peak_memory import return_freed_memory
 
 
 def load(folder: str | Path, dequantize: bool = False) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -26,13 +27,14 @@ def load(folder: str | Path, dequantize: bool = False) -> tuple[PreTrainedModel,
             model.set_submodule(name, nn.Module())  # its weight comes below
     weights: dict[str, Tensor] = {}
     for shard in packed.shards():
-        dense = dict(shard.dense)
+        dense = {name: tensor.clone() for name, tensor in shard.dense.items()}  # lets go of the mapped file
         for name, quantized in shard.layers.items():
             if dequantize:
                 dense[f"{name}.weight"] = quantized.dequantize()
             else:
                 model.set_submodule(name, PackedLinear(quantized, dense.pop(f"{name}.bias", None)))
         weights |= dense
+        return_freed_memory()
     assign_weights(model, weights, packed.path)
     if (packed.path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(packed.path, local_files_only=True)

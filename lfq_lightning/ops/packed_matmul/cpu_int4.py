@@ -16,7 +16,7 @@ from lfq_lightning.quantized_tensor import QuantizedTensor
 _TILE = 64  # outputs
 _GROUPS = (256, 128, 64, 32)  # group sizes the kernel knows; larger ones repeat their scale
 _MIDDLE = 8  # the kernel computes (code - 8) · scale + zero
-KERNEL_ROWS = 96  # up to so many rows of x the kernel is faster than dequantising (benchmarks/packed_matmul.py)
+KERNEL_ROWS = 128  # up to so many rows of x the kernel is faster than dequantising (benchmarks/packed_inference.py)
 _TILES_AT_ONCE = 16
 
 
