@@ -8,6 +8,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
+from lfq_lightning.engines import engines
 from lfq_lightning.errors import UserError
 from lfq_lightning.formats import FORMATS
 from lfq_lightning.model_card import CARD, model_card
@@ -50,7 +51,7 @@ def export(source: str, format_name: str, output: str) -> Path:
         _write_json(partial / "config.json", settings)
         metrics = partial / "metrics.json"
         measured = json.loads(metrics.read_text(encoding="utf-8")) if metrics.is_file() else None
-        card = model_card(settings, folder.schemes, to.engines(set(folder.schemes.values())), measured)
+        card = model_card(settings, folder.schemes, engines(to, folder.schemes, folder.dense), measured)
         (partial / CARD).write_text(card, encoding="utf-8")
         partial.replace(target)
     except BaseException:

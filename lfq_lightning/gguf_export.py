@@ -24,6 +24,8 @@ _ARCHITECTURES = {
 }
 _FILE_TYPES = {"Q4_0": 2, "Q4_1": 3, "Q8_0": 7}  # llama.cpp's `general.file_type`
 
+_ROPE_FREQS = "rope_freqs.weight"
+
 Array = tuple["np.ndarray[Any, Any]", str]  # and the name of its GGML type
 
 
@@ -60,7 +62,7 @@ def export_gguf(source: str, output: str) -> Path:
         if tokenizer.chat_template:
             writer.add_chat_template(tokenizer.chat_template)
         for name, (array, kind) in _arrays(folder, interleaved):
-            stored = names.get_name(name, try_suffixes=(".weight", ".bias"))
+            stored = name if name == _ROPE_FREQS else names.get_name(name, try_suffixes=(".weight", ".bias"))
             assert stored is not None, name
             writer.add_tensor_info(stored, array.shape, array.dtype, array.nbytes, types[kind])
         writer.write_header_to_file()
@@ -84,7 +86,7 @@ def _check(folder: PackedFolder) -> tuple[str, bool]:
             "another format."
         )
     rope = folder.settings.get("rope_parameters") or {}
-    if rope.get("rope_type", "default") != "default":
+    if rope.get("rope_type", "default") not in ("default", "llama3"):
         raise UserError(f"GGUF: rotary scaling {rope['rope_type']!r} is not written here; export to another format.")
     window = folder.settings.get("sliding_window")
     if window and folder.settings.get("use_sliding_window", True) and window < config.max_position_embeddings:
@@ -94,7 +96,7 @@ def _check(folder: PackedFolder) -> tuple[str, bool]:
 
 def _write_hyperparameters(writer: Any, settings: dict[str, Any], config: Any) -> None:
     heads, width = config.num_attention_heads, config.hidden_size
-    head_dim = settings.get("head_dim") or width // heads
+    head_dim = _head_dim(settings)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(width)
     writer.add_block_count(config.num_hidden_layers)
@@ -124,6 +126,9 @@ def _arrays(folder: PackedFolder, interleaved: bool) -> Iterator[tuple[str, Arra
     """Yield every tensor's full name with its array and GGML type, in the same order each time."""
     config = folder.config
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads} if interleaved else {}
+    rope = folder.settings.get("rope_parameters") or {}
+    if rope.get("rope_type") == "llama3":
+        yield _ROPE_FREQS, (llama3_factors(rope, _head_dim(folder.settings)), "F32")
     for shard in folder.shards():
         for name, quantized in sorted(shard.layers.items()):
             order = _interleave(quantized.codes.shape[0], heads.get(name.rpartition(".")[2]))
@@ -132,6 +137,19 @@ def _arrays(folder: PackedFolder, interleaved: bool) -> Iterator[tuple[str, Arra
             yield f"{name}.weight", (blocks(name, QuantizedTensor(codes, scale, zero, quantized.scheme)), kind)
         for name, tensor in sorted(shard.dense.items()):
             yield name, _dense(tensor[_interleave(len(tensor), heads.get(name.split(".")[-2]))])
+
+
+def _head_dim(settings: dict[str, Any]) -> int:
+    return int(settings.get("head_dim") or settings["hidden_size"] // settings["num_attention_heads"])
+
+
+def llama3_factors(rope: dict[str, Any], head_dim: int) -> "np.ndarray[Any, Any]":
+    """Return what llama.cpp divides each rotary frequency by, (head_dim / 2,): Llama 3.1's stretching of long waves."""
+    plain = rope["rope_theta"] ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    turns = rope["original_max_position_embeddings"] * plain / (2 * torch.pi)  # in the context of the first training
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 / (kept + (1 - kept) / rope["factor"])).float().numpy()
 
 
 def _interleave(rows: int, heads: int | None) -> Tensor:

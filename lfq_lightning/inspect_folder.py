@@ -3,10 +3,8 @@
 from rich.console import Console
 from rich.table import Table
 
+from lfq_lightning.engines import engines, fused_differently
 from lfq_lightning.packed_folder import PackedFolder
-from lfq_lightning.quant_scheme import QuantScheme
-
-_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # what vLLM computes as one matrix
 
 
 def inspect_folder(path: str) -> None:
@@ -32,24 +30,8 @@ def inspect_folder(path: str) -> None:
     packed, whole = sum(sizes.values()), sum((folder.path / file).stat().st_size for file in folder.files)
     console.print(f"packed layers: {packed / 1e6:.1f} MB, {8 * packed / max(weights, 1):.2f} bits per weight")
     console.print(f"all shards: {whole / 1e6:.1f} MB; not packed: {', '.join(folder.dense) or 'no linear layer'}")
-    engines, mixed = (
-        folder.format.engines(set(folder.schemes.values())),
-        fused_differently(folder.schemes, folder.dense),
-    )
+    mixed = fused_differently(folder.schemes, folder.dense)
     if mixed:
-        engines = [engine for engine in engines if not engine.startswith("vLLM")]
         console.print(f"not vLLM, which computes them as one matrix: {' and '.join(mixed)} have different schemes")
-    console.print(f"loads in: {', '.join(['lfq_lightning', *engines])}")
-
-
-def fused_differently(schemes: dict[str, QuantScheme], dense: list[str]) -> list[str]:
-    """Return the first layers that vLLM fuses and that differ in scheme, or are partly dense; or none."""
-    every: dict[str, QuantScheme | None] = {**dict.fromkeys(dense), **schemes}
-    for name in every:
-        prefix, _, last = name.rpartition(".")
-        for parts in _FUSED:
-            if last == parts[0]:
-                found = [f"{prefix}.{part}" for part in parts if f"{prefix}.{part}" in every]
-                if len({every[part] for part in found}) > 1:
-                    return found
-    return []
+    loads = engines(folder.format, folder.schemes, folder.dense)
+    console.print(f"loads in: {', '.join(['lfq_lightning', *loads])}")

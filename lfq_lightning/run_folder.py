@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lfq_lightning.checkpoints import LICENCES, Checkpoint
+from lfq_lightning.engines import engines
 from lfq_lightning.errors import UserError
 from lfq_lightning.formats.compressed_tensors import CompressedTensors
 from lfq_lightning.model_card import CARD, model_card
@@ -138,8 +139,8 @@ class RunFolder:
         config = _model_config(checkpoint, architecture)
         if schemes:
             config["quantization_config"] = CompressedTensors().config(schemes, ignore)
-            engines = CompressedTensors().engines(set(schemes.values()))
-            self.write_text(CARD, model_card(config, schemes, engines, metrics))
+            loads = engines(CompressedTensors(), schemes, ignore)
+            self.write_text(CARD, model_card(config, schemes, loads, metrics))
         for file in checkpoint.licences():
             shutil.copyfile(file, self.path / file.name)
         self.write_json("config.json", config)

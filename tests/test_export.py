@@ -6,13 +6,13 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, pipeline
 
 import lfq_lightning
 from lfq_lightning.cli import main
+from lfq_lightning.engines import fused_differently
 from lfq_lightning.errors import UserError
 from lfq_lightning.export import export
-from lfq_lightning.inspect_folder import fused_differently
 from lfq_lightning.load_model import load
 from lfq_lightning.packed_folder import PackedFolder
 from lfq_lightning.packed_linear import PackedLinear
@@ -112,6 +112,8 @@ def test_packed_layers_compute_what_dense_ones_do(family, dtype, packed):
     assert errors[0] <= 1.5 * errors[1] + 1e-6  # as far from fp32 as the dense model in its own dtype
     output = ours.generate(tokens[:, :5], do_sample=False, max_new_tokens=4, min_new_tokens=4, pad_token_id=0)
     assert output.shape == (1, 9)
+    speaker = pipeline("text-generation", model=ours, tokenizer=AutoTokenizer.from_pretrained(run))
+    assert speaker("ab", max_new_tokens=3, do_sample=False)[0]["generated_text"].startswith("ab")
 
 
 def test_inspect(packed, capsys):

@@ -5,12 +5,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from lfq_lightning.checkpoints import open_checkpoint
 from lfq_lightning.errors import UserError
 from lfq_lightning.gguf_blocks import block_type, blocks
-from lfq_lightning.gguf_export import export_gguf
+from lfq_lightning.gguf_export import export_gguf, llama3_factors
 from lfq_lightning.gguf_tokenizer import tokenizer_fields
 from lfq_lightning.load_model import load
 from lfq_lightning.quant_scheme import QuantScheme
@@ -106,6 +107,18 @@ def test_other_models_are_refused(packed, tmp_path):  # noqa: F811
     run = packed([{"match": "all", "quantizer": quantizer(4)}], family="granite")
     with pytest.raises(UserError, match="models of type 'granite' are not written here, only llama"):
         export_gguf(str(run), str(tmp_path / "model.gguf"))
+
+
+def test_llama_3_frequencies():
+    """Against transformers: each plain frequency divided by our factor is its frequency."""
+    rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    rope["original_max_position_embeddings"] = 8192
+    config = LlamaConfig(head_dim=128, rope_parameters=rope)
+    theirs, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    plain = 5e5 ** (-torch.arange(0, 128, 2) / 128)
+    factors = torch.from_numpy(llama3_factors(rope, 128))
+    assert factors.min() == 1 and factors.max() == 8
+    torch.testing.assert_close(plain / factors, theirs, rtol=1e-5, atol=0)
 
 
 def trained_tokenizer():

@@ -3,7 +3,7 @@
     python tests/interop/prepare.py OUTPUT NAME=CHECKPOINT …
 
 Writes OUTPUT/NAME-SCHEME/FORMAT, and OUTPUT/NAME-SCHEME/run, from which they come; what is there is kept. The plain
-names `tied` and `untied` stand for random tiny models.
+names `tied` and `untied` stand for random tiny models, the latter with Llama 3.1's rotary scaling.
 """
 
 import json
@@ -24,6 +24,14 @@ SCHEMES = {f"w{bits}": {"bits": bits, "group_size": 32} for bits in (2, 3, 4, 8)
     f"w{bits}-asymmetric": {"bits": bits, "group_size": 32, "symmetric": False} for bits in (2, 3, 4)
 }
 TINY = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "max_position_embeddings": 512}
+LLAMA_3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 
 
 def main() -> None:
@@ -33,7 +41,8 @@ def main() -> None:
         if not checkpoint:
             checkpoint = str(output / name)
             if not Path(checkpoint).exists():
-                save_tiny(Path(checkpoint), tied=name == "tied", dtype=torch.float16, **TINY)
+                more = {} if name == "tied" else {"rope_parameters": LLAMA_3}
+                save_tiny(Path(checkpoint), tied=name == "tied", dtype=torch.float16, **TINY, **more)
                 text = (ROOT / "README.md").read_text(encoding="utf-8")
                 byte_tokenizer(False).train_new_from_iterator([text], TINY["vocab_size"]).save_pretrained(checkpoint)
         for label, scheme in SCHEMES.items():

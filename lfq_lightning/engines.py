@@ -1,0 +1,27 @@
+"""Which engines load a packed model."""
+
+from lfq_lightning.formats import PackFormat
+from lfq_lightning.quant_scheme import QuantScheme
+
+_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # what vLLM computes as one matrix
+
+
+def engines(packed: PackFormat, schemes: dict[str, QuantScheme], dense: list[str]) -> list[str]:
+    """Return the engines besides ours; vLLM not where layers that it fuses differ."""
+    found = packed.engines(set(schemes.values()))
+    if fused_differently(schemes, dense):
+        found = [engine for engine in found if not engine.startswith("vLLM")]
+    return found
+
+
+def fused_differently(schemes: dict[str, QuantScheme], dense: list[str]) -> list[str]:
+    """Return the first layers that vLLM fuses and that differ in scheme, or are partly dense; or none."""
+    every: dict[str, QuantScheme | None] = {**dict.fromkeys(dense), **schemes}
+    for name in every:
+        prefix, _, last = name.rpartition(".")
+        for parts in _FUSED:
+            if last == parts[0]:
+                found = [f"{prefix}.{part}" for part in parts if f"{prefix}.{part}" in every]
+                if len({every[part] for part in found}) > 1:
+                    return found
+    return []
