@@ -45,7 +45,7 @@ def export_gguf(source: str, output: str) -> Path:
         raise UserError(f"output: {target} exists; give a new file.")
     architecture, interleaved = _check(folder)
     kinds = [block_type(name, scheme, folder.shapes[name][1]) for name, scheme in folder.schemes.items()]
-    tokenizer = AutoTokenizer.from_pretrained(folder.path, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder.path, local_files_only=True, trust_remote_code=False)
     fields = tokenizer_fields(tokenizer, folder.config.vocab_size)
     number = next(n for n, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     names = gguf.get_tensor_name_map(number, folder.config.num_hidden_layers)

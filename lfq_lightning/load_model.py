@@ -38,4 +38,4 @@ def load(folder: str | Path, dequantize: bool = False) -> tuple[PreTrainedModel,
     assign_weights(model, weights, packed.path)
     if (packed.path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(packed.path, local_files_only=True)
-    return model, AutoTokenizer.from_pretrained(packed.path, local_files_only=True)
+    return model, AutoTokenizer.from_pretrained(packed.path, local_files_only=True, trust_remote_code=False)

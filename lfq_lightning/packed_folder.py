@@ -54,7 +54,9 @@ class PackedFolder:
             raise UserError(f"{self.path} has neither {INDEX} nor {SINGLE}; copy the model again.")
         try:
             self.settings: dict[str, Any] = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
-            self.config: PretrainedConfig = AutoConfig.from_pretrained(self.path, local_files_only=True)
+            self.config: PretrainedConfig = AutoConfig.from_pretrained(
+                self.path, local_files_only=True, trust_remote_code=False
+            )
             self.files, self._checksums = self._index()
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise UserError(
@@ -69,31 +71,46 @@ class PackedFolder:
         self.format_name, self.format = _format_of(self.quantization, self.path)
         self.shapes = _linear_shapes(self.config)
         self.schemes = self._schemes()
+        self._parts = {
+            layer: [f"{layer}.{last}" for last in self.format.layout(scheme, self.shapes[layer])]
+            for layer, scheme in self.schemes.items()
+        }
 
     def shards(self) -> Iterator[Shard]:
         """Read file after file. Raises UserError for a damaged one, or one that does not fit the config."""
         for file in self.files:
             tensors = self._read(file)
             layers = [layer for name in tensors if (layer := self.format.packed_name(name)) is not None]
+            dense = {name: tensor for name, tensor in tensors.items() if not self._is_part(name, file)}
             for layer in layers:
+                tensors |= self._parts_elsewhere(layer, file)
                 check_layout(self.format.layout(self.schemes[layer], self.shapes[layer]), layer, tensors, self.path)
-            names = {
-                layer: [f"{layer}.{last}" for last in self.format.layout(self.schemes[layer], self.shapes[layer])]
-                for layer in layers
-            }
-            packed = {name for parts in names.values() for name in parts}
-            for name in tensors.keys() - packed:
-                if name.rpartition(".")[0] in names and not name.endswith(".bias"):
-                    raise UserError(
-                        f"{self.path / file} holds {name}, which {self.format_name} as read here has not; use the tool "
-                        "that made it."
-                    )
             yield Shard(
                 file,
                 {layer: self.format.unpack(layer, tensors, self.schemes[layer]) for layer in layers},
-                {name: tensor for name, tensor in tensors.items() if name not in packed},
-                {layer: sum(tensors[name].nbytes for name in parts) for layer, parts in names.items()},
+                dense,
+                {layer: sum(tensors[name].nbytes for name in self._parts[layer]) for layer in layers},
             )
+
+    def _is_part(self, name: str, file: str) -> bool:
+        layer = name.rpartition(".")[0]
+        if layer not in self._parts or name.endswith(".bias"):
+            return False
+        if name not in self._parts[layer]:
+            raise UserError(
+                f"{self.path / file} holds {name}, which {self.format_name} as read here has not; use the tool "
+                "that made it."
+            )
+        return True
+
+    def _parts_elsewhere(self, layer: str, file: str) -> dict[str, Tensor]:
+        """Read the parts of a layer that other tools have put into another shard than its codes."""
+        found: dict[str, Tensor] = {}
+        for other, names in self.files.items():
+            wanted = set(names) & set(self._parts[layer])
+            if other != file and wanted:
+                found |= {name: tensor for name, tensor in self._read(other).items() if name in wanted}
+        return found
 
     @property
     def dense(self) -> list[str]:
@@ -105,6 +122,8 @@ class PackedFolder:
             index = json.loads((self.path / INDEX).read_text(encoding="utf-8"))
             files: dict[str, list[str]] = {}
             for name, file in index["weight_map"].items():
+                if Path(file).name != file:
+                    raise ValueError(f"{file} is no file name")
                 files.setdefault(file, []).append(name)
             return dict(sorted(files.items())), index.get("metadata", {}).get(CHECKSUMS, {})
         with safe_open(self.path / SINGLE, "pt") as shard:

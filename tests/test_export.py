@@ -116,6 +116,25 @@ def test_packed_layers_compute_what_dense_ones_do(family, dtype, packed):
     assert speaker("ab", max_new_tokens=3, do_sample=False)[0]["generated_text"].startswith("ab")
 
 
+def test_a_layer_spread_over_two_shards(packed, tmp_path):
+    """As tools that cut shards by size leave it."""
+    run = packed([{"match": "all", "quantizer": quantizer(3)}])
+    wanted = load(run, dequantize=True)[0].state_dict()
+    first, second = (load_file(run / f"model-0000{i}-of-00004.safetensors") for i in (2, 3))
+    moved = f"{NAME}.weight_scale"
+    second[moved] = first.pop(moved)
+    for i, tensors in ((2, first), (3, second)):
+        save_file(tensors, run / f"model-0000{i}-of-00004.safetensors")
+
+    def reindex(index):
+        index["metadata"].pop("sha256")
+        index["weight_map"][moved] = "model-00003-of-00004.safetensors"
+
+    edit_json(run / "model.safetensors.index.json", reindex)
+    found = load(run, dequantize=True)[0].state_dict()
+    assert all(torch.equal(value, found[key]) for key, value in wanted.items())
+
+
 def test_inspect(packed, capsys):
     run = packed([{"match": "*.v_proj", "quantizer": quantizer(8)}, {"match": "all", "quantizer": quantizer(3)}])
     capsys.readouterr()
@@ -199,6 +218,12 @@ DAMAGE = {
     "no config": (lambda run: (run / "config.json").unlink(), "no config.json"),
     "half a config": (lambda run: (run / "config.json").write_text('{"a'), "config or index is damaged"),
     "no index": (lambda run: (run / "model.safetensors.index.json").unlink(), "neither model.safetensors.index.json"),
+    "a path in the index": (
+        lambda run: edit_json(
+            run / "model.safetensors.index.json", lambda i: i["weight_map"].update({f"{NAME}.weight_scale": "../x"})
+        ),
+        "is no file name",
+    ),
     "no scale": (rewrite(lambda t: t.pop(f"{NAME}.weight_scale")), "has no tensor .*up_proj.weight_scale"),
     "another shape": (
         rewrite(lambda t: t.update({f"{NAME}.weight_scale": torch.zeros(3, 3)})),

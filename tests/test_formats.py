@@ -113,6 +113,20 @@ def test_compressed_tensors_config_as_engines_expect_it():
     assert config["ignore"] == ["lm_head"]
 
 
+def test_targets_by_expression():
+    """As llm-compressor may write them."""
+    config = FORMATS.get("compressed_tensors")().config(
+        {"m.0.q_proj": QuantScheme(4, 64), "m.0.up": QuantScheme(3)}, []
+    )
+    groups = config["config_groups"]
+    groups["group_0"]["targets"], groups["group_1"]["targets"] = (
+        ["re:.*q_proj$"] if group["weights"]["num_bits"] == 4 else ["re:.*up", "other"] for group in groups.values()
+    )
+    found = FORMATS.get("compressed_tensors")().schemes(config, ["m.0.q_proj", "m.1.q_proj", "m.0.up"])
+    four = QuantScheme(4, 64)
+    assert found == {"m.0.q_proj": four, "m.1.q_proj": four, "m.0.up": QuantScheme(3)}
+
+
 def test_gptq_config_names_what_differs():
     config = FORMATS.get("gptq")().config(
         {"m.0.a": QuantScheme(4, 64), "m.0.b": QuantScheme(4, 64), "m.1.a": QuantScheme(3, -1)}, ["m.1.b", "lm_head"]

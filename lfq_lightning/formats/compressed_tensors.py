@@ -1,5 +1,6 @@
 """compressed-tensors, `pack-quantized`: what vLLM and transformers read, and what a run writes."""
 
+import re
 from typing import Any
 
 import torch
@@ -91,8 +92,7 @@ class CompressedTensors(PackFormat):
             _check_group(group, weights)
             size = weights["group_size"]
             scheme = QuantScheme(weights["num_bits"], -1 if size is None else size, weights["symmetric"])
-            named = layers if group["targets"] == ["Linear"] else group["targets"]
-            found |= dict.fromkeys(named, scheme)
+            found |= {layer: scheme for layer in layers if any(_matches(target, layer) for target in group["targets"])}
         return found
 
     def engines(self, schemes: set[QuantScheme]) -> list[str]:
@@ -100,6 +100,13 @@ class CompressedTensors(PackFormat):
         widths = {scheme.num_bits for scheme in schemes}
         vllm = "vLLM (CUDA and CPU)" if widths == {4} else "vLLM (CUDA)"
         return ["transformers" if symmetric else "transformers (CompressedTensorsConfig(dequantize=True))", vllm]
+
+
+def _matches(target: str, layer: str) -> bool:
+    """Tell whether a target, a class, a name or `re:` and an expression, means a packed layer."""
+    if target.startswith("re:"):
+        return re.match(target.removeprefix("re:"), layer) is not None
+    return target in ("Linear", layer)
 
 
 def _check_group(group: dict[str, Any], weights: dict[str, Any]) -> None:
