@@ -9,7 +9,7 @@ from typing import Any
 from safetensors.torch import save_file
 
 from lfq_lightning.engines import engines
-from lfq_lightning.errors import UserError
+from lfq_lightning.errors import UserError, one_line
 from lfq_lightning.formats import FORMATS
 from lfq_lightning.model_card import CARD, model_card
 from lfq_lightning.packed_folder import CHECKSUMS, INDEX, PackedFolder, sha256
@@ -31,7 +31,8 @@ def export(source: str, format_name: str, output: str) -> Path:
         to.check(name, scheme, folder.shapes[name])
     quantization = to.config(folder.schemes, folder.dense)
     partial = target.with_name(f"{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    if partial.exists():
+        raise UserError(f"output: {partial} is left of an export that was cut off, or another's; remove it.")
     try:
         partial.mkdir(parents=True)
         for file in folder.path.iterdir():
@@ -43,6 +44,7 @@ def export(source: str, format_name: str, output: str) -> Path:
             for name, quantized in shard.layers.items():
                 tensors |= to.pack(name, quantized)
             save_file(tensors, partial / shard.file, metadata={"format": "pt"})
+            shutil.copymode(folder.path / shard.file, partial / shard.file)  # safetensors lets only the owner read
             index["metadata"]["total_size"] += sum(tensor.nbytes for tensor in tensors.values())
             index["metadata"][CHECKSUMS][shard.file] = sha256(partial / shard.file)
             index["weight_map"] |= dict.fromkeys(tensors, shard.file)
@@ -54,6 +56,9 @@ def export(source: str, format_name: str, output: str) -> Path:
         card = model_card(settings, folder.schemes, engines(to, folder.schemes, folder.dense), measured)
         (partial / CARD).write_text(card, encoding="utf-8")
         partial.replace(target)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(f"output: {target} cannot be written ({one_line(error)}); give another folder.") from error
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

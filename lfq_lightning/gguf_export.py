@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from lfq_lightning.errors import UserError
+from lfq_lightning.errors import UserError, one_line
 from lfq_lightning.gguf_blocks import block_type, blocks
 from lfq_lightning.gguf_tokenizer import tokenizer_fields
 from lfq_lightning.packed_folder import PackedFolder
@@ -50,10 +50,13 @@ def export_gguf(source: str, output: str) -> Path:
     number = next(n for n, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     names = gguf.get_tensor_name_map(number, folder.config.num_hidden_layers)
     types = gguf.GGMLQuantizationType
-    target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f"{target.name}.partial")
-    writer = gguf.GGUFWriter(partial, architecture)
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output: {target.parent} cannot be made ({one_line(error)}); give another file.") from error
+    try:
+        writer = gguf.GGUFWriter(partial, architecture)
         _write_hyperparameters(writer, folder.settings, folder.config)
         writer.add_file_type(_FILE_TYPES[max(kinds, key=kinds.count)])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -72,6 +75,9 @@ def export_gguf(source: str, output: str) -> Path:
             writer.write_tensor_data(array)
         writer.close()
         partial.replace(target)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(f"output: {target} cannot be written ({one_line(error)}); give another file.") from error
     except BaseException:
         partial.unlink(missing_ok=True)
         raise

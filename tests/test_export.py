@@ -30,10 +30,10 @@ def quantizer(bits, group_size=32, symmetric=True):
 def packed(config, tmp_path):
     """Return a function that quantises a tiny model by rtn and returns the run's folder."""
 
-    def make(plan, tied=True, dtype=torch.float16, family="llama", chat=False):
+    def make(plan, tied=True, dtype=torch.float16, family="llama", chat=False, overwrite=False):
         model = save_tiny(tmp_path / "model", family, tied=tied, chat=chat, dtype=dtype, **WIDE)
         (model / "LICENSE").write_text("as you like")
-        main(["run", "--config", str(config(model={"checkpoint": str(model)}, plan=plan))])
+        main(["run", "--config", str(config(model={"checkpoint": str(model)}, plan=plan, overwrite=overwrite))])
         return tmp_path / "run"
 
     return make
@@ -96,6 +96,11 @@ def test_a_refused_export_leaves_nothing(packed, tmp_path):
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["config.yaml", "model", "run"]
     with pytest.raises(UserError, match="exists; give a new folder"):
         export(str(run), "gptq_v2", str(run))
+    with pytest.raises(UserError, match="cannot be written"):
+        export(str(run), "gptq_v2", str(tmp_path / "config.yaml" / "new"))
+    (tmp_path / "new.partial").mkdir()
+    with pytest.raises(UserError, match=r"new\.partial is left of an export"):
+        export(str(run), "gptq_v2", str(tmp_path / "new"))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

@@ -101,6 +101,10 @@ def test_refusals(packed, tmp_path):  # noqa: F811
     with pytest.raises(UserError, match="groups of 16 inputs"):
         export_gguf(str(run), str(tmp_path / "model.gguf"))
     assert not list(tmp_path.glob("model.gguf*"))
+    good = packed([{"match": "all", "quantizer": quantizer(4)}], overwrite=True)
+    trained_tokenizer().save_pretrained(good)
+    with pytest.raises(UserError, match="cannot be made"):
+        export_gguf(str(good), str(tmp_path / "config.yaml" / "model.gguf"))
 
 
 def test_other_models_are_refused(packed, tmp_path):  # noqa: F811
