@@ -3,7 +3,7 @@
 import multiprocessing
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from itertools import pairwise
 
 import torch
@@ -88,6 +88,6 @@ def bench(folder: str, prompt_tokens: int, new_tokens: int) -> None:
         row = (speed.prefill, speed.decode, speed.model_bytes / 1e6, speed.peak_bytes / 1e6)
         table.add_row(name, *(f"{value:.1f}" for value in row))
     ours, theirs = found.values()
-    ratios = [getattr(ours, key) / getattr(theirs, key) for key in vars(ours)]
+    ratios = [a / b for a, b in zip(astuple(ours), astuple(theirs), strict=True)]
     table.add_row("ratio", *(f"{ratio:.2f}x" for ratio in ratios))
     Console().print(table)

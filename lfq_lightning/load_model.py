@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lfq_lightning.meta_model import assign_weights, meta_model
@@ -20,11 +20,6 @@ def load(folder: str | Path, dequantize: bool = False) -> tuple[PreTrainedModel,
     """
     packed = PackedFolder(folder)
     model = meta_model(packed.config)
-    for name in packed.schemes:
-        if not dequantize:
-            linear = model.get_submodule(name)
-            assert isinstance(linear, nn.Linear)
-            model.set_submodule(name, nn.Module())  # its weight comes below
     weights: dict[str, Tensor] = {}
     for shard in packed.shards():
         dense = {name: tensor.clone() for name, tensor in shard.dense.items()}  # lets go of the mapped file

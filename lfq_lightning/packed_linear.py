@@ -45,7 +45,7 @@ class PackedLinear(nn.Module):
             weight = cpu_int4.Int4Weight(self.packed, self.scale_and_zero, self.zero_point, self.out_features)
             product = cpu_int4.int4_matmul(rows, weight)
         else:
-            product = packed_matmul(rows, self.packed, self.scale, self.zero_point, self.scheme.num_bits)
+            product = packed_matmul(rows, self.packed, self.scale, self.zero_point, self.scheme)
         product = product.view(*x.shape[:-1], self.out_features)
         return product if self.bias is None else product + self.bias
 
