@@ -66,16 +66,17 @@ def solve(
             weight = torch.cat([linears[name].weight.detach() for name in names])
             quantizers.append((names, plan.closed_form.build(weight, plan.scheme, scale_dtype)))
         watching = [quantizer for _, quantizer in quantizers if quantizer.needs_inputs]
-        if watching:
-            for rows in _inputs_of(block, linears[stage[0]], inputs):
+        correcting = [quantizer for names, quantizer in quantizers if layers[names[0]].needs_reference]
+        if watching or correcting:
+            seen = _inputs_of(block, linears[stage[0]], inputs)
+            wanted = _inputs_of(teacher, teacher.linears()[stage[0]], reference) if correcting else None
+            for rows in seen:
                 for quantizer in watching:
                     quantizer.observe(rows)
-        correcting = [quantizer for names, quantizer in quantizers if layers[names[0]].needs_reference]
-        if correcting:
-            wanted = _inputs_of(teacher, teacher.linears()[stage[0]], reference)
-            for rows, wanted_rows in zip(_inputs_of(block, linears[stage[0]], inputs), wanted, strict=True):
-                for quantizer in correcting:
-                    quantizer.observe_reference(rows, wanted_rows)
+                if wanted is not None:
+                    wanted_rows = next(wanted)
+                    for quantizer in correcting:
+                        quantizer.observe_reference(rows, wanted_rows)
         for names, quantizer in quantizers:
             quantizer.solve()
             exported = quantizer.export()
