@@ -1,4 +1,4 @@
-"""Run by an environment with vLLM for CPUs: it reads FOLDER. Prints JSON with log-probabilities of SEQUENCES (tokens)."""
+"""Run by an environment with vLLM for CPUs: it reads FOLDER. Prints JSON: log-probabilities of SEQUENCES of tokens."""
 
 import json
 import sys
