@@ -1,6 +1,7 @@
 """Tiny random models of each family, with a byte tokenizer, made on the spot: the tests need no downloads."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from lfq_lightning.families import FAMILIES
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel's module is imported
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<u>{{ m['content'] }}</s>{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
@@ -120,3 +124,26 @@ def config(tmp_path: Path, llama: Path, text_file: Path) -> Callable[..., Path]:
         return file
 
     return write
+
+
+@pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
+def kernel_device(request: pytest.FixtureRequest) -> torch.device:
+    """Return where Triton kernels run: in the interpreter, on CPU tensors, unless there is a GPU."""
+    if (request.param == "cuda") != torch.cuda.is_available():
+        pytest.skip("needs a GPU" if request.param == "cuda" else "a GPU is there: kernels are compiled")
+    return torch.device("cuda" if request.param == "cuda" else "cpu")
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let torch.empty and empty_like return NaN, or the largest integer, everywhere: what a kernel forgets shows."""
+
+    def poison(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def made(*args: Any, **options: Any) -> torch.Tensor:
+            tensor = make(*args, **options)
+            return tensor.fill_(torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max)
+
+        return made
+
+    monkeypatch.setattr(torch, "empty", poison(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))

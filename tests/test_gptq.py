@@ -50,7 +50,7 @@ def textbook(weight, x, scheme, act_order, damp):
 @pytest.mark.parametrize("leaf", [1, 4, 128])
 @pytest.mark.parametrize("scheme", [QuantScheme(3, 7), QuantScheme(2, -1, symmetric=False), QuantScheme(4, 3)], ids=str)
 def test_same_codes_as_the_textbook(scheme, leaf, act_order, monkeypatch):
-    monkeypatch.setattr("lfq_lightning.quantizers.gptq._LEAF", leaf)
+    monkeypatch.setattr("lfq_lightning.ops.gptq_solve.reference.SPAN", leaf)
     weight, x = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(3)), inputs()
     quantizer = GPTQ(weight, scheme, torch.float32, act_order=act_order, damp=0.01)
     for part in x.split(77):

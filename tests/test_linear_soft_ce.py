@@ -89,3 +89,32 @@ def test_kl_is_zero_at_a_perfect_match():
     head, objective = Head(torch.nn.Identity(), weight), OBJECTIVES.get("kl")()
     loss = objective.token_loss(hidden, objective.target(hidden, head), head)
     assert loss.abs().max() < 1e-5
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("words", [64, 2**14])
+@pytest.mark.parametrize(("tokens", "width", "vocabulary"), [*SHAPES[:3], (100, 63, 4097)])
+def test_kernel(tokens, width, vocabulary, words, kernel_device, monkeypatch):
+    kernel = pytest.importorskip("lfq_lightning.ops.linear_soft_ce.triton")
+    monkeypatch.setattr(kernel, "CHUNK_WORDS", words)
+    monkeypatch.setattr(kernel, "_CHUNK_LOGITS", 50 * words)  # several chunks of tokens too
+    hidden, _, weight = (t.to(kernel_device) for t in sample(tokens, width, vocabulary))
+    logits = hidden.double() @ weight.double().T
+    lse, moment = kernel.logit_moment(hidden, weight)
+    torch.testing.assert_close(lse.double(), logits.logsumexp(-1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(moment.double(), logits.softmax(-1) @ weight.double(), rtol=1e-4, atol=1e-5)
+    torch.library.opcheck(kernel.logit_moment, (hidden[:2], weight[:9]))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(("tokens", "width", "vocabulary"), [(63, 33, 1000), (1000, 100, 40000), (512, 1024, 128256)])
+def test_kernel_in_half_precision(tokens, width, vocabulary):
+    hidden, teacher, weight = (t.cuda().bfloat16() for t in sample(tokens, width, vocabulary))
+    hidden, weight = hidden / width**0.5, weight
+    expected, gradient, _ = naive(hidden, teacher / width**0.5, weight)
+    hidden.requires_grad_()
+    loss = linear_soft_ce(hidden, weight, logit_moment(teacher / width**0.5, weight)[1])
+    loss.sum().backward()
+    assert (loss.double() - expected).abs().mean() < 2e-3
+    assert (hidden.grad.double() - gradient).norm() <= 2e-2 * gradient.norm()

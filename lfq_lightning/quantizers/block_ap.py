@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from lfq_lightning.ops.fake_quant import LevelTerms
 from lfq_lightning.quantized_tensor import QuantizedTensor
 from lfq_lightning.quantizers import QUANTIZERS, LearnedQuantizer
 
@@ -26,5 +27,5 @@ class BlockAP(LearnedQuantizer):
     def grid(self) -> tuple[Tensor, Tensor]:
         return self.scaled_grid(self.log_scale, self.zero_shift)
 
-    def levels(self, scale: Tensor) -> Tensor:
-        return self.latent / scale + self.shift * (self.start_scale / scale)
+    def levels(self, scale: Tensor) -> LevelTerms:
+        return LevelTerms(self.latent, shift=self.shift, unit=self.start_scale)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lfq_lightning.errors import UserError
+from lfq_lightning.ops.fake_quant import LevelTerms
 from lfq_lightning.quant_scheme import QuantScheme
 from lfq_lightning.quantized_tensor import QuantizedTensor
 from lfq_lightning.quantizers import QUANTIZERS, LearnedQuantizer
@@ -58,9 +59,8 @@ class FlexRound(LearnedQuantizer):
     def grid(self) -> tuple[Tensor, Tensor]:
         return self.scaled_grid(self.log_s1, self.zero_shift)
 
-    def levels(self, scale: Tensor) -> Tensor:
-        levels = _Divide.apply(self.latent, scale, self._log_s2(), self.log_s3)
-        return levels if self.offset is None else levels + self.offset.clamp(-0.5, 0.5)
+    def levels(self, scale: Tensor) -> LevelTerms:
+        return LevelTerms(self.latent, self._log_s2(), self.log_s3, self.offset)
 
     def _log_s2(self) -> Tensor:
         if self.log_s2 is not None:
@@ -68,20 +68,3 @@ class FlexRound(LearnedQuantizer):
         assert self.left is not None and self.right is not None and self.column is not None
         with torch.autocast(self.left.device.type, enabled=False):
             return torch.addmm(self.column, self.left, self.right).view_as(self.latent)
-
-
-class _Divide(torch.autograd.Function):
-    """latent / (scale · exp(log_s2 + log_s3)): one product with the gradient serves all three."""
-
-    @staticmethod
-    def forward(ctx, latent: Tensor, scale: Tensor, log_s2: Tensor, log_s3: Tensor) -> Tensor:
-        levels = (log_s2 + log_s3).neg_().exp_().mul_(latent).div_(scale)
-        ctx.save_for_backward(levels, scale)
-        return levels
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[None, Tensor, Tensor, Tensor]:
-        levels, scale = ctx.saved_tensors
-        by_log = (grad * levels).neg_()
-        by_group = by_log.sum(-1, keepdim=True)
-        return None, by_group / scale, by_log, by_group.sum(1, keepdim=True)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lfq_lightning.errors import UserError
 from lfq_lightning.gram import add_gram, add_products
+from lfq_lightning.ops.gptq_solve import round_columns
 from lfq_lightning.quant_scheme import QuantScheme
 from lfq_lightning.quantized_tensor import QuantizedTensor
 from lfq_lightning.quantizers import QUANTIZERS, ClosedFormQuantizer
@@ -17,7 +18,6 @@ from lfq_lightning.scale_search import search_scale
 log = logging.getLogger(__name__)
 
 _MOST_DAMPING = 1.0  # of the mean diagonal; past that the Hessian says nothing
-_LEAF = 16  # columns rounded one after the other; larger spans are halved, and the halves meet in a matrix product
 
 
 @QUANTIZERS.register
@@ -93,31 +93,19 @@ class GPTQ(ClosedFormQuantizer):
         # Rows are columns of the weight here: each step then reads contiguous memory.
         work = weight.T[order].contiguous()
         scale, zero = (value.float()[:, :, 0].T[order // size] for value in self._grid(weight, size, importance))
-        codes, latent, errors = torch.empty_like(work), torch.empty_like(work), torch.empty_like(work)
-
-        def round_span(low: int, high: int) -> None:
-            if high - low > _LEAF:
-                middle = (low + high) // 2
-                round_span(low, middle)
-                work[middle:high].addmm_(factor[low:middle, middle:high].T, errors[low:middle], alpha=-1)
-                round_span(middle, high)
-                return
-            for j in range(low, high):
-                latent[j] = work[j]
-                codes[j] = (work[j] / scale[j]).round_().add_(zero[j]).clamp_(0, self.scheme.max_code)
-                errors[j] = (work[j] - (codes[j] - zero[j]) * scale[j]) / factor[j, j]
-                work[j + 1 : high].addr_(factor[j, j + 1 : high], errors[j], alpha=-1)
-
+        codes, latent = torch.empty_like(work), torch.empty_like(work)
         with torch.autocast(self.weight.device.type, enabled=False):
             step = size if self.act_order == "group" else columns
             for low in range(0, columns, step):
-                high = low + step
+                span = slice(low, low + step)
                 if self.act_order == "group":
-                    part = None if importance is None else importance[order[low:high]]
-                    grid = self._grid(work[low:high].T.contiguous(), size, part)
-                    scale[low:high], zero[low:high] = (value.float().view(1, rows) for value in grid)
-                round_span(low, high)
-                work[high:].addmm_(factor[low:high, high:].T, errors[low:high], alpha=-1)
+                    part = None if importance is None else importance[order[span]]
+                    grid = self._grid(work[span].T.contiguous(), size, part)
+                    scale[span], zero[span] = (value.float().view(1, rows) for value in grid)
+                codes[span], latent[span], errors = round_columns(
+                    work[span], factor[span, span], scale[span], zero[span], self.scheme.max_code
+                )
+                work[low + step :].addmm_(factor[span, low + step :].T, errors, alpha=-1)
         self.scale, self.zero_point = (
             value[back].view(-1, size, rows)[:, 0].T[:, :, None].to(dtype).contiguous()
             for value, dtype in ((scale, self.scale_dtype), (zero, torch.uint8))

@@ -5,6 +5,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from lfq_lightning.ops.fake_quant import LevelTerms
 from lfq_lightning.quantized_tensor import QuantizedTensor
 from lfq_lightning.quantizers import QUANTIZERS, LearnedQuantizer
 
@@ -34,5 +35,5 @@ class OmniQuant(LearnedQuantizer):
         high = self.gamma.sigmoid() / full
         return self.stretched_grid(None if self.beta is None else self.beta.sigmoid() / full, high)
 
-    def levels(self, scale: Tensor) -> Tensor:
-        return self.latent / scale
+    def levels(self, scale: Tensor) -> LevelTerms:
+        return LevelTerms(self.latent)

@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lfq_lightning.learned_grid import fake_quantize, round_through, ship_through
+from lfq_lightning.learned_grid import round_through, ship_through
+from lfq_lightning.ops.fake_quant import LevelTerms, codes, fake_quantize
 from lfq_lightning.quant_scheme import QuantScheme
 from lfq_lightning.quantized_tensor import QuantizedTensor
 
@@ -127,8 +128,11 @@ class LearnedQuantizer(Quantizer):
         """Return the scale, already rounded to `scale_dtype`, and the zero point, a code; both fp32 (O, G, 1)."""
 
     @abstractmethod
-    def levels(self, scale: Tensor) -> Tensor:
-        """Return what is rounded: the weight in units of the scale, (O, G, K)."""
+    def levels(self, scale: Tensor) -> Tensor | LevelTerms:
+        """Return what is rounded: the weight in units of the scale, (O, G, K).
+
+        Any tensor will do; as LevelTerms, where they can say it, it is computed by one fused kernel on a GPU.
+        """
 
     def scaled_grid(self, log_factor: Tensor, zero_shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return the starting grid with its scale multiplied by exp(log_factor) and its zero point shifted."""
@@ -153,12 +157,12 @@ class LearnedQuantizer(Quantizer):
         """Take note of how far training is, from 0 at the first step to 1 after the last; called before each step."""
 
     def forward(self) -> Tensor:
-        """Return the fake-quantised weight (O, I) fp32, differentiable in the parameters."""
+        """Return the fake-quantised weight (O, I), differentiable in the parameters; fp32, or the autocast dtype."""
         scale, zero = self.grid()
         return fake_quantize(self.levels(scale), scale, zero, self.scheme.max_code).flatten(1)
 
     def export(self) -> QuantizedTensor:
         with torch.no_grad():
             scale, zero = self.grid()
-            codes = self.levels(scale).round().add_(zero).clamp_(0, self.scheme.max_code).flatten(1)
-        return QuantizedTensor(codes.to(torch.uint8), scale.to(self.scale_dtype), zero.to(torch.uint8), self.scheme)
+            found = codes(self.levels(scale), scale, zero, self.scheme.max_code).flatten(1)
+        return QuantizedTensor(found, scale.to(self.scale_dtype), zero.to(torch.uint8), self.scheme)

@@ -5,6 +5,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from lfq_lightning.ops.fake_quant import LevelTerms
 from lfq_lightning.quantized_tensor import QuantizedTensor
 from lfq_lightning.quantizers import QUANTIZERS, LearnedQuantizer
 
@@ -34,5 +35,5 @@ class SignRound(LearnedQuantizer):
         high = self.high.clamp(_LEAST, 1)
         return self.stretched_grid(None if self.low is None else self.low.clamp(_LEAST, 1), high)
 
-    def levels(self, scale: Tensor) -> Tensor:
-        return self.latent / scale + self.offset.clamp(-0.5, 0.5)
+    def levels(self, scale: Tensor) -> LevelTerms:
+        return LevelTerms(self.latent, offset=self.offset)

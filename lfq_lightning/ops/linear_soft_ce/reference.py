@@ -1,12 +1,7 @@
-"""The LFQ loss by an exact identity, in plain PyTorch (any device).
+"""The pass over the vocabulary that the LFQ loss needs, in plain PyTorch (any device).
 
-The head is linear and frozen, z = W h. With p = softmax(W h) and the teacher's m = Wᵀ p_fp:
-
-    CE(h) = logsumexp(W h) - m·h,        dCE/dh = Wᵀ p - m
-
-`logit_moment` returns logsumexp and Wᵀ p in one pass over the vocabulary with the online softmax of flash attention
-(queries h, keys and values both W): extra memory is one tile of logits, never (tokens, V). The teacher needs one such
-pass, ever; the student one per step, which gives the loss and its gradient. A bias is a column of W with a 1 in h.
+One pass gives logsumexp and Wᵀ p with the online softmax of flash attention (queries h, keys and values both W): extra
+memory is one tile of logits, never (tokens, V).
 """
 
 import torch
@@ -45,37 +40,3 @@ def logit_moment(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
             lse[start : start + rows] = (peak + total.log())[:, 0]
             moment[start : start + rows] = mixed / total
     return lse, moment
-
-
-def logit_mean(hidden: Tensor, weight: Tensor, moment: Tensor) -> Tensor:
-    """Return the mean logit Σ_v p_v z_v = m·h (M,) under the distribution whose moment Wᵀp is `moment` (M, D).
-
-    h is rounded as it is in the logits, so that lse - m·h is the cross-entropy of one and the same logits.
-    """
-    return (moment * hidden.to(weight.dtype)).sum(-1)
-
-
-class _LinearSoftCE(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, teacher_moment: Tensor) -> Tensor:
-        lse, moment = logit_moment(hidden, weight)
-        loss = lse - logit_mean(hidden, weight, teacher_moment)
-        ctx.save_for_backward(moment.sub_(teacher_moment))
-        ctx.hidden_dtype = hidden.dtype
-        return loss
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-        (difference,) = ctx.saved_tensors
-        return (grad[:, None] * difference).to(ctx.hidden_dtype), None, None
-
-
-def linear_soft_ce(hidden: Tensor, weight: Tensor, teacher_moment: Tensor) -> Tensor:
-    """Return the cross-entropy (M,) fp32 of softmax(W h) against the teacher's distribution; differentiable in h.
-
-    Args:
-        hidden: (M, D), after the final norm.
-        weight: (V, D), frozen.
-        teacher_moment: (M, D) fp32, Wᵀ p_fp from `logit_moment` of the teacher's hidden states.
-    """
-    return _LinearSoftCE.apply(hidden, weight, teacher_moment)

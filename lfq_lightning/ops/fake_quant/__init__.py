@@ -1,0 +1,40 @@
+"""Quantise and dequantise a weight in training, with its gradients; on a GPU in one kernel each way."""
+
+from torch import Tensor
+
+from lfq_lightning.ops.fake_quant import reference
+from lfq_lightning.ops.fake_quant.level_terms import LevelTerms
+from lfq_lightning.ops.path import runs_triton
+
+__all__ = ["LevelTerms", "codes", "fake_quantize"]
+
+
+def fake_quantize(levels: Tensor | LevelTerms, scale: Tensor, zero: Tensor, most: int) -> Tensor:
+    """Return (clip(round(levels) + zero, 0, most) - zero)·scale; straight through the round, nothing through the clip.
+
+    fp32 (O, G, K); terms on a GPU come in the autocast dtype if autocast is on, into which they would be cast next.
+
+    Args:
+        levels: (O, G, K), weights in units of the scale; or the terms they are the sum of.
+        scale: (O, G, 1).
+        zero: (O, G, 1), whole numbers.
+        most: the largest code.
+    """
+    if isinstance(levels, LevelTerms):
+        if runs_triton(scale.device):
+            from lfq_lightning.ops.fake_quant import triton
+
+            return triton.fake_quantize(levels, scale, zero, most)
+        levels = reference.level_tensor(levels, scale)
+    return reference.fake_quantize(levels, scale, zero, most)
+
+
+def codes(levels: Tensor | LevelTerms, scale: Tensor, zero: Tensor, most: int) -> Tensor:
+    """Return the codes of what `fake_quantize` returns: uint8 (O, G, K)."""
+    if isinstance(levels, LevelTerms):
+        if runs_triton(scale.device):
+            from lfq_lightning.ops.fake_quant import triton
+
+            return triton.codes(levels, scale, zero, most)
+        levels = reference.level_tensor(levels, scale)
+    return reference.codes(levels, zero, most)

@@ -1,0 +1,63 @@
+"""The LFQ loss by an exact identity.
+
+The head is linear and frozen, z = W h. With p = softmax(W h) and the teacher's m = Wᵀ p_fp:
+
+    CE(h) = logsumexp(W h) - m·h,        dCE/dh = Wᵀ p - m
+
+Both come out of one pass over the vocabulary, `logit_moment`. The teacher needs one such pass, ever; the student one
+per step, which gives the loss and its gradient. A bias is a column of W with a 1 in h.
+"""
+
+import torch
+from torch import Tensor
+
+from lfq_lightning.ops.linear_soft_ce import reference
+from lfq_lightning.ops.path import runs_triton
+
+
+def logit_moment(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return logsumexp(W h) (M,) and the logit moment Wᵀ softmax(W h) (M, D), both fp32 (fp64 if W is).
+
+    Args:
+        hidden: (M, D), any float dtype; the two products run in the dtype of `weight`, all sums in fp32 or wider.
+        weight: (V, D), the head.
+    """
+    if runs_triton(weight.device) and weight.dtype != torch.float64:
+        from lfq_lightning.ops.linear_soft_ce import triton
+
+        return triton.logit_moment(hidden.detach(), weight)
+    return reference.logit_moment(hidden, weight)
+
+
+def logit_mean(hidden: Tensor, weight: Tensor, moment: Tensor) -> Tensor:
+    """Return the mean logit Σ_v p_v z_v = m·h (M,) under the distribution whose moment Wᵀp is `moment` (M, D).
+
+    h is rounded as it is in the logits, so that lse - m·h is the cross-entropy of one and the same logits.
+    """
+    return (moment * hidden.to(weight.dtype)).sum(-1)
+
+
+class _LinearSoftCE(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, teacher_moment: Tensor) -> Tensor:
+        lse, moment = logit_moment(hidden, weight)
+        loss = lse - logit_mean(hidden, weight, teacher_moment)
+        ctx.save_for_backward(moment.sub_(teacher_moment))
+        ctx.hidden_dtype = hidden.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        (difference,) = ctx.saved_tensors
+        return (grad[:, None] * difference).to(ctx.hidden_dtype), None, None
+
+
+def linear_soft_ce(hidden: Tensor, weight: Tensor, teacher_moment: Tensor) -> Tensor:
+    """Return the cross-entropy (M,) fp32 of softmax(W h) against the teacher's distribution; differentiable in h.
+
+    Args:
+        hidden: (M, D), after the final norm.
+        weight: (V, D), frozen.
+        teacher_moment: (M, D) fp32, Wᵀ p_fp from `logit_moment` of the teacher's hidden states.
+    """
+    return _LinearSoftCE.apply(hidden, weight, teacher_moment)

@@ -1,0 +1,13 @@
+"""Which way an operation takes: by the tensor's device, and said in the log."""
+
+import torch
+
+
+def runs_triton(device: torch.device) -> bool:
+    """Tell whether operations on this device run as Triton kernels; elsewhere they run as their PyTorch reference."""
+    return device.type == "cuda"
+
+
+def describe(device: torch.device) -> str:
+    """Return which way operations take on `device`, for the log."""
+    return "Triton kernels" if runs_triton(device) else "the PyTorch reference"
