@@ -22,9 +22,9 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from lfq_lightning.bitstream import pack, unpack
 from lfq_lightning.cli import main as lfq
 from lfq_lightning.decode_speed import compare
+from lfq_lightning.ops.bitstream import pack, unpack
 from lfq_lightning.ops.packed_matmul import cpu_int4
 from lfq_lightning.quant_scheme import QuantScheme
 from lfq_lightning.quantized_tensor import QuantizedTensor

@@ -5,6 +5,7 @@ import sys
 from lfq_lightning.errors import UserError
 from lfq_lightning.generate import Message, answer
 from lfq_lightning.load_model import load
+from lfq_lightning.ops.path import best_device
 
 
 def chat(folder: str, max_new_tokens: int) -> None:
@@ -12,7 +13,7 @@ def chat(folder: str, max_new_tokens: int) -> None:
 
     Raises UserError if the model has no chat template.
     """
-    model, tokenizer = load(folder)
+    model, tokenizer = load(folder, device=best_device())
     if not tokenizer.chat_template:
         raise UserError(f"{folder} has no chat template, so it is no chat model; use `lfq generate`.")
     messages: list[Message] = []

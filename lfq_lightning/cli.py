@@ -84,8 +84,18 @@ def _generate(arguments: list[str]) -> None:
     _check_positive(given, "max_new_tokens")
     from lfq_lightning.generate import answer
     from lfq_lightning.load_model import load
+    from lfq_lightning.ops.path import best_device
 
-    answer(*load(given.model_dir), [{"role": "user", "content": given.prompt}], given.max_new_tokens, stream=True)
+    _log_to_stderr()
+    model, tokenizer = load(given.model_dir, device=best_device())
+    answer(model, tokenizer, [{"role": "user", "content": given.prompt}], given.max_new_tokens, stream=True)
+
+
+def _log_to_stderr() -> None:
+    import logging
+
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("lfq_lightning").setLevel(logging.INFO)
 
 
 def _chat(arguments: list[str]) -> None:
@@ -96,6 +106,7 @@ def _chat(arguments: list[str]) -> None:
     _check_positive(given, "max_new_tokens")
     from lfq_lightning.chat import chat
 
+    _log_to_stderr()
     chat(given.model_dir, given.max_new_tokens)
 
 

@@ -12,6 +12,7 @@ from rich.table import Table
 from transformers.generation.streamers import BaseStreamer
 
 from lfq_lightning.load_model import load
+from lfq_lightning.ops.path import best_device
 from lfq_lightning.peak_memory import peak_bytes
 
 
@@ -36,7 +37,7 @@ class DecodeSpeed:
         prefill: tokens of a prompt per second.
         decode: new tokens per second, the median.
         model_bytes: of its parameters and buffers.
-        peak_bytes: resident in the process that did nothing else, the libraries included.
+        peak_bytes: on a CPU resident in the process that did nothing else, the libraries included; on a GPU allocated.
     """
 
     prefill: float
@@ -47,11 +48,12 @@ class DecodeSpeed:
 
 def measure(folder: str, packed: bool, prompt_tokens: int, new_tokens: int) -> DecodeSpeed:
     """Measure one side in this process; the bf16 side has the weights that ship, dense."""
-    model, _ = load(folder, dequantize=not packed)
+    device = best_device()
+    model, _ = load(folder, dequantize=not packed, device=device)
     if not packed:
         model.bfloat16()
     generator = torch.Generator().manual_seed(0)
-    prompt = torch.randint(0, model.config.vocab_size, (1, prompt_tokens), generator=generator)
+    prompt = torch.randint(0, model.config.vocab_size, (1, prompt_tokens), generator=generator).to(device)
     clock = _Clock()
     settings = {"do_sample": False, "pad_token_id": 0, "streamer": clock}
     with torch.no_grad():
@@ -64,7 +66,7 @@ def measure(folder: str, packed: bool, prompt_tokens: int, new_tokens: int) -> D
     steps = [after - before for before, after in pairwise([first, *rest])]
     tensors = {t.data_ptr(): t.nbytes for t in [*model.parameters(), *model.buffers()]}
     decode = 1 / statistics.median(steps)
-    return DecodeSpeed(prompt_tokens / (first - begun), decode, sum(tensors.values()), peak_bytes(torch.device("cpu")))
+    return DecodeSpeed(prompt_tokens / (first - begun), decode, sum(tensors.values()), peak_bytes(device))
 
 
 def compare(folder: str, prompt_tokens: int, new_tokens: int) -> dict[str, DecodeSpeed]:
@@ -82,7 +84,7 @@ def bench(folder: str, prompt_tokens: int, new_tokens: int) -> None:
     table = Table(
         title=f"{folder}: {prompt_tokens} prompt tokens, {new_tokens} new ones, batch 1", title_justify="left"
     )
-    for column in ("", "prefill, tokens/s", "decode, tokens/s", "model in memory, MB", "peak resident, MB"):
+    for column in ("", "prefill, tokens/s", "decode, tokens/s", "model in memory, MB", "peak, MB"):
         table.add_column(column)
     for name, speed in found.items():
         row = (speed.prefill, speed.decode, speed.model_bytes / 1e6, speed.peak_bytes / 1e6)

@@ -21,7 +21,7 @@ def answer(
     text = messages[-1]["content"]
     if template:
         text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-    inputs = tokenizer(text, add_special_tokens=not template, return_tensors="pt")
+    inputs = tokenizer(text, add_special_tokens=not template, return_tensors="pt").to(model.device)
     inputs.pop("token_type_ids", None)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
     with torch.no_grad():

@@ -1,7 +1,10 @@
 """Load a packed model as a transformers model."""
 
+import logging
+from collections import Counter
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -10,27 +13,41 @@ from lfq_lightning.packed_folder import PackedFolder
 from lfq_lightning.packed_linear import PackedLinear
 from lfq_lightning.peak_memory import return_freed_memory
 
+log = logging.getLogger(__name__)
 
-def load(folder: str | Path, dequantize: bool = False) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+
+def load(
+    folder: str | Path, dequantize: bool = False, device: str | torch.device = "cpu"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return the model of a packed folder, in the dtype it ships in, and its tokenizer; any format in `lfq list`.
 
     Its linear layers stay packed (PackedLinear); with `dequantize` they are dense, bit for bit the weights that ship.
+    On a GPU (`device="cuda"`) packed layers run as Triton kernels.
 
     Raises UserError if the folder is no packed model, or its files are damaged.
     """
     packed = PackedFolder(folder)
+    ways: Counter[str] = Counter()
     model = meta_model(packed.config)
     weights: dict[str, Tensor] = {}
     for shard in packed.shards():
-        dense = {name: tensor.clone() for name, tensor in shard.dense.items()}  # lets go of the mapped file
+        dense = {
+            name: tensor.to(device, copy=True) for name, tensor in shard.dense.items()
+        }  # lets go of the mapped file
         for name, quantized in shard.layers.items():
+            here = quantized.to(device)
             if dequantize:
-                dense[f"{name}.weight"] = quantized.dequantize()
+                dense[f"{name}.weight"] = here.dequantize()
             else:
-                model.set_submodule(name, PackedLinear(quantized, dense.pop(f"{name}.bias", None)))
+                layer = PackedLinear(here, dense.pop(f"{name}.bias", None))
+                model.set_submodule(name, layer)
+                ways[layer.way] += 1
         weights |= dense
         return_freed_memory()
     assign_weights(model, weights, packed.path)
+    model.to(device)  # type: ignore[arg-type]  # what is left: rotary tables
+    if ways:
+        log.info("packed layers on %s: %s", device, ", ".join(f"{number} by {way}" for way, number in ways.items()))
     if (packed.path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(packed.path, local_files_only=True)
     return model, AutoTokenizer.from_pretrained(packed.path, local_files_only=True, trust_remote_code=False)

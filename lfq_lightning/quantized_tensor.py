@@ -39,6 +39,10 @@ class QuantizedTensor:
         steps = self.codes.view(o, self.scale.shape[1], -1).float() - self.zero_point.float()
         return (steps * self.scale.float()).to(self.scale.dtype).view(o, i)
 
+    def to(self, device: str | torch.device) -> "QuantizedTensor":
+        """Return the same on `device`."""
+        return QuantizedTensor(self.codes.to(device), self.scale.to(device), self.zero_point.to(device), self.scheme)
+
     def split(self, rows: list[int]) -> list["QuantizedTensor"]:
         """Cut the output rows into consecutive parts (the matrices that were solved together)."""
         parts = zip(self.codes.split(rows), self.scale.split(rows), self.zero_point.split(rows), strict=True)

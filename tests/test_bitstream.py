@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lfq_lightning.bitstream import pack, unpack
+from lfq_lightning.ops.bitstream import pack, reference, unpack
 
 
 @settings(max_examples=60, deadline=None)
@@ -18,6 +18,17 @@ def test_round_trip_and_layout(bits, rows, columns, seed):
     for row, packed in zip(codes.tolist(), words.tolist(), strict=True):
         stream = sum(code << (i * bits) for i, code in enumerate(row))
         assert [word & 0xFFFFFFFF for word in packed] == [(stream >> (32 * i)) & 0xFFFFFFFF for i in range(len(packed))]
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (5, 63), (7, 100), (70, 96), (3, 1000), (1, 4097)])
+def test_kernels(bits, rows, columns, kernel_device):
+    kernel = pytest.importorskip("lfq_lightning.ops.bitstream.triton")
+    codes = torch.randint(0, 2**bits, (rows, columns), generator=torch.Generator().manual_seed(bits)).byte()
+    words = reference.pack(codes, bits)
+    assert torch.equal(kernel.pack(codes.to(kernel_device), bits).cpu(), words)
+    assert torch.equal(kernel.unpack(words.to(kernel_device), bits, columns).cpu(), codes)
 
 
 @pytest.mark.parametrize("bits", range(2, 9))

@@ -13,14 +13,15 @@ from lfq_lightning.quant_scheme import QuantScheme
 from lfq_lightning.quantized_tensor import QuantizedTensor
 
 
-def random_tensor(rows, columns, scheme, seed=0, dtype=torch.float16):
+def random_tensor(rows, columns, scheme, seed=0, dtype=torch.float16, device="cpu"):
     generator = torch.Generator().manual_seed(seed)
     groups = columns // scheme.group_of(columns)
     zero = torch.full((rows, groups, 1), scheme.middle_code).byte()
     if not scheme.symmetric:
         zero = torch.randint(1, 2**scheme.num_bits, (rows, groups, 1), generator=generator).byte()
     codes = torch.randint(0, 2**scheme.num_bits, (rows, columns), generator=generator).byte()
-    return QuantizedTensor(codes, torch.randn(rows, groups, 1, generator=generator).to(dtype), zero, scheme)
+    scale = torch.randn(rows, groups, 1, generator=generator).to(dtype)
+    return QuantizedTensor(codes.to(device), scale.to(device), zero.to(device), scheme)
 
 
 def fits(name, scheme, shape):

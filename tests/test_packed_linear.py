@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from lfq_lightning.errors import UserError
 from lfq_lightning.ops.packed_matmul import cpu_int4
 from lfq_lightning.packed_linear import PackedLinear
 from lfq_lightning.quant_scheme import QuantScheme
@@ -44,7 +45,7 @@ def test_int4_path(case, rows):
         pytest.skip("this PyTorch has no int4 kernel for this CPU")
     quantized = random_tensor(*case, dtype=torch.bfloat16)
     layer = PackedLinear(quantized, None)
-    assert layer.int4
+    assert layer.way == "int4 kernel"
     check(layer, quantized, None, rows)
 
 
@@ -64,7 +65,7 @@ def test_dequantising_path(case, rows, monkeypatch):
     *shape, dtype = case
     quantized, bias = random_tensor(*shape, dtype=dtype), torch.randn(shape[0]).to(dtype)
     layer = PackedLinear(quantized, bias)
-    assert not layer.int4
+    assert layer.way == "dequantising"
     check(layer, quantized, bias, rows)
 
 
@@ -75,3 +76,23 @@ def test_memory_is_that_of_the_codes():
     quantized = random_tensor(256, 256, QuantScheme(3, 64), dtype=torch.float16)
     layer = PackedLinear(quantized, None)
     assert sum(buffer.nbytes for buffer in layer.buffers()) == 256 * 256 * 3 // 8 + 256 * 4 * 3
+
+
+def test_moved_to_another_kind_of_device_says_the_cure():
+    layer = PackedLinear(random_tensor(64, 64, QuantScheme(4, 32), dtype=torch.bfloat16), None).to("meta")
+    with pytest.raises(UserError, match=r"packed for cpu and moved to meta; load it there: .*device='meta'"):
+        layer(torch.zeros(1, 64, dtype=torch.bfloat16, device="meta"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("rows", [(1,), (2, 3), (129,), (0,)], ids=str)
+@pytest.mark.parametrize("case", [*((*c, torch.bfloat16) for c in INT4), *OTHERS], ids=str)
+def test_on_a_gpu(case, rows):
+    *shape, dtype = case
+    quantized = random_tensor(*shape, dtype=dtype, device="cuda")
+    layer = PackedLinear(quantized, None)
+    x = torch.randn(*rows, shape[1], device="cuda").to(dtype)
+    exact = x.double() @ quantized.dequantize().double().T
+    size = float(exact.abs().amax()) if exact.numel() else 0.0
+    torch.testing.assert_close(layer(x).double(), exact, rtol=1e-2, atol=2e-2 * size)

@@ -25,6 +25,7 @@ from lfq_lightning.formats.compressed_tensors import CompressedTensors
 from lfq_lightning.held_out import evaluate
 from lfq_lightning.model_skeleton import ModelSkeleton
 from lfq_lightning.objectives.kl import KL
+from lfq_lightning.ops.path import describe
 from lfq_lightning.peak_memory import peak_bytes, reset_peak
 from lfq_lightning.plan import BlockPlan, Plan, Rule
 from lfq_lightning.precision import compute_dtype, stream_dtype
@@ -95,6 +96,7 @@ class BlockScheduler(BlockCallback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.trainer, self.device = trainer, trainer.strategy.root_device
+        log.info("quantise-dequantise, logit loss and GPTQ on %s: %s", self.device, describe(self.device))
         train, self.held_out_tokens = self.data.token_sets(self.module.checkpoint, self.device)
         facts = run_facts(trainer, self.data.seed, (train, self.held_out_tokens))
         if self.earlier is not None:

@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lfq_lightning.bitstream import pack, unpack
 from lfq_lightning.errors import UserError
 from lfq_lightning.formats import FORMATS, PackFormat, Shape
 from lfq_lightning.formats.half_scale import half_scale
+from lfq_lightning.ops.bitstream import pack, unpack
 from lfq_lightning.quant_scheme import QuantScheme
 from lfq_lightning.quantized_tensor import QuantizedTensor
 

@@ -11,3 +11,8 @@ def runs_triton(device: torch.device) -> bool:
 def describe(device: torch.device) -> str:
     """Return which way operations take on `device`, for the log."""
     return "Triton kernels" if runs_triton(device) else "the PyTorch reference"
+
+
+def best_device() -> torch.device:
+    """Return the GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

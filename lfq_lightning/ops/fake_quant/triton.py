@@ -13,8 +13,8 @@ from torch import Tensor
 from lfq_lightning.ops.fake_quant.level_terms import LevelTerms
 from lfq_lightning.ops.triton_round import is_clipped, round_to_code
 
-_TILE = 2048  # weights a program holds at once
-_WARPS = 4
+_TILE = 2048  # weights a program holds at once; half of it backward, which keeps more numbers of each
+WARPS = 4
 
 
 def fake_quantize(terms: LevelTerms, scale: Tensor, zero: Tensor, most: int) -> Tensor:
@@ -51,7 +51,7 @@ def _fake_quant(
     given = [_contiguous(t) for t in (latent, scale, zero, log_divisor, row_log_divisor, offset, shift, unit)]
     grid = (triton.cdiv(o * g, rows), triton.cdiv(k, columns))
     flags = _flags(log_divisor, offset, shift) | {"CODES": dtype == torch.uint8}
-    forward_kernel[grid](*given, out, o * g, k, g, most, **flags, ROWS=rows, COLUMNS=columns, num_warps=_WARPS)
+    forward_kernel[grid](*given, out, o * g, k, g, most, **flags, ROWS=rows, COLUMNS=columns, num_warps=WARPS)
     return out
 
 
@@ -74,7 +74,7 @@ def _backward(
     most: int,
 ) -> list[Tensor]:
     """Return the gradients of scale, zero, the logs of each group, log_divisor, offset and shift; empty if absent."""
-    (o, g, k), (rows, columns) = latent.shape, tile_of(latent.shape[2])
+    (o, g, k), (rows, columns) = latent.shape, tile_of(latent.shape[2], backward=True)
     given = [_contiguous(t) for t in (latent, scale, zero, log_divisor, row_log_divisor, offset, shift, unit)]
     by_scale, by_zero, by_group, *whole = _gradients(latent, scale, log_divisor, offset, shift)
     backward_kernel[(triton.cdiv(o * g, rows),)](
@@ -85,7 +85,7 @@ def _backward(
         **_flags(log_divisor, offset, shift),
         ROWS=rows,
         COLUMNS=columns,
-        num_warps=_WARPS,
+        num_warps=WARPS,
     )
     return [by_scale, by_zero, by_group, *whole]
 
@@ -127,10 +127,11 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 _fake_quant.register_autograd(_differentiate, setup_context=_save)
 
 
-def tile_of(k: int) -> tuple[int, int]:
+def tile_of(k: int, backward: bool = False) -> tuple[int, int]:
     """Return how many groups of `k` and how many of their columns a program holds, both powers of 2."""
-    columns = min(triton.next_power_of_2(k), _TILE)
-    return _TILE // columns, columns
+    tile = _TILE // 2 if backward else _TILE
+    columns = min(triton.next_power_of_2(k), tile)
+    return tile // columns, columns
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:

@@ -13,8 +13,8 @@ from torch import Tensor
 from lfq_lightning.ops.triton_round import round_to_code
 
 SPAN = 128
-_ROWS = 32
-_WARPS = 4
+ROWS = 32
+WARPS = 4
 
 
 @torch.library.custom_op("lfq::gptq_round_span", mutates_args=("codes", "latent", "errors"))
@@ -24,12 +24,12 @@ def round_span(
     """The reference's `round_span`, for at most SPAN columns; leaves `work` as it is."""
     columns, rows = work.shape
     assert columns <= SPAN and codes.is_contiguous() and latent.is_contiguous() and errors.is_contiguous()
-    round_span_kernel[(triton.cdiv(rows, _ROWS),)](
+    round_span_kernel[(triton.cdiv(rows, ROWS),)](
         *(t.contiguous() for t in (work, factor, scale, zero)),
         *(codes, latent, errors, columns, rows, most),
         WIDTH=triton.next_power_of_2(columns),
-        ROWS=_ROWS,
-        num_warps=_WARPS,
+        ROWS=ROWS,
+        num_warps=WARPS,
     )
 
 

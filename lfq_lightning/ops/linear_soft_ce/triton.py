@@ -34,9 +34,7 @@ def logit_moment(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
                 logits = _product(h, w.T)
                 p = torch.empty(logits.shape, dtype=weight.dtype, device=h.device)
                 width = triton.next_power_of_2(len(w))
-                soften_kernel[(len(h),)](
-                    logits, p, peak, total, shrink, len(w), WIDTH=width, num_warps=max(4, width // 1024)
-                )
+                soften_kernel[(len(h),)](logits, p, peak, total, shrink, len(w), WIDTH=width, num_warps=warps_of(width))
                 mixed.mul_(shrink[:, None])
                 _add_product(mixed, p, w)
             out.copy_(peak + total.log())
@@ -48,6 +46,11 @@ def logit_moment(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 def _(hidden, weight):
     lse = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
     return lse, torch.empty(len(hidden), weight.shape[1], dtype=torch.float32, device=hidden.device)
+
+
+def warps_of(width: int) -> int:
+    """Return how many warps hold a row of `width` logits, at most 32 a thread."""
+    return max(4, width // 1024)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Dense little-endian bitstreams: small integers in 32-bit words, as GPTQ and compressed-tensors store them."""
+"""Packing and unpacking of bitstreams in plain PyTorch (any device)."""
 
 import torch
 import torch.nn.functional as F

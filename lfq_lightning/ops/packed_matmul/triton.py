@@ -1,0 +1,332 @@
+"""y = x Ŵᵀ on a GPU for 2, 3, 4 and 8 bits: integers become halves in registers, products run on tensor cores.
+
+Layout (README.md beside this file has the reasons). Along the inputs a weight is cut into tiles, a tile into slices of
+2C inputs that lie in one group. A 32-bit word c of an output holds, in its lower and its upper half, the codes of the
+two neighbours 2c and 2c + 1 of each slice, so one `and` and one `or` make two floating-point numbers, next to each
+other as a tensor core wants them. Three bits are a plane of two and a plane of one: as dense as the checkpoint.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lfq_lightning.quantized_tensor import QuantizedTensor
+
+WIDTHS = (2, 3, 4, 8)
+_WORDS = (32, 16)  # C; a tile is 64 … 1024 inputs
+_DTYPES = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class TiledWeight:
+    """A weight (O, I) as the kernel reads it; inputs are padded to whole tiles.
+
+    Args:
+        words: int32 (tiles, parts, O, C).
+        grid: int32 (G, O): the scale in the lower half, the zero point, in the same dtype, in the upper one.
+        bits: of a code.
+        group_size: inputs K a scale is shared by.
+    """
+
+    words: Tensor
+    grid: Tensor
+    bits: int
+    group_size: int
+
+
+def fits(quantized: QuantizedTensor) -> bool:
+    """Tell whether the kernel can hold this weight; if not it is dequantised."""
+    group = quantized.scheme.group_of(quantized.codes.shape[1])
+    return (
+        quantized.scheme.num_bits in WIDTHS
+        and quantized.scale.dtype in _DTYPES
+        and (group % (2 * _WORDS[-1]) == 0 or quantized.scale.shape[1] == 1)
+    )
+
+
+def tile(quantized: QuantizedTensor) -> TiledWeight:
+    """Repack a weight that `fits`, on its own device."""
+    (o, i), bits = quantized.codes.shape, quantized.scheme.num_bits
+    words = words_per_tile(bits, quantized.scheme.group_of(i), i, quantized.scale.shape[1])
+    slices, dtype = _slices(bits), quantized.scale.dtype
+    length = 2 * words * slices
+    # (tiles, O, slices, C, 2): word c of a slice holds its inputs 2c and 2c + 1
+    codes = F.pad(quantized.codes, (0, -i % length)).view(o, -1, slices, words, 2).transpose(0, 1).int()
+    if bits == 3:
+        low, high = codes & 3, codes >> 2
+        first, second = high.chunk(2, 2)
+        parts = [*(_fill(part, 2, 2) for part in low.chunk(2, 2)), _fill(first, 1, 2) | _fill(second, 1, 2) << 1]
+    else:
+        parts = [_fill(codes, bits, bits)]
+    scale, zero = (t[:, :, 0].T.to(dtype) for t in (quantized.scale, quantized.zero_point))
+    grid = torch.stack((scale, zero), -1).view(torch.int32)[:, :, 0]
+    return TiledWeight(torch.stack(parts, 1), grid, bits, quantized.scheme.group_of(i))
+
+
+def words_per_tile(bits: int, group_size: int, in_features: int, groups: int) -> int:
+    """Return C: the largest that keeps a slice within a group and wastes little of the last tile."""
+    for words in _WORDS:
+        wasted = -in_features % (2 * words * _slices(bits))
+        if (groups == 1 or group_size % (2 * words) == 0) and wasted * 32 <= in_features:
+            return words
+    return _WORDS[-1]
+
+
+def _slices(bits: int) -> int:
+    return 16 if bits == 3 else 16 // bits
+
+
+def _fill(codes: Tensor, width: int, pitch: int) -> Tensor:
+    """Return int32 (tiles, O, C): the codes of slice f from bit f·pitch on, its second ones 16 bits higher."""
+    assert int(codes.max()) < 2**width
+    slices = torch.arange(codes.shape[2], device=codes.device)[:, None, None]
+    shift = pitch * slices + torch.tensor([0, 16], device=codes.device)
+    return (codes.long() << shift).sum((2, 4)).to(torch.int32)  # bits do not overlap; the sum wraps into the sign
+
+
+def matmul(x: Tensor, weight: TiledWeight) -> Tensor:
+    """Return x Ŵᵀ, (M, O), for x (M, I) in the dtype of the scales; summed in fp32, in a fixed order."""
+    return _packed_matmul(x, weight.words, weight.grid, weight.bits, weight.group_size, _multiprocessors(x.device))
+
+
+@torch.library.custom_op("lfq::packed_matmul", mutates_args=())
+def _packed_matmul(
+    x: Tensor,
+    words: Tensor,
+    grid: Tensor,
+    bits: int,
+    group_size: int,
+    multiprocessors: int,
+) -> Tensor:
+    (m, k), (tiles, _, n, c) = x.shape, words.shape
+    block = block_of(m, bits)
+    programs = triton.cdiv(n, block.outputs) * triton.cdiv(m, block.rows)
+    splits = max(1, min(2 * multiprocessors // max(1, programs), tiles))
+    tiles_each = triton.cdiv(tiles, splits)
+    splits = triton.cdiv(tiles, tiles_each)
+    out = torch.empty(splits, m, n, dtype=torch.float32 if splits > 1 else x.dtype, device=x.device)
+    length = 2 * c * _slices(bits)
+    if m:
+        block.kernel[(triton.cdiv(n, block.outputs), triton.cdiv(m, block.rows), splits)](
+            *(x.contiguous(), words, grid, out),
+            *(m, n, k, len(grid), tiles, tiles_each, _table(x.dtype, x.device)),
+            **constants(bits, c, group_size, k % length == 0, x.dtype, block, x.is_cuda),
+            num_warps=block.warps,
+            num_stages=block.stages,
+        )
+    return out[0] if splits == 1 else out.sum(0).to(x.dtype)
+
+
+@_packed_matmul.register_fake
+def _(x, words, grid, bits, group_size, multiprocessors):
+    return x.new_empty(len(x), words.shape[2])
+
+
+@dataclass(frozen=True)
+class Block:
+    """What a program computes, and how it is compiled."""
+
+    kernel: Any
+    rows: int
+    outputs: int
+    warps: int
+    stages: int
+
+
+def block_of(m: int, bits: int) -> Block:
+    """Return what computes the product of m rows; three bits keep two words a stage, so they get fewer stages."""
+    if m <= 16:
+        return Block(few_rows_kernel, 16, 128 if bits == 4 else 64, 4, 3)
+    if m <= 32:
+        return Block(few_rows_kernel, 32, 64, 4, 2 if bits == 3 else 3)
+    return Block(many_rows_kernel, 64 if m <= 64 else 128, 128, 8, 2 if bits == 3 else 3)
+
+
+def constants(
+    bits: int,
+    words: int,
+    group_size: int,
+    even: bool,
+    dtype: torch.dtype,
+    block: Block,
+    assembly: bool,
+) -> dict[str, int | bool]:
+    """Return the kernel's compile-time arguments."""
+    return {
+        "BITS": bits,
+        "WORDS": words,
+        "GROUP": group_size,
+        "EVEN": even,
+        "BRAIN": dtype == torch.bfloat16,
+        "ROWS": block.rows,
+        "OUTPUTS": block.outputs,
+        "ASSEMBLY": assembly,
+    }
+
+
+@cache
+def _table(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return numbers that the kernels read instead of knowing them: two floats side by side, then 0 … 15.
+
+    The floats are 1024, or 128 in bfloat16: their last 10 or 7 bits take a code. As a constant they would be moved to a
+    register before each use, and as an argument they would keep the compiler from choosing the tensor core's layout for
+    all that is done to a word; a loaded tensor does neither.
+    """
+    both = (0x4300 if dtype == torch.bfloat16 else 0x6400) * 0x10001
+    return torch.tensor([both, *range(16)], dtype=torch.int32, device=device)
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@triton.jit
+def _halves(pairs, BRAIN: tl.constexpr, ASSEMBLY: tl.constexpr):
+    """Read int32 (O, C) as two 16-bit floats each: (O, 2C).
+
+    With ASSEMBLY the compiler sees that two neighbours already share a register.
+    """
+    if ASSEMBLY and BRAIN:
+        low, high = tl.inline_asm_elementwise(
+            "mov.b32 {$0, $1}, $2;", "=h,=h,r", [pairs], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=1
+        )
+    elif ASSEMBLY:
+        low, high = tl.inline_asm_elementwise(
+            "mov.b32 {$0, $1}, $2;", "=h,=h,r", [pairs], dtype=(tl.float16, tl.float16), is_pure=True, pack=1
+        )
+    else:
+        low, high = _as_float(pairs, BRAIN), _as_float(pairs >> 16, BRAIN)
+    return tl.join(low, high).reshape(pairs.shape[0], 2 * pairs.shape[1])
+
+
+@triton.jit
+def _as_float(value, BRAIN: tl.constexpr):
+    """Read the lower half of an int32 as a float."""
+    half = value.to(tl.int16)
+    return half.to(tl.bfloat16, bitcast=True) if BRAIN else half.to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def _steps(word, high, place, z, magic, BITS: tl.constexpr, BRAIN: tl.constexpr, ASSEMBLY: tl.constexpr):
+    """Return (code - zero point)·2^(width·place), (O, 2C) in 16 bits, exactly.
+
+    Args:
+        word: of the main plane, such that the codes stand at bits width·place.
+        high: with 3 bits the codes' third bit, such that it stands at bit 2·place + 2.
+        z: zero points (O,).
+    """
+    PLANE: tl.constexpr = 2 if BITS == 3 else BITS
+    BASE: tl.constexpr = 128.0 if BRAIN else 1024.0
+    if BITS == 8 and BRAIN:  # bfloat16 has 7 bits to put a code into
+        upper = _halves((word >> 4) & 0x000F000F | magic[:, None], BRAIN, ASSEMBLY) - BASE
+        lower = _halves(word & 0x000F000F | magic[:, None], BRAIN, ASSEMBLY) - BASE
+        return upper * 16.0 + lower - z[:, None]
+    pairs = word & ((2**PLANE - 1 << PLANE * place) * 65537) ^ magic[:, None]
+    if BITS == 3:
+        pairs = pairs | (high & ((4 << 2 * place) * 65537))
+    return _halves(pairs, BRAIN, ASSEMBLY) - (z * 2.0 ** (PLANE * place) + BASE)[:, None]
+
+
+@triton.jit
+def _grid(grid, k, near, N, G, GROUP: tl.constexpr, BRAIN: tl.constexpr):
+    """Return scale and zero point (O,) of the group that holds input k; padded inputs belong to the last one."""
+    both = tl.load(grid + tl.minimum(k // GROUP, G - 1).to(tl.int64) * N + near)
+    return _as_float(both, BRAIN), _as_float(both >> 16, BRAIN)
+
+
+@triton.jit
+def few_rows_kernel(
+    x, words, grid, out, M, N, K, G, tiles, tiles_each, table,
+    BITS: tl.constexpr, WORDS: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr, BRAIN: tl.constexpr,
+    ROWS: tl.constexpr, OUTPUTS: tl.constexpr, ASSEMBLY: tl.constexpr,
+):  # fmt: skip
+    """A word is taken apart in registers, all its slices in one step; scales multiply the sums of a slice.
+
+    As many codes of a half as the float's free bits hold are used where they stand, as multiples of a power of 2 that
+    the scale takes back; then the word is shifted.
+    """
+    PARTS: tl.constexpr = 3 if BITS == 3 else 1
+    MAINS: tl.constexpr = 2 if BITS == 3 else 1  # words of the main plane for one of the high bits' plane
+    PLANE: tl.constexpr = 2 if BITS == 3 else BITS
+    FIELDS: tl.constexpr = 16 // PLANE
+    FIT: tl.constexpr = max(1, (8 >> BRAIN) // (4 if BITS == 3 else BITS) * (2 if BITS == 3 else 1))
+    SLICE: tl.constexpr = 2 * WORDS
+    n = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    m = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    near = tl.minimum(n, N - 1)
+    step = tl.cast(N, tl.int64) * WORDS  # from one part to the next
+    at = words + near.to(tl.int64)[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
+    inputs = tl.arange(0, SLICE)
+    rows = x + m.to(tl.int64)[None, :] * K
+    total = tl.zeros((OUTPUTS, ROWS), dtype=tl.float32)
+    base = tl.load(table + near * 0)
+    first = tl.program_id(2) * tiles_each
+    for i in range(first * MAINS, tl.minimum(first + tiles_each, tiles) * MAINS):
+        part = i % MAINS
+        here = at + tl.cast(i // MAINS, tl.int64) * PARTS * step
+        word = tl.load(here + part * step)
+        high, odd = word, base
+        if BITS == 3:
+            high = tl.load(here + 2 * step)
+            odd = tl.load(table + 1 + part + near * 0)
+        for field in tl.static_range(FIELDS):
+            if field % FIT == 0:
+                shifted = word >> (PLANE * field)
+                moved = (high << 2) >> odd[:, None] if field == 0 else high >> (2 * field - 2) >> odd[:, None]
+            k = (i * FIELDS + field) * SLICE
+            s, z = _grid(grid, k, near, N, G, GROUP, BRAIN)
+            inside = m[None, :] < M
+            if not EVEN:
+                inside = inside & (k + inputs[:, None] < K)
+            a = tl.load(rows + k + inputs[:, None], mask=inside, other=0.0)
+            w = _steps(shifted, moved, field % FIT, z, base, BITS, BRAIN, ASSEMBLY)
+            total += tl.dot(w, a) * (s.to(tl.float32) * 2.0 ** -(PLANE * (field % FIT)))[:, None]
+    place = (tl.program_id(2).to(tl.int64) * M + m[None, :]) * N + n[:, None]
+    tl.store(out + place, total.to(out.dtype.element_ty), mask=(m[None, :] < M) & (n[:, None] < N))
+
+
+@triton.jit
+def many_rows_kernel(
+    x, words, grid, out, M, N, K, G, tiles, tiles_each, table,
+    BITS: tl.constexpr, WORDS: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr, BRAIN: tl.constexpr,
+    ROWS: tl.constexpr, OUTPUTS: tl.constexpr, ASSEMBLY: tl.constexpr,
+):  # fmt: skip
+    """One slice a step, its words read anew from the cache; weights get their scale before the product."""
+    PARTS: tl.constexpr = 3 if BITS == 3 else 1
+    PLANE: tl.constexpr = 2 if BITS == 3 else BITS
+    FIELDS: tl.constexpr = 16 // PLANE
+    SLICES: tl.constexpr = 16 if BITS == 3 else FIELDS
+    SLICE: tl.constexpr = 2 * WORDS
+    n = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    m = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    near = tl.minimum(n, N - 1)
+    step = tl.cast(N, tl.int64) * WORDS
+    at = words + near.to(tl.int64)[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
+    inputs = tl.arange(0, SLICE)
+    rows = x + m.to(tl.int64)[None, :] * K
+    total = tl.zeros((OUTPUTS, ROWS), dtype=tl.float32)
+    base = tl.load(table + near * 0)
+    first = tl.program_id(2) * tiles_each
+    for i in range(first * SLICES, tl.minimum(first + tiles_each, tiles) * SLICES):
+        tile, part, field, k = i // SLICES, i % SLICES // FIELDS, i % FIELDS, i * SLICE
+        here = at + tl.cast(tile, tl.int64) * PARTS * step
+        word = tl.load(here + part * step) >> tl.load(table + 1 + PLANE * field + near * 0)[:, None]
+        high = word
+        if BITS == 3:
+            high = tl.load(here + 2 * step) >> tl.load(table + 1 + 2 * field + part + near * 0)[:, None] << 2
+        s, z = _grid(grid, k, near, N, G, GROUP, BRAIN)
+        inside = m[None, :] < M
+        if not EVEN:
+            inside = inside & (k + inputs[:, None] < K)
+        a = tl.load(rows + k + inputs[:, None], mask=inside, other=0.0)
+        w = _steps(word, high, 0, z, base, BITS, BRAIN, ASSEMBLY)
+        total = tl.dot(w * s[:, None], a, total)
+    place = (tl.program_id(2).to(tl.int64) * M + m[None, :]) * N + n[:, None]
+    tl.store(out + place, total.to(out.dtype.element_ty), mask=(m[None, :] < M) & (n[:, None] < N))

@@ -1,0 +1,35 @@
+"""Every kernel in every configuration, compiled for GPUs that are not here: does it fit, and is it what was meant?"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+from tests import compile_kernels
+
+SHARED_KB = {80: 163, 89: 99, 90: 227}  # a program may have, by architecture
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[tuple[str, int], compile_kernels.Compiled]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.compile_kernels"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [compile_kernels.Compiled(**json.loads(line)) for line in done.stdout.splitlines()]
+    return {(one.name, one.architecture): one for one in found}
+
+
+@pytest.mark.parametrize("architecture", compile_kernels.ARCHITECTURES)
+@pytest.mark.parametrize("name", [case.name for case in compile_kernels.cases()])
+def test_fits_and_spills_nothing(name, architecture, compiled):
+    found = compiled[name, architecture]
+    assert found.shared <= SHARED_KB[architecture] * 1024
+    assert found.registers <= 255
+    assert found.spills_in_loops == 0
+    if "packed_matmul" in name:
+        assert found.matrix_instructions == (["wgmma"] if architecture == 90 else ["mma"])
