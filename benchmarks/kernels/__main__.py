@@ -1,0 +1,156 @@
+"""The kernels on a GPU: checked, then timed against what one would use instead, and against what the card can do.
+
+    python -m benchmarks.kernels [--dry-run] [--only fake_quant packed_matmul …]
+
+First the operation's GPU tests run; a kernel whose test is red is not timed. Then, in one process: the card's copy
+bandwidth and its bf16 matmul rate; every case, each time with other buffers and the second-level cache filled with
+something else; medians. Rows go to benchmarks/results/kernels.csv. `--dry-run` needs no GPU: it lists every case with
+the bytes and FLOP it cannot do without, and the time these take on an H200. Peers are timed where they are installed
+(`pip install bitsandbytes liger-kernel gemlite`); a peer that is absent or fails is named with its reason.
+"""
+
+import argparse
+import csv
+import importlib.metadata
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from itertools import cycle
+from pathlib import Path
+
+import torch
+
+from benchmarks.kernels.cases import CASES, Case, Side
+
+RESULTS = Path(__file__).parents[1] / "results" / "kernels.csv"
+FIELDS = [
+    *("device", "operation", "case", "side", "microseconds", "gigabytes", "teraflop"),
+    *("share_of_copy", "share_of_matmul", "extra_peak_megabytes", "note", "versions"),
+]
+H200 = 4.8e12, 989e12  # bytes/s and bf16 FLOP/s, from the data sheet; for --dry-run only
+TESTS = {
+    "fake_quant": "test_fake_quant.py",
+    "linear_soft_ce": "test_linear_soft_ce.py",
+    "gptq_solve": "test_gptq_solve.py",
+    "packed_matmul": "test_packed_kernel.py",
+    "bitstream": "test_bitstream.py",
+}
+CACHE_BYTES = 2**28  # written between two runs; more than any second-level cache
+REPEATS = 30
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dry-run", action="store_true", help="list the cases and their floors; needs no GPU")
+    parser.add_argument("--only", nargs="+", choices=sorted(TESTS), default=sorted(TESTS), help="operations")
+    given = parser.parse_args()
+    wanted = [case for case in CASES if case.operation in given.only]
+    if given.dry_run:
+        list_cases(wanted)
+        return
+    if not torch.cuda.is_available():
+        sys.exit("benchmarks.kernels needs a CUDA GPU; --dry-run lists the cases without one.")
+    green = {operation: is_green(operation) for operation in given.only}
+    copy, matmul = copy_rate(), matmul_rate()
+    print(f"{torch.cuda.get_device_name()}: copy {copy / 1e12:.2f} TB/s, bf16 matmul {matmul / 1e12:.0f} TFLOP/s")
+    with RESULTS.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, FIELDS)
+        if not file.tell():
+            writer.writeheader()
+        for case in wanted:
+            if green[case.operation]:
+                for row in measure(case, copy, matmul):
+                    writer.writerow(row)
+                    file.flush()
+                    shown = (row["operation"], row["case"], row["side"], row["microseconds"], row["note"])
+                    print("{:15} {:34} {:28} {:>10} {}".format(*shown))
+            else:
+                print(f"{case.operation:15} {case.name:34} not timed: its test is red")
+    if not all(green.values()):
+        sys.exit(1)
+
+
+def list_cases(cases: list[Case]) -> None:
+    """Print bytes, FLOP and the floor of each case."""
+    for case in cases:
+        floor = max(case.bytes / H200[0], case.flop / H200[1]) * 1e6
+        bound = "bytes" if case.bytes / H200[0] > case.flop / H200[1] else "FLOP"
+        numbers = f"{case.bytes / 1e9:9.4f} GB {case.flop / 1e12:9.4f} TFLOP"
+        print(f"{case.operation:15} {case.name:34} {numbers}   floor on an H200 {floor:9.1f} µs, by {bound}")
+
+
+def is_green(operation: str) -> bool:
+    """Run the operation's GPU tests."""
+    file = Path(__file__).parents[2] / "tests" / TESTS[operation]
+    return subprocess.run([sys.executable, "-m", "pytest", "-q", "-m", "gpu", str(file)]).returncode == 0
+
+
+def measure(case: Case, copy: float, matmul: float) -> list[dict[str, str]]:
+    """Time all sides of a case on the same buffers."""
+    rows = []
+    for name, make in case.sides().items():
+        note, micros, extra = "", float("nan"), float("nan")
+        try:
+            micros, extra = time_side(make())
+        except Exception as error:  # a peer's failure is a result; ours is one too, and the exit code is the tests'
+            note = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
+        torch.cuda.empty_cache()
+        seconds = micros / 1e6
+        rows.append(
+            {
+                "device": torch.cuda.get_device_name(),
+                "operation": case.operation,
+                "case": case.name,
+                "side": name,
+                "microseconds": f"{micros:.1f}",
+                "gigabytes": f"{case.bytes / 1e9:.4f}",
+                "teraflop": f"{case.flop / 1e12:.4f}",
+                "share_of_copy": f"{case.bytes / seconds / copy:.3f}",
+                "share_of_matmul": f"{case.flop / seconds / matmul:.3f}",
+                "extra_peak_megabytes": f"{extra / 1e6:.1f}",
+                "note": note,
+                "versions": " ".join(f"{p}={importlib.metadata.version(p)}" for p in ("torch", "triton")),
+            }
+        )
+    return rows
+
+
+def time_side(side: Side) -> tuple[float, int]:
+    """Return the median microseconds of one call, cache cold and buffers changing, and the bytes it allocates."""
+    flush = torch.empty(CACHE_BYTES, dtype=torch.uint8, device="cuda")
+    buffers = cycle(side.buffers)
+    for _ in range(3):
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        side.run(*next(buffers))
+        extra = torch.cuda.max_memory_allocated() - before
+    times = []
+    for _ in range(REPEATS):
+        arguments = next(buffers)
+        flush.zero_()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        side.run(*arguments)
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) * 1e3)
+    return statistics.median(times), extra
+
+
+def copy_rate() -> float:
+    """Return bytes read and written per second by a large copy."""
+    source = torch.empty(2**31, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / time_side(Side([(target, source)], torch.Tensor.copy_))[0] * 1e6
+
+
+def matmul_rate() -> float:
+    """Return FLOP per second of a large bf16 product."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    product: Callable[..., torch.Tensor] = torch.matmul
+    return 2 * 8192**3 / time_side(Side([(a, b)], product))[0] * 1e6
+
+
+if __name__ == "__main__":
+    main()
