@@ -96,7 +96,7 @@ def cases() -> Iterator[Case]:
         yield Case(f"unpack {bits}", bitstream.unpack_kernel, _spread({"words": "*i32", "codes": "*u8", **sizes}), 4)
     for bits in packed_matmul.WIDTHS:
         for dtype, short in ((torch.float16, "fp16"), (torch.bfloat16, "bf16")):
-            for m, group in ((1, 128), (1, 32), (32, 128), (64, 128), (256, 128)):
+            for m, group in ((1, 128), (1, 32), (16, 128), (32, 128), (64, 128), (256, 128)):
                 block = packed_matmul.block_of(m, bits)
                 words = packed_matmul.words_per_tile(bits, group, 4096, 4096 // group)
                 constants = packed_matmul.constants(bits, words, group, True, dtype, block, assembly=True)

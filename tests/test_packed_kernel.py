@@ -8,8 +8,17 @@ from tests.test_formats import random_tensor
 
 kernel = pytest.importorskip("lfq_lightning.ops.packed_matmul.triton")
 
-SHAPES = [(33, 512, 128), (70, 63, -1), (65, 100, -1), (64, 192, 96), (40, 1000, -1), (130, 576, 64), (31, 96, 32)]
-ROWS = [1, 3, 17, 63, 70]
+SHAPES = [
+    (33, 2048, 128),
+    (33, 512, 128),
+    (70, 63, -1),
+    (65, 100, -1),
+    (64, 192, 96),
+    (40, 1000, -1),
+    (130, 576, 64),
+    (31, 96, 32),
+]
+ROWS = [1, 8, 13, 17, 70]
 
 
 def dtype_of(device: torch.device) -> list[torch.dtype]:
@@ -55,12 +64,8 @@ def test_splits_of_the_inputs(splits, kernel_device, monkeypatch):
 
 def test_no_rows(kernel_device):
     quantized = random_tensor(20, 64, QuantScheme(3, 32), device=kernel_device)
-    assert kernel.matmul(
-        torch.empty(0, 64, dtype=torch.float16, device=kernel_device), kernel.tile(quantized)
-    ).shape == (
-        0,
-        20,
-    )
+    nothing = torch.empty(0, 64, dtype=torch.float16, device=kernel_device)
+    assert kernel.matmul(nothing, kernel.tile(quantized)).shape == (0, 20)
 
 
 @pytest.mark.parametrize(("bits", "inputs"), [(2, 4096), (3, 4096), (4, 14336), (8, 1024)])

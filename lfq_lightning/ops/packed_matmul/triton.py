@@ -19,7 +19,8 @@ from torch import Tensor
 from lfq_lightning.quantized_tensor import QuantizedTensor
 
 WIDTHS = (2, 3, 4, 8)
-_WORDS = (32, 16)  # C; a tile is 64 … 1024 inputs
+_WORDS = {2: (32, 16), 3: (64, 32, 16), 4: (32, 16), 8: (32, 16)}  # C, best first; a tile is 64 … 2048 inputs
+_LEAST_GROUP = 32
 _DTYPES = (torch.float16, torch.bfloat16)
 
 
@@ -46,7 +47,7 @@ def fits(quantized: QuantizedTensor) -> bool:
     return (
         quantized.scheme.num_bits in WIDTHS
         and quantized.scale.dtype in _DTYPES
-        and (group % (2 * _WORDS[-1]) == 0 or quantized.scale.shape[1] == 1)
+        and (group % _LEAST_GROUP == 0 or quantized.scale.shape[1] == 1)
     )
 
 
@@ -71,11 +72,11 @@ def tile(quantized: QuantizedTensor) -> TiledWeight:
 
 def words_per_tile(bits: int, group_size: int, in_features: int, groups: int) -> int:
     """Return C: the largest that keeps a slice within a group and wastes little of the last tile."""
-    for words in _WORDS:
+    for words in _WORDS[bits]:
         wasted = -in_features % (2 * words * _slices(bits))
         if (groups == 1 or group_size % (2 * words) == 0) and wasted * 32 <= in_features:
             return words
-    return _WORDS[-1]
+    return _WORDS[bits][-1]
 
 
 def _slices(bits: int) -> int:
@@ -135,17 +136,21 @@ class Block:
     kernel: Any
     rows: int
     outputs: int
+    words: int  # of a slice at a time, at most
     warps: int
     stages: int
 
 
 def block_of(m: int, bits: int) -> Block:
     """Return what computes the product of m rows; three bits keep two words a stage, so they get fewer stages."""
+    stages = 2 if bits == 3 else 3
+    if m <= 8:
+        return Block(few_rows_kernel, 8, 64 if bits == 3 else 128, 64, 4, stages)
     if m <= 16:
-        return Block(few_rows_kernel, 16, 128 if bits == 4 else 64, 4, 3)
+        return Block(few_rows_kernel, 16, 128 if bits == 4 else 64, 32, 4, 3)
     if m <= 32:
-        return Block(few_rows_kernel, 32, 64, 4, 2 if bits == 3 else 3)
-    return Block(many_rows_kernel, 64 if m <= 64 else 128, 128, 8, 2 if bits == 3 else 3)
+        return Block(few_rows_kernel, 32, 64, 32, 4, stages)
+    return Block(many_rows_kernel, 64 if m <= 64 else 128, 128, 32, 8, stages)
 
 
 def constants(
@@ -161,6 +166,7 @@ def constants(
     return {
         "BITS": bits,
         "WORDS": words,
+        "STEP": min(words, block.words),
         "GROUP": group_size,
         "EVEN": even,
         "BRAIN": dtype == torch.bfloat16,
@@ -244,8 +250,8 @@ def _grid(grid, k, near, N, G, GROUP: tl.constexpr, BRAIN: tl.constexpr):
 @triton.jit
 def few_rows_kernel(
     x, words, grid, out, M, N, K, G, tiles, tiles_each, table,
-    BITS: tl.constexpr, WORDS: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr, BRAIN: tl.constexpr,
-    ROWS: tl.constexpr, OUTPUTS: tl.constexpr, ASSEMBLY: tl.constexpr,
+    BITS: tl.constexpr, WORDS: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
+    BRAIN: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, ASSEMBLY: tl.constexpr,
 ):  # fmt: skip
     """A word is taken apart in registers, all its slices in one step; scales multiply the sums of a slice.
 
@@ -258,19 +264,20 @@ def few_rows_kernel(
     FIELDS: tl.constexpr = 16 // PLANE
     FIT: tl.constexpr = max(1, (8 >> BRAIN) // (4 if BITS == 3 else BITS) * (2 if BITS == 3 else 1))
     SLICE: tl.constexpr = 2 * WORDS
+    STEPS: tl.constexpr = WORDS // STEP  # in which a slice is gone through
     n = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     m = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     near = tl.minimum(n, N - 1)
     step = tl.cast(N, tl.int64) * WORDS  # from one part to the next
-    at = words + near.to(tl.int64)[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
-    inputs = tl.arange(0, SLICE)
+    at = words + near.to(tl.int64)[:, None] * WORDS + tl.arange(0, STEP)[None, :]
+    inputs = tl.arange(0, 2 * STEP)
     rows = x + m.to(tl.int64)[None, :] * K
     total = tl.zeros((OUTPUTS, ROWS), dtype=tl.float32)
     base = tl.load(table + near * 0)
     first = tl.program_id(2) * tiles_each
-    for i in range(first * MAINS, tl.minimum(first + tiles_each, tiles) * MAINS):
-        part = i % MAINS
-        here = at + tl.cast(i // MAINS, tl.int64) * PARTS * step
+    for i in range(first * MAINS * STEPS, tl.minimum(first + tiles_each, tiles) * MAINS * STEPS):
+        part, skipped = i // STEPS % MAINS, i % STEPS * STEP
+        here = at + tl.cast(i // (STEPS * MAINS), tl.int64) * PARTS * step + skipped
         word = tl.load(here + part * step)
         high, odd = word, base
         if BITS == 3:
@@ -280,7 +287,7 @@ def few_rows_kernel(
             if field % FIT == 0:
                 shifted = word >> (PLANE * field)
                 moved = (high << 2) >> odd[:, None] if field == 0 else high >> (2 * field - 2) >> odd[:, None]
-            k = (i * FIELDS + field) * SLICE
+            k = (i // STEPS * FIELDS + field) * SLICE + 2 * skipped
             s, z = _grid(grid, k, near, N, G, GROUP, BRAIN)
             inside = m[None, :] < M
             if not EVEN:
@@ -295,8 +302,8 @@ def few_rows_kernel(
 @triton.jit
 def many_rows_kernel(
     x, words, grid, out, M, N, K, G, tiles, tiles_each, table,
-    BITS: tl.constexpr, WORDS: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr, BRAIN: tl.constexpr,
-    ROWS: tl.constexpr, OUTPUTS: tl.constexpr, ASSEMBLY: tl.constexpr,
+    BITS: tl.constexpr, WORDS: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
+    BRAIN: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, ASSEMBLY: tl.constexpr,
 ):  # fmt: skip
     """One slice a step, its words read anew from the cache; weights get their scale before the product."""
     PARTS: tl.constexpr = 3 if BITS == 3 else 1
@@ -304,19 +311,22 @@ def many_rows_kernel(
     FIELDS: tl.constexpr = 16 // PLANE
     SLICES: tl.constexpr = 16 if BITS == 3 else FIELDS
     SLICE: tl.constexpr = 2 * WORDS
+    STEPS: tl.constexpr = WORDS // STEP  # in which a slice is gone through
     n = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     m = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     near = tl.minimum(n, N - 1)
     step = tl.cast(N, tl.int64) * WORDS
-    at = words + near.to(tl.int64)[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
-    inputs = tl.arange(0, SLICE)
+    at = words + near.to(tl.int64)[:, None] * WORDS + tl.arange(0, STEP)[None, :]
+    inputs = tl.arange(0, 2 * STEP)
     rows = x + m.to(tl.int64)[None, :] * K
     total = tl.zeros((OUTPUTS, ROWS), dtype=tl.float32)
     base = tl.load(table + near * 0)
     first = tl.program_id(2) * tiles_each
-    for i in range(first * SLICES, tl.minimum(first + tiles_each, tiles) * SLICES):
-        tile, part, field, k = i // SLICES, i % SLICES // FIELDS, i % FIELDS, i * SLICE
-        here = at + tl.cast(tile, tl.int64) * PARTS * step
+    for i in range(first * SLICES * STEPS, tl.minimum(first + tiles_each, tiles) * SLICES * STEPS):
+        index, skipped = i // STEPS, i % STEPS * STEP
+        tile, part, field = index // SLICES, index % SLICES // FIELDS, index % FIELDS
+        k = index * SLICE + 2 * skipped
+        here = at + tl.cast(tile, tl.int64) * PARTS * step + skipped
         word = tl.load(here + part * step) >> tl.load(table + 1 + PLANE * field + near * 0)[:, None]
         high = word
         if BITS == 3:
