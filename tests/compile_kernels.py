@@ -121,7 +121,8 @@ def compile_case(index: int, architecture: int) -> Compiled:
     }
     source = ASTSource(case.kernel, signature, constexprs=constants, attrs=aligned)
     target = GPUTarget("cuda", architecture, 32)
-    made = triton.compile(source, target=target, options={"num_warps": case.warps, "num_stages": case.stages})
+    options = {"num_warps": case.warps, "num_stages": case.stages, "enable_fp_fusion": True}
+    made = triton.compile(source, target=target, options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])
         file.flush()

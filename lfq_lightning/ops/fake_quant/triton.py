@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lfq_lightning.ops.fake_quant.level_terms import LevelTerms
+from lfq_lightning.ops.triton_launch import launch
 from lfq_lightning.ops.triton_round import is_clipped, round_to_code
 
 _TILE = 2048  # weights a program holds at once; half of it backward, which keeps more numbers of each
@@ -51,7 +52,21 @@ def _fake_quant(
     given = [_contiguous(t) for t in (latent, scale, zero, log_divisor, row_log_divisor, offset, shift, unit)]
     grid = (triton.cdiv(o * g, rows), triton.cdiv(k, columns))
     flags = _flags(log_divisor, offset, shift) | {"CODES": dtype == torch.uint8}
-    forward_kernel[grid](*given, out, o * g, k, g, most, **flags, ROWS=rows, COLUMNS=columns, num_warps=WARPS)
+    launch(
+        forward_kernel,
+        grid,
+        latent.device,
+        *given,
+        out,
+        o * g,
+        k,
+        g,
+        most,
+        **flags,
+        ROWS=rows,
+        COLUMNS=columns,
+        num_warps=WARPS,
+    )
     return out
 
 
@@ -77,7 +92,10 @@ def _backward(
     (o, g, k), (rows, columns) = latent.shape, tile_of(latent.shape[2], backward=True)
     given = [_contiguous(t) for t in (latent, scale, zero, log_divisor, row_log_divisor, offset, shift, unit)]
     by_scale, by_zero, by_group, *whole = _gradients(latent, scale, log_divisor, offset, shift)
-    backward_kernel[(triton.cdiv(o * g, rows),)](
+    launch(
+        backward_kernel,
+        (triton.cdiv(o * g, rows),),
+        latent.device,
         *given,
         grad.contiguous(),
         *(by_scale, by_zero, by_group, *whole),

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lfq_lightning.ops.triton_launch import launch
 from lfq_lightning.ops.triton_round import round_to_code
 
 SPAN = 128
@@ -24,7 +25,10 @@ def round_span(
     """The reference's `round_span`, for at most SPAN columns; leaves `work` as it is."""
     columns, rows = work.shape
     assert columns <= SPAN and codes.is_contiguous() and latent.is_contiguous() and errors.is_contiguous()
-    round_span_kernel[(triton.cdiv(rows, ROWS),)](
+    launch(
+        round_span_kernel,
+        (triton.cdiv(rows, ROWS),),
+        work.device,
         *(t.contiguous() for t in (work, factor, scale, zero)),
         *(codes, latent, errors, columns, rows, most),
         WIDTH=triton.next_power_of_2(columns),

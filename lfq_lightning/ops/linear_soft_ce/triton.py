@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lfq_lightning.ops.triton_launch import launch
+
 CHUNK_WORDS = 2**14  # of the vocabulary at a time: one row of a chunk lies in the registers of a program
 _CHUNK_LOGITS = 2**27  # held at once: 512 MB in fp32, 256 MB more as probabilities in 16 bits
 
@@ -34,7 +36,8 @@ def logit_moment(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
                 logits = _product(h, w.T)
                 p = torch.empty(logits.shape, dtype=weight.dtype, device=h.device)
                 width = triton.next_power_of_2(len(w))
-                soften_kernel[(len(h),)](logits, p, peak, total, shrink, len(w), WIDTH=width, num_warps=warps_of(width))
+                given = (logits, p, peak, total, shrink, len(w))
+                launch(soften_kernel, (len(h),), h.device, *given, WIDTH=width, num_warps=warps_of(width))
                 mixed.mul_(shrink[:, None])
                 _add_product(mixed, p, w)
             out.copy_(peak + total.log())

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lfq_lightning.ops.triton_launch import launch
 from lfq_lightning.quantized_tensor import QuantizedTensor
 
 WIDTHS = (2, 3, 4, 8)
@@ -114,7 +115,10 @@ def _packed_matmul(
     out = torch.empty(splits, m, n, dtype=torch.float32 if splits > 1 else x.dtype, device=x.device)
     length = 2 * c * _slices(bits)
     if m:
-        block.kernel[(triton.cdiv(n, block.outputs), triton.cdiv(m, block.rows), splits)](
+        launch(
+            block.kernel,
+            (triton.cdiv(n, block.outputs), triton.cdiv(m, block.rows), splits),
+            x.device,
             *(x.contiguous(), words, grid, out),
             *(m, n, k, len(grid), tiles, tiles_each, _table(x.dtype, x.device)),
             **constants(bits, c, group_size, k % length == 0, x.dtype, block, x.is_cuda),
