@@ -2,8 +2,8 @@
 
     python -m tests.compile_kernels
 
-One JSON line per case: registers and shared memory as the assembler reports them, how many instructions in loops touch
-spilled registers, and which matrix instructions the code has. Runs without TRITON_INTERPRET; test_compiled_kernels.py
+One JSON line per case: registers and shared memory as the assembler reports them, how many instructions stand in loops,
+how many of these touch spilled registers, and which matrix instructions the code has. Runs without TRITON_INTERPRET; test_compiled_kernels.py
 starts it and judges.
 """
 
@@ -51,6 +51,7 @@ class Compiled:
     name: str
     architecture: int
     registers: int
+    instructions_in_loops: int
     spills_in_loops: int
     shared: int
     matrix_instructions: list[str]
@@ -132,8 +133,9 @@ def compile_case(index: int, architecture: int) -> Compiled:
         )
     registers = int(re.findall(r"REG:(\d+)", usage)[-1])
     matrix = sorted(set(re.findall(r"\b(wgmma|mma)\.", made.asm["ptx"])))
-    spills = sum(bool(re.search(r"\b(LDL|STL)\b", line)) for line in _loops(listing.splitlines()))
-    return Compiled(case.name, architecture, registers, spills, made.metadata.shared, matrix)
+    in_loops = [line for line in _loops(listing.splitlines()) if re.match(r"\s+/\*[0-9a-f]{4,}\*/", line)]
+    spills = sum(bool(re.search(r"\b(LDL|STL)\b", line)) for line in in_loops)
+    return Compiled(case.name, architecture, registers, len(in_loops), spills, made.metadata.shared, matrix)
 
 
 def _loops(lines: list[str]) -> list[str]:
