@@ -31,9 +31,8 @@ def load(
     model = meta_model(packed.config)
     weights: dict[str, Tensor] = {}
     for shard in packed.shards():
-        dense = {
-            name: tensor.to(device, copy=True) for name, tensor in shard.dense.items()
-        }  # lets go of the mapped file
+        # a copy in any case: it lets go of the mapped file
+        dense = {name: tensor.to(device, copy=True) for name, tensor in shard.dense.items()}
         for name, quantized in shard.layers.items():
             here = quantized.to(device)
             if dequantize:

@@ -32,6 +32,7 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = quantized.codes.shape
         self.scheme = quantized.scheme
+        self.scale_dtype = quantized.scale.dtype
         self.device_type = quantized.codes.device.type
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.way = _way(quantized)
@@ -64,8 +65,8 @@ class PackedLinear(nn.Module):
         if self.way == "Triton kernel":
             from lfq_lightning.ops.packed_matmul import triton
 
-            group = self.scheme.group_of(self.in_features)
-            return triton.matmul(rows, triton.TiledWeight(self.packed, self.grid, self.scheme.num_bits, group))
+            bits, group = self.scheme.num_bits, self.scheme.group_of(self.in_features)
+            return triton.matmul(rows, triton.TiledWeight(self.packed, self.grid, self.scale_dtype, bits, group))
         if self.way == "int4 kernel":
             weight = cpu_int4.Int4Weight(self.packed, self.scale_and_zero, self.zero_point, self.out_features)
             return cpu_int4.int4_matmul(rows, weight)

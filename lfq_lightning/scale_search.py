@@ -5,7 +5,8 @@ from torch import Tensor
 
 from lfq_lightning.quant_scheme import QuantScheme
 
-_ROWS_IN_CACHE = 2**18  # weights looked at together: the working set stays in the processor's cache
+_AT_ONCE = 2**18  # weights looked at together: the working set stays in the processor's cache
+_AT_ONCE_ON_GPU = 2**25  # there launches must be few
 
 
 def search_scale(
@@ -33,7 +34,7 @@ def search_scale(
         hessian = hessian.view(grouped.shape[1], -1)
     scale = torch.empty(*grouped.shape[:2], 1, dtype=scale_dtype, device=weight.device)
     zero_point = torch.empty_like(scale, dtype=torch.uint8)
-    rows = max(1, _ROWS_IN_CACHE // i)
+    rows = max(1, (_AT_ONCE_ON_GPU if weight.is_cuda else _AT_ONCE) // i)
     for start in range(0, o, rows):
         part = slice(start, start + rows)
         scale[part], zero_point[part] = _search(grouped[part], scheme, scale_dtype, ratios, smallest, hessian)

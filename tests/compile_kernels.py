@@ -3,8 +3,8 @@
     python -m tests.compile_kernels
 
 One JSON line per case: registers and shared memory as the assembler reports them, how many instructions stand in loops,
-how many of these touch spilled registers, and which matrix instructions the code has. Runs without TRITON_INTERPRET; test_compiled_kernels.py
-starts it and judges.
+how many of these touch spilled registers, and which matrix instructions the code has. Runs without TRITON_INTERPRET;
+test_compiled_kernels.py starts it and judges.
 """
 
 import json
@@ -66,9 +66,14 @@ def cases() -> Iterator[Case]:
         "signround": ("OFFSETS",),
         "block_ap": ("SHIFTS",),
     }
-    pointers = {"latent scale zero log_divisor row_log_divisor offset shift unit": "*fp32"}
     for kind, terms in kinds.items():
         flags = {flag: flag in terms for flag in ("DIVIDES", "OFFSETS", "SHIFTS")}
+        pointers = {
+            "latent scale zero": "*fp32",
+            "log_divisor row_log_divisor": "*fp32" if flags["DIVIDES"] else None,
+            "offset": "*fp32" if flags["OFFSETS"] else None,
+            "shift unit": "*fp32" if flags["SHIFTS"] else None,
+        }
         for k in (32, 128, 4096):
             rows, columns = fake_quant.tile_of(k)
             tile = {"ROWS": rows, "COLUMNS": columns}
@@ -97,11 +102,19 @@ def cases() -> Iterator[Case]:
         yield Case(f"unpack {bits}", bitstream.unpack_kernel, _spread({"words": "*i32", "codes": "*u8", **sizes}), 4)
     for bits in packed_matmul.WIDTHS:
         for dtype, short in ((torch.float16, "fp16"), (torch.bfloat16, "bf16")):
-            for m, group in ((1, 128), (1, 32), (16, 128), (32, 128), (64, 128), (256, 128)):
+            # split inputs leave partial sums in fp32; inputs that fill no whole tile are masked
+            for m, group, even, split in (
+                (1, 128, True, True),
+                (1, 32, False, False),
+                (16, 128, True, False),
+                (32, 128, False, True),
+                (64, 128, True, False),
+                (256, 128, False, False),
+            ):
                 block = packed_matmul.block_of(m, bits)
                 words = packed_matmul.words_per_tile(bits, group, 4096, 4096 // group)
-                constants = packed_matmul.constants(bits, words, group, True, dtype, block, assembly=True)
-                tensors = {"x": f"*{short}", "words grid": "*i32", "out": f"*{short}"}
+                constants = packed_matmul.constants(bits, words, group, even, dtype, block, assembly=True)
+                tensors = {"x": f"*{short}", "words grid": "*i32", "out": "*fp32" if split else f"*{short}"}
                 given = {**tensors, "M N K G tiles tiles_each": "i32", "table": "*i32", **constants}
                 name = f"packed_matmul {bits} bits {short} m{m} g{group}"
                 yield Case(name, block.kernel, _spread(given), block.warps, block.stages)

@@ -13,7 +13,7 @@ SHAPES = [(1, 1, 2), (3, 5, 7), (63, 33, 1000), (513, 16, 4097), (1000, 100, 63)
 def naive(hidden, teacher, weight, bias=None, scale=1.0):
     """Soft cross-entropy and its hidden gradient by autograd, all in fp64."""
     hidden, teacher, weight = hidden.double().requires_grad_(), teacher.double(), weight.double()
-    bias = torch.zeros(len(weight), dtype=torch.float64) if bias is None else bias.double()
+    bias = weight.new_zeros(len(weight)) if bias is None else bias.double()
     p = ((teacher @ weight.T) * scale + bias).softmax(-1)
     loss = -(p * ((hidden @ weight.T) * scale + bias).log_softmax(-1)).sum(-1)
     (gradient,) = torch.autograd.grad(loss.sum(), hidden)

@@ -62,6 +62,13 @@ def test_splits_of_the_inputs(splits, kernel_device, monkeypatch):
     assert torch.equal(found, kernel.matmul(x, weight)), "summed in a fixed order"
 
 
+def test_other_dtypes_are_computed_in_that_of_the_scales(kernel_device):
+    weight = kernel.tile(random_tensor(20, 64, QuantScheme(3, 32), device=kernel_device))
+    x = torch.randn(2, 64, device=kernel_device)
+    found = kernel.matmul(x, weight)
+    assert found.dtype == torch.float32 and torch.equal(found, kernel.matmul(x.half(), weight).float())
+
+
 def test_no_rows(kernel_device):
     quantized = random_tensor(20, 64, QuantScheme(3, 32), device=kernel_device)
     nothing = torch.empty(0, 64, dtype=torch.float16, device=kernel_device)

@@ -37,6 +37,7 @@ class Case:
         bytes: read and written at least, once each.
         flop: of its products.
         sides: name → what makes a Side; ours first.
+        products: the dtype they run in.
     """
 
     operation: str
@@ -44,12 +45,12 @@ class Case:
     bytes: float
     flop: float
     sides: Callable[[], dict[str, Callable[[], Side]]]
+    products: torch.dtype = torch.bfloat16
 
 
-def _rotate(make: Callable[[], tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-    first = make()
-    size = sum(t.nbytes for t in first if isinstance(t, Tensor))
-    return [first, *(make() for _ in range(min(15, int(ROTATED_BYTES // max(1, size)))))]
+def _rotate(make: Callable[[], tuple[Any, ...]], size: float) -> list[tuple[Any, ...]]:
+    """Return sets of buffers of `size` bytes each."""
+    return [make() for _ in range(1 + min(15, int(ROTATED_BYTES // size)))]
 
 
 # ---- quantise and dequantise -----------------------------------------------------------------------------------------
@@ -96,16 +97,16 @@ def _fake_quant(o: int, i: int, backward: bool, offset: bool) -> Case:
             def differentiate(out: Tensor, wanted: list[Tensor], grad: Tensor) -> None:
                 torch.autograd.grad(out, wanted, grad, retain_graph=True)
 
-            return {"triton": lambda: Side(_rotate(make), differentiate)}
+            return {"triton": lambda: Side(_rotate(make, size), differentiate)}
         return {
-            "triton": lambda: Side(_rotate(make), forward(fake_quantize)),
-            "torch.compile": lambda: Side(_rotate(make), forward(torch.compile(plain))),
-            "reference": lambda: Side(_rotate(make), forward(eager)),
+            "triton": lambda: Side(_rotate(make, size), forward(fake_quantize)),
+            "torch.compile": lambda: Side(_rotate(make, size), forward(torch.compile(plain))),
+            "reference": lambda: Side(_rotate(make, size), forward(eager)),
         }
 
-    per_weight = (14 if backward else 10) + (8 if backward else 4) * offset
+    size = ((14 if backward else 10) + (8 if backward else 4) * offset) * o * i
     way = "backward" if backward else "forward"
-    return Case("fake_quant", f"{way} {o}x{i} g128{' offset' * offset}", per_weight * o * i, 0, sides)
+    return Case("fake_quant", f"{way} {o}x{i} g128{' offset' * offset}", size, 0, sides)
 
 
 # ---- the logit loss --------------------------------------------------------------------------------------------------
@@ -163,9 +164,10 @@ def _gptq(name: str, o: int, i: int) -> Case:
         quantizer.hessian.copy_(hessian)
         quantizer.solve()
 
-    flop = 2 * i**3 + o * i * i  # two Cholesky factors, an inverse, the errors' products
+    flop = 4 / 3 * i**3 + o * i * i  # two Cholesky factors, an inverse, the errors' products
     label = f"{name} {o}x{i}, once of {BLOCKS_8B}"
-    return Case("gptq_solve", label, 4 * (2 * o * i + i * i), flop, lambda: {"triton": lambda: Side([make()], solve)})
+    sides = {"triton": lambda: Side([make()], solve)}
+    return Case("gptq_solve", label, 4 * (2 * o * i + i * i), flop, lambda: sides, torch.float32)
 
 
 # ---- the packed product ----------------------------------------------------------------------------------------------
@@ -178,16 +180,20 @@ def _random(o: int, i: int, bits: int) -> QuantizedTensor:
 
 
 def _packed_matmul(m: int, o: int, i: int, bits: int) -> Case:
+    size = o * i * bits / 8 + o * (i // 128) * 4 + 2 * m * (o + i)
+
     def x() -> Tensor:
         return torch.randn(m, i, device=GPU, dtype=torch.bfloat16)
 
     def ours() -> Side:
         from lfq_lightning.ops.packed_matmul import triton
 
-        return Side(_rotate(lambda: (x(), triton.tile(_random(o, i, bits)).words)), _with_grid(triton, o, i, bits))
+        return Side(
+            _rotate(lambda: (x(), triton.tile(_random(o, i, bits)).words), size), _with_grid(triton, o, i, bits)
+        )
 
     def dense() -> Side:
-        return Side(_rotate(lambda: (x(), torch.randn(o, i, device=GPU, dtype=torch.bfloat16))), F.linear)
+        return Side(_rotate(lambda: (x(), torch.randn(o, i, device=GPU, dtype=torch.bfloat16)), 2 * o * i), F.linear)
 
     def tinygemm() -> Side:
         def make() -> tuple[Tensor, Tensor, Tensor]:
@@ -195,7 +201,9 @@ def _packed_matmul(m: int, o: int, i: int, bits: int) -> Case:
             packed = torch.ops.aten._convert_weight_to_int4pack(nibbles, 8)
             return x(), packed, torch.rand(i // 128, o, 2, device=GPU, dtype=torch.bfloat16)
 
-        return Side(_rotate(make), lambda x, packed, pair: torch.ops.aten._weight_int4pack_mm(x, packed, 128, pair))
+        return Side(
+            _rotate(make, size), lambda x, packed, pair: torch.ops.aten._weight_int4pack_mm(x, packed, 128, pair)
+        )
 
     def nf4() -> Side:
         import bitsandbytes
@@ -206,7 +214,7 @@ def _packed_matmul(m: int, o: int, i: int, bits: int) -> Case:
             packed, state = quantize_4bit(weight, blocksize=128, quant_type="nf4")
             return x(), packed, state
 
-        return Side(_rotate(make), lambda x, packed, state: bitsandbytes.matmul_4bit(x, packed.t(), state))
+        return Side(_rotate(make, size), lambda x, packed, state: bitsandbytes.matmul_4bit(x, packed.t(), state))
 
     def gemlite() -> Side:
         from gemlite.core import DType, GemLiteLinear
@@ -224,20 +232,19 @@ def _packed_matmul(m: int, o: int, i: int, bits: int) -> Case:
             layer.pack(q.codes, q.scale[:, :, 0], q.zero_point[:, :, 0].to(q.scale.dtype), None)
             return x(), layer
 
-        return Side(_rotate(make), lambda x, layer: layer(x))
+        return Side(_rotate(make, size), lambda x, layer: layer(x))
 
     sides: dict[str, Callable[[], Side]] = {"triton": ours, "cublas bf16": dense}
     if bits == 4:
         sides |= {"tinygemm": tinygemm, "bitsandbytes nf4": nf4}
     if bits != 3:
         sides |= {"gemlite": gemlite}
-    size = o * i * bits / 8 + o * (i // 128) * 4 + 2 * m * (o + i)
     return Case("packed_matmul", f"W{bits} {m}x{o}x{i}", size, 2 * m * o * i, lambda: sides)
 
 
 def _with_grid(triton: Any, o: int, i: int, bits: int) -> Callable[[Tensor, Tensor], Tensor]:
     grid = triton.tile(_random(o, i, bits)).grid
-    return lambda x, words: triton.matmul(x, triton.TiledWeight(words, grid, bits, 128))
+    return lambda x, words: triton.matmul(x, triton.TiledWeight(words, grid, torch.bfloat16, bits, 128))
 
 
 # ---- bitstreams ------------------------------------------------------------------------------------------------------
@@ -252,7 +259,9 @@ def _bitstream(o: int, i: int, bits: int, unpacks: bool) -> Case:
         return unpack(tensor, bits, i) if unpacks else pack(tensor, bits)
 
     name = f"{'unpack' if unpacks else 'pack'} {bits} bits {o}x{i}"
-    return Case("bitstream", name, o * i * (1 + bits / 8), 0, lambda: {"triton": lambda: Side(_rotate(make), run)})
+    return Case(
+        "bitstream", name, o * i * (1 + bits / 8), 0, lambda: {"triton": lambda: Side(_rotate(make, o * i), run)}
+    )
 
 
 def _cases() -> Iterator[Case]:

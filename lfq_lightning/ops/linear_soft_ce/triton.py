@@ -40,6 +40,7 @@ def logit_moment(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
                 launch(soften_kernel, (len(h),), h.device, *given, WIDTH=width, num_warps=warps_of(width))
                 mixed.mul_(shrink[:, None])
                 _add_product(mixed, p, w)
+                del logits, p, given  # before the next chunk's are made
             out.copy_(peak + total.log())
             mixed.div_(total[:, None])
     return lse, moment

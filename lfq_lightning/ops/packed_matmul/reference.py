@@ -8,7 +8,8 @@ from lfq_lightning.ops.bitstream import unpack
 from lfq_lightning.quant_scheme import QuantScheme
 from lfq_lightning.quantized_tensor import QuantizedTensor
 
-TILE_WEIGHTS = 1 << 21  # dequantised at a time: a tile and its integers stay in the cache
+TILE_WEIGHTS = 2**21  # dequantised at a time: a tile and its integers stay in the cache
+TILE_WEIGHTS_ON_GPU = 2**26  # there launches must be few
 
 
 def packed_matmul(x: Tensor, words: Tensor, scale: Tensor, zero_point: Tensor, scheme: QuantScheme) -> Tensor:
@@ -21,7 +22,7 @@ def packed_matmul(x: Tensor, words: Tensor, scale: Tensor, zero_point: Tensor, s
         zero_point: uint8 (O, G, 1).
         scheme: the grid.
     """
-    rows = max(1, TILE_WEIGHTS // x.shape[1])
+    rows = max(1, (TILE_WEIGHTS_ON_GPU if x.is_cuda else TILE_WEIGHTS) // x.shape[1])
     parts = zip(words.split(rows), scale.split(rows), zero_point.split(rows), strict=True)
     weights = (QuantizedTensor(unpack(w, scheme.num_bits, x.shape[1]), s, z, scheme).dequantize() for w, s, z in parts)
     return torch.cat([F.linear(x, weight) for weight in weights], -1)

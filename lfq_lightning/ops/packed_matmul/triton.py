@@ -32,12 +32,14 @@ class TiledWeight:
     Args:
         words: int32 (tiles, parts, O, C).
         grid: int32 (G, O): the scale in the lower half, the zero point, in the same dtype, in the upper one.
+        dtype: of these two halves.
         bits: of a code.
         group_size: inputs K a scale is shared by.
     """
 
     words: Tensor
     grid: Tensor
+    dtype: torch.dtype
     bits: int
     group_size: int
 
@@ -68,7 +70,7 @@ def tile(quantized: QuantizedTensor) -> TiledWeight:
         parts = [_fill(codes, bits, bits)]
     scale, zero = (t[:, :, 0].T.to(dtype) for t in (quantized.scale, quantized.zero_point))
     grid = torch.stack((scale, zero), -1).view(torch.int32)[:, :, 0]
-    return TiledWeight(torch.stack(parts, 1), grid, bits, quantized.scheme.group_of(i))
+    return TiledWeight(torch.stack(parts, 1), grid, dtype, bits, quantized.scheme.group_of(i))
 
 
 def words_per_tile(bits: int, group_size: int, in_features: int, groups: int) -> int:
@@ -93,12 +95,19 @@ def _fill(codes: Tensor, width: int, pitch: int) -> Tensor:
 
 
 def matmul(x: Tensor, weight: TiledWeight) -> Tensor:
-    """Return x Ŵᵀ, (M, O), for x (M, I) in the dtype of the scales; summed in fp32, in a fixed order."""
-    return _packed_matmul(x, weight.words, weight.grid, weight.bits, weight.group_size, _multiprocessors(x.device))
+    """Return x Ŵᵀ, (M, O) in the dtype of x (M, I).
+
+    Computed in the dtype of the scales, summed in fp32, in a fixed order.
+    """
+    given, x = x.dtype, x.to(weight.dtype)
+    # an operator's wrappers take longer than the product of one row; only the compiler and autograd need them
+    wrapped = torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad)
+    multiply = _packed_matmul if wrapped else _multiply
+    count = _multiprocessors(x.device)
+    return multiply(x, weight.words, weight.grid, weight.bits, weight.group_size, count).to(given)
 
 
-@torch.library.custom_op("lfq::packed_matmul", mutates_args=())
-def _packed_matmul(
+def _multiply(
     x: Tensor,
     words: Tensor,
     grid: Tensor,
@@ -126,6 +135,9 @@ def _packed_matmul(
             num_stages=block.stages,
         )
     return out[0] if splits == 1 else out.sum(0).to(x.dtype)
+
+
+_packed_matmul = torch.library.custom_op("lfq::packed_matmul", _multiply, mutates_args=())
 
 
 @_packed_matmul.register_fake
