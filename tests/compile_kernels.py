@@ -28,6 +28,7 @@ from lfq_lightning.ops.fake_quant import triton as fake_quant
 from lfq_lightning.ops.gptq_solve import triton as gptq_solve
 from lfq_lightning.ops.linear_soft_ce import triton as linear_soft_ce
 from lfq_lightning.ops.packed_matmul import triton as packed_matmul
+from lfq_lightning.ops.soft_round import triton as soft_round
 
 ARCHITECTURES = (80, 89, 90)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -87,6 +88,15 @@ def cases() -> Iterator[Case]:
             given = {"grad": "*bf16", "by_scale by_zero by_group by_log by_offset by_shift": "*fp32"}
             backward = {**pointers, **given, **sizes, **flags, **tile}
             yield Case(f"fake_quant backward {kind} {k}", fake_quant.backward_kernel, _spread(backward), warps)
+    for k in (32, 128, 4096):
+        tensors, sizes = {"position scale low zero": "*fp32"}, {"R K": "i32", "sharpness": "fp32", "most": "i32"}
+        rows, columns = fake_quant.tile_of(k)
+        forward = {**tensors, "out": "*bf16", **sizes, "ROWS": rows, "COLUMNS": columns}
+        yield Case(f"soft_round {k}", soft_round.forward_kernel, _spread(forward), fake_quant.WARPS)
+        rows, columns = fake_quant.tile_of(k, backward=True)
+        given = {**tensors, "grad": "*bf16", "by_position by_scale": "*fp32", **sizes}
+        backward = {**given, "ROWS": rows, "COLUMNS": columns}
+        yield Case(f"soft_round backward {k}", soft_round.backward_kernel, _spread(backward), fake_quant.WARPS)
     for width in (1024, linear_soft_ce.CHUNK_WORDS):
         for p in ("bf16", "fp32"):
             given = {"logits": "*fp32", "p": f"*{p}", "peak total shrink": "*fp32", "words": "i32", "WIDTH": width}

@@ -36,6 +36,8 @@ def test_refuses_without_a_gpu():
     [
         (lambda: cases._fake_quant(3, 256, False, True), ("triton", "reference")),
         (lambda: cases._fake_quant(3, 256, True, False), ("triton",)),
+        (lambda: cases._soft_round(3, 256, False), ("triton",)),
+        (lambda: cases._soft_round(3, 256, True), ("triton",)),
         (lambda: cases._linear_soft_ce(5, 8, 50), ("triton", "two bare products")),
         (lambda: cases._gptq("o", 8, 128), ("triton",)),
         (lambda: cases._packed_matmul(2, 64, 256, 3), ("triton", "cublas bf16")),

@@ -35,6 +35,7 @@ H200 = {
 }  # bytes/s, FLOP/s by the data sheet; for --dry-run
 TESTS = {
     "fake_quant": "test_fake_quant.py",
+    "soft_round": "test_soft_round.py",
     "linear_soft_ce": "test_linear_soft_ce.py",
     "gptq_solve": "test_gptq_solve.py",
     "packed_matmul": "test_packed_kernel.py",

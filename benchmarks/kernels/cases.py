@@ -12,6 +12,7 @@ from lfq_lightning.ops.bitstream import pack, unpack
 from lfq_lightning.ops.fake_quant import LevelTerms, fake_quantize
 from lfq_lightning.ops.fake_quant import reference as fake_quant_reference
 from lfq_lightning.ops.linear_soft_ce import linear_soft_ce
+from lfq_lightning.ops.soft_round import soft_round
 from lfq_lightning.quant_scheme import QuantScheme
 from lfq_lightning.quantized_tensor import QuantizedTensor
 
@@ -107,6 +108,32 @@ def _fake_quant(o: int, i: int, backward: bool, offset: bool) -> Case:
     size = ((14 if backward else 10) + (8 if backward else 4) * offset) * o * i
     way = "backward" if backward else "forward"
     return Case("fake_quant", f"{way} {o}x{i} g128{' offset' * offset}", size, 0, sides)
+
+
+def _soft_round(o: int, i: int, backward: bool) -> Case:
+    size = (14 if backward else 10) * o * i
+
+    def make() -> tuple[Any, ...]:
+        position, low = torch.randn(o, i // 128, 128, device=GPU), torch.randint(0, 15, (o, i // 128, 128), device=GPU)
+        scale, zero = torch.rand(o, i // 128, 1, device=GPU) + 0.1, torch.full((o, i // 128, 1), 8.0, device=GPU)
+        given = (position.requires_grad_(backward), scale.requires_grad_(backward), low.float(), zero)
+        if not backward:
+            return given
+        out = forward(*given)
+        return out, (position, scale), torch.randn_like(out)
+
+    def forward(*given: Tensor) -> Tensor:
+        with torch.autocast(GPU, torch.bfloat16):
+            return soft_round(*given, 10.0, 15)
+
+    def differentiate(out: Tensor, wanted: tuple[Tensor, ...], grad: Tensor) -> None:
+        torch.autograd.grad(out, wanted, grad, retain_graph=True)
+
+    run = differentiate if backward else forward
+    way = "backward" if backward else "forward"
+    return Case(
+        "soft_round", f"{way} {o}x{i} g128", size, 0, lambda: {"triton": lambda: Side(_rotate(make, size), run)}
+    )
 
 
 # ---- the logit loss --------------------------------------------------------------------------------------------------
@@ -269,6 +296,7 @@ def _cases() -> Iterator[Case]:
         for backward in (False, True):
             for offset in (False, True):
                 yield _fake_quant(o, i, backward, offset)
+            yield _soft_round(o, i, backward)
     yield _linear_soft_ce(8192, 4096, 128256)
     yield _linear_soft_ce(8192, 8192, 128256)
     for name, (o, i) in SHAPES_8B.items():

@@ -6,32 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from lfq_lightning.errors import UserError
+from lfq_lightning.ops.soft_round import soft_round
 from lfq_lightning.quant_scheme import QuantScheme
 from lfq_lightning.quantized_tensor import QuantizedTensor
 from lfq_lightning.quantizers import QUANTIZERS, LearnedQuantizer
 
 _EDGE = 0.02  # positions start this far from a level at least, where the sigmoid still has a slope
-
-
-class _SoftRound(torch.autograd.Function):
-    """(clip(low + sigmoid(sharpness·position), 0, most) - zero)·scale."""
-
-    @staticmethod
-    def forward(ctx, position: Tensor, scale: Tensor, low: Tensor, zero: Tensor, sharpness: float, most: int) -> Tensor:
-        up = (position * sharpness).sigmoid_()
-        codes = low + up
-        inside = (codes >= 0) & (codes <= most)
-        steps = codes.clamp_(0, most).sub_(zero)
-        slope = (1 - up).mul_(up).mul_(inside)
-        ctx.save_for_backward(steps, slope, scale)
-        ctx.sharpness = sharpness
-        return steps * scale
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Any, ...]:
-        steps, slope, scale = ctx.saved_tensors
-        by_scale = (grad * steps).sum(-1, keepdim=True)
-        return (grad * slope).mul_(scale * ctx.sharpness), by_scale, None, None, None, None
 
 
 @QUANTIZERS.register
@@ -85,4 +65,4 @@ class AdaRound(LearnedQuantizer):
             return super().forward()
         scale, zero = self.grid()
         most = self.scheme.max_code
-        return _SoftRound.apply(self.position, scale, self.low, zero, self.beta, most).flatten(1)
+        return soft_round(self.position, scale, self.low, zero, self.beta, most).flatten(1)

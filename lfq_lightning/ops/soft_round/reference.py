@@ -1,0 +1,39 @@
+"""Soft rounding in plain PyTorch (any device)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def soft_round(position: Tensor, scale: Tensor, low: Tensor, zero: Tensor, sharpness: float, most: int) -> Tensor:
+    """Return (clip(low + sigmoid(sharpness·position), 0, most) - zero)·scale, differentiable in position and scale.
+
+    Args:
+        position: (O, G, K), where each weight stands between its two levels, as a logit.
+        scale: (O, G, 1).
+        low: (O, G, K), the lower level as a code, whole numbers.
+        zero: (O, G, 1), whole numbers.
+        sharpness: what positions are multiplied by.
+        most: the largest code.
+    """
+    return _SoftRound.apply(position, scale, low, zero, sharpness, most)
+
+
+class _SoftRound(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, position: Tensor, scale: Tensor, low: Tensor, zero: Tensor, sharpness: float, most: int) -> Tensor:
+        up = (position * sharpness).sigmoid_()
+        codes = low + up
+        inside = (codes >= 0) & (codes <= most)
+        steps = codes.clamp_(0, most).sub_(zero)
+        slope = (1 - up).mul_(up).mul_(inside)
+        ctx.save_for_backward(steps, slope, scale)
+        ctx.sharpness = sharpness
+        return steps * scale
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Any, ...]:
+        steps, slope, scale = ctx.saved_tensors
+        by_scale = (grad * steps).sum(-1, keepdim=True)
+        return (grad * slope).mul_(scale * ctx.sharpness), by_scale, None, None, None, None
