@@ -28,11 +28,8 @@ FIELDS = [
     *("device", "operation", "case", "side", "microseconds", "gigabytes", "teraflop"),
     *("share_of_copy", "share_of_matmul", "extra_peak_megabytes", "note", "versions"),
 ]
-H200 = {
-    "copy": 4.8e12,
-    torch.bfloat16: 989e12,
-    torch.float32: 67e12,
-}  # bytes/s, FLOP/s by the data sheet; for --dry-run
+# bytes/s and FLOP/s by the data sheet; for --dry-run
+H200 = {"copy": 4.8e12, torch.bfloat16: 989e12, torch.float32: 67e12}
 TESTS = {
     "fake_quant": "test_fake_quant.py",
     "soft_round": "test_soft_round.py",
@@ -94,7 +91,7 @@ def is_green(operation: str) -> bool:
 
 
 def measure(case: Case, copy: float, matmul: dict[torch.dtype, float]) -> list[dict[str, str]]:
-    """Time all sides of a case on the same buffers."""
+    """Time all sides of a case."""
     rows = []
     for name, make in case.sides().items():
         note, micros, extra = "", float("nan"), float("nan")

@@ -5,19 +5,16 @@ import triton.language as tl
 
 
 @triton.jit
-def round_to_code(levels, zero, most):
-    """Return clip(round(levels) + zero, 0, most), halves to even; NaN stays NaN.
+def round_to_grid(levels, zero):
+    """Return round(levels) + zero, not yet clipped, halves to even; NaN stays NaN.
 
     Adding 1.5·2²³ leaves no bits for a fraction, as long as levels are small; those past ±1024 are clipped anyway.
     """
     near = tl.minimum(tl.maximum(levels, -1024.0, tl.PropagateNan.ALL), 1024.0, tl.PropagateNan.ALL)
-    code = (near + 12582912.0) - 12582912.0 + zero
-    return tl.minimum(tl.maximum(code, 0.0, tl.PropagateNan.ALL), most, tl.PropagateNan.ALL)
+    return (near + 12582912.0) - 12582912.0 + zero
 
 
 @triton.jit
-def is_clipped(levels, zero, most):
-    """Tell where `round_to_code` clips."""
-    near = tl.minimum(tl.maximum(levels, -1024.0), 1024.0)
-    code = (near + 12582912.0) - 12582912.0 + zero
-    return (code < 0.0) | (code > most)
+def clip_to_codes(code, most):
+    """Return clip(code, 0, most); NaN stays NaN."""
+    return tl.minimum(tl.maximum(code, 0.0, tl.PropagateNan.ALL), most, tl.PropagateNan.ALL)

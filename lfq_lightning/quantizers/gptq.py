@@ -93,7 +93,7 @@ class GPTQ(ClosedFormQuantizer):
         # Rows are columns of the weight here: each step then reads contiguous memory.
         work = weight.T[order].contiguous()
         scale, zero = (value.float()[:, :, 0].T[order // size] for value in self._grid(weight, size, importance))
-        codes, latent = torch.empty_like(work), torch.empty_like(work)
+        codes, latent, errors = torch.empty_like(work), torch.empty_like(work), torch.empty_like(work)
         with torch.autocast(self.weight.device.type, enabled=False):
             step = size if self.act_order == "group" else columns
             for low in range(0, columns, step):
@@ -102,10 +102,9 @@ class GPTQ(ClosedFormQuantizer):
                     part = None if importance is None else importance[order[span]]
                     grid = self._grid(work[span].T.contiguous(), size, part)
                     scale[span], zero[span] = (value.float().view(1, rows) for value in grid)
-                codes[span], latent[span], errors = round_columns(
-                    work[span], factor[span, span], scale[span], zero[span], self.scheme.max_code
-                )
-                work[low + step :].addmm_(factor[span, low + step :].T, errors, alpha=-1)
+                given = (work[span], factor[span, span], scale[span], zero[span], self.scheme.max_code)
+                round_columns(*given, codes[span], latent[span], errors[span])
+                work[low + step :].addmm_(factor[span, low + step :].T, errors[span], alpha=-1)
         self.scale, self.zero_point = (
             value[back].view(-1, size, rows)[:, 0].T[:, :, None].to(dtype).contiguous()
             for value, dtype in ((scale, self.scale_dtype), (zero, torch.uint8))

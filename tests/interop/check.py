@@ -21,6 +21,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -79,16 +80,16 @@ def checks(model: Path, given: argparse.Namespace) -> Iterator[tuple[str, str, s
         readable = scheme == "w4" or (scheme == "w4-asymmetric" and name != "gptq")
         if given.vllm and readable and (model / name).exists():
             found = run([given.vllm, ENGINES / "with_vllm.py", model / name, json.dumps(ours.windows)], VLLM)
-            error = _distance(torch.tensor(found["logprobs"]), ours.window_logprobs)
-            bound = _distance(ours.window_logprobs_bf16, ours.window_logprobs)
+            wanted, bound = ours.long
+            error = _distance(torch.tensor(found["logprobs"]), wanted)
             yield "vLLM", name, f"mean |Δ log p| {error:.4f}, bf16 {bound:.4f}", error <= bound
     if given.llama_cpp and (model / "model.gguf").exists():
         script = Path(given.llama_cpp) / "with_llama_cpp.mjs"
         script.write_text((ENGINES / "with_llama_cpp.mjs").read_text())
         found = run(["node", script, model / "model.gguf", TEXT])
         same = found["tokens"] == ours.plain_tokens
-        error = _distance(torch.tensor(found["logprobs"]), ours.plain_logprobs) if same else float("nan")
-        bf16 = _distance(ours.plain_logprobs_bf16, ours.plain_logprobs)
+        wanted, bf16 = ours.logprobs([ours.plain_tokens])
+        error = _distance(torch.tensor([found["logprobs"]]), wanted) if same else float("nan")
         measured = f"tokens {'same' if same else 'differ'}, mean |Δ log p| {error:.4f}, bf16 {bf16:.4f}"
         yield "llama.cpp", "gguf", measured, same and error <= max(LLAMA_CPP_BOUND[0], LLAMA_CPP_BOUND[1] * bf16)
 
@@ -112,9 +113,20 @@ class Reference:
             self.greedy = model.generate(tokens, do_sample=False, max_new_tokens=40, pad_token_id=0)[
                 0, tokens.shape[1] :
             ].tolist()
-        half, full = model.bfloat16(), load(run_folder, dequantize=True)[0].float()
-        self.window_logprobs, self.window_logprobs_bf16 = (_logprobs(m, self.windows) for m in (full, half))
-        self.plain_logprobs, self.plain_logprobs_bf16 = (_logprobs(m, [self.plain_tokens])[0] for m in (full, half))
+        self.folder, self.half = run_folder, model.bfloat16()
+
+    @cached_property
+    def full(self) -> PreTrainedModel:
+        return load(self.folder, dequantize=True)[0].float()
+
+    def logprobs(self, sequences: list[list[int]]) -> tuple[torch.Tensor, float]:
+        """Return ours in fp32 (sequences, tokens - 1), and how far the same model in bf16 is from them."""
+        ours = _logprobs(self.full, sequences)
+        return ours, _distance(_logprobs(self.half, sequences), ours)
+
+    @cached_property
+    def long(self) -> tuple[torch.Tensor, float]:
+        return self.logprobs(self.windows)
 
 
 def _logprobs(model: PreTrainedModel, sequences: list[list[int]]) -> torch.Tensor:

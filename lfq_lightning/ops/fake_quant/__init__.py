@@ -20,21 +20,21 @@ def fake_quantize(levels: Tensor | LevelTerms, scale: Tensor, zero: Tensor, most
         zero: (O, G, 1), whole numbers.
         most: the largest code.
     """
-    if isinstance(levels, LevelTerms):
-        if runs_triton(scale.device):
-            from lfq_lightning.ops.fake_quant import triton
+    if isinstance(levels, LevelTerms) and runs_triton(scale.device):
+        from lfq_lightning.ops.fake_quant import triton
 
-            return triton.fake_quantize(levels, scale, zero, most)
-        levels = reference.level_tensor(levels, scale)
-    return reference.fake_quantize(levels, scale, zero, most)
+        return triton.fake_quantize(levels, scale, zero, most)
+    return reference.fake_quantize(_tensor(levels, scale), scale, zero, most)
 
 
 def codes(levels: Tensor | LevelTerms, scale: Tensor, zero: Tensor, most: int) -> Tensor:
     """Return the codes of what `fake_quantize` returns: uint8 (O, G, K)."""
-    if isinstance(levels, LevelTerms):
-        if runs_triton(scale.device):
-            from lfq_lightning.ops.fake_quant import triton
+    if isinstance(levels, LevelTerms) and runs_triton(scale.device):
+        from lfq_lightning.ops.fake_quant import triton
 
-            return triton.codes(levels, scale, zero, most)
-        levels = reference.level_tensor(levels, scale)
-    return reference.codes(levels, zero, most)
+        return triton.codes(levels, scale, zero, most)
+    return reference.codes(_tensor(levels, scale), zero, most)
+
+
+def _tensor(levels: Tensor | LevelTerms, scale: Tensor) -> Tensor:
+    return reference.level_tensor(levels, scale) if isinstance(levels, LevelTerms) else levels

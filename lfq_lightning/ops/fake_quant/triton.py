@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lfq_lightning.ops.fake_quant.level_terms import LevelTerms
 from lfq_lightning.ops.triton_launch import launch
-from lfq_lightning.ops.triton_round import is_clipped, round_to_code
+from lfq_lightning.ops.triton_round import clip_to_codes, round_to_grid
 
 _TILE = 2048  # weights a program holds at once; half of it backward, which keeps more numbers of each
 WARPS = 4
@@ -52,21 +52,9 @@ def _fake_quant(
     given = [_contiguous(t) for t in (latent, scale, zero, log_divisor, row_log_divisor, offset, shift, unit)]
     grid = (triton.cdiv(o * g, rows), triton.cdiv(k, columns))
     flags = _flags(log_divisor, offset, shift) | {"CODES": dtype == torch.uint8}
-    launch(
-        forward_kernel,
-        grid,
-        latent.device,
-        *given,
-        out,
-        o * g,
-        k,
-        g,
-        most,
-        **flags,
-        ROWS=rows,
-        COLUMNS=columns,
-        num_warps=WARPS,
-    )
+    sizes = (o * g, k, g, most)
+    tile = {"ROWS": rows, "COLUMNS": columns}
+    launch(forward_kernel, grid, latent.device, *given, out, *sizes, **flags, **tile, num_warps=WARPS)
     return out
 
 
@@ -161,6 +149,17 @@ def _flags(log_divisor: Tensor | None, offset: Tensor | None, shift: Tensor | No
 
 
 @triton.jit
+def _of_group(scale, zero, row_log_divisor, unit, row, real, G, DIVIDES: tl.constexpr, SHIFTS: tl.constexpr):
+    """Return scale, zero point, log divisor of the row and unit (ROWS, 1) of each group; 0 for what is absent."""
+    row_log, u = 0.0, 0.0
+    if DIVIDES:
+        row_log = tl.load(row_log_divisor + row // G, mask=real, other=0.0)
+    if SHIFTS:
+        u = tl.load(unit + row, mask=real, other=0.0)
+    return tl.load(scale + row, mask=real, other=1.0), tl.load(zero + row, mask=real, other=0.0), row_log, u
+
+
+@triton.jit
 def _scaled(latent, log_divisor, shift, at, inside, s, row_log, u, DIVIDES: tl.constexpr, SHIFTS: tl.constexpr):
     """Return the levels without the offset: what is inversely proportional to the scale."""
     w = tl.load(latent + at, mask=inside, other=0.0)
@@ -183,17 +182,11 @@ def forward_kernel(
     real = row < R
     inside = real & (column < K)
     at = row.to(tl.int64) * K + column
-    s = tl.load(scale + row, mask=real, other=1.0)
-    z = tl.load(zero + row, mask=real, other=0.0)
-    row_log, u = 0.0, 0.0
-    if DIVIDES:
-        row_log = tl.load(row_log_divisor + row // G, mask=real, other=0.0)
-    if SHIFTS:
-        u = tl.load(unit + row, mask=real, other=0.0)
+    s, z, row_log, u = _of_group(scale, zero, row_log_divisor, unit, row, real, G, DIVIDES, SHIFTS)
     levels = _scaled(latent, log_divisor, shift, at, inside, s, row_log, u, DIVIDES, SHIFTS)
     if OFFSETS:
         levels += tl.minimum(tl.maximum(tl.load(offset + at, mask=inside, other=0.0), -0.5), 0.5)
-    code = round_to_code(levels, z, most)
+    code = clip_to_codes(round_to_grid(levels, z), most)
     value = code if CODES else (code - z) * s
     tl.store(out + at, value.to(out.dtype.element_ty), mask=inside)
 
@@ -207,13 +200,7 @@ def backward_kernel(
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     real = row < R
-    s = tl.load(scale + row, mask=real, other=1.0)
-    z = tl.load(zero + row, mask=real, other=0.0)
-    row_log, u = 0.0, 0.0
-    if DIVIDES:
-        row_log = tl.load(row_log_divisor + row // G, mask=real, other=0.0)
-    if SHIFTS:
-        u = tl.load(unit + row, mask=real, other=0.0)
+    s, z, row_log, u = _of_group(scale, zero, row_log_divisor, unit, row, real, G, DIVIDES, SHIFTS)
     steps_sum = tl.zeros((ROWS, 1), dtype=tl.float32)
     clipped_sum = tl.zeros((ROWS, 1), dtype=tl.float32)
     log_sum = tl.zeros((ROWS, 1), dtype=tl.float32)
@@ -226,12 +213,13 @@ def backward_kernel(
         if OFFSETS:
             raw = tl.load(offset + at, mask=inside, other=0.0)
             levels += tl.minimum(tl.maximum(raw, -0.5), 0.5)
-        clipped = is_clipped(levels, z, most)
-        step = round_to_code(levels, z, most) - z
+        code = round_to_grid(levels, z)
+        held = (code >= 0.0) & (code <= most)
+        step = clip_to_codes(code, most) - z
         g = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
-        through = tl.where(clipped, 0.0, g * s)
+        through = tl.where(held, g * s, 0.0)
         steps_sum += tl.sum(g * step, 1, keep_dims=True)
-        clipped_sum += tl.sum(tl.where(clipped, -(g * s), 0.0), 1, keep_dims=True)
+        clipped_sum += tl.sum(tl.where(held, 0.0, -(g * s)), 1, keep_dims=True)
         log = -(through * scaled)
         log_sum += tl.sum(log, 1, keep_dims=True)
         if DIVIDES:

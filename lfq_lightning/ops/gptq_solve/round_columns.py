@@ -8,9 +8,9 @@ from lfq_lightning.ops.path import runs_triton
 
 
 def round_columns(
-    work: Tensor, factor: Tensor, scale: Tensor, zero: Tensor, most: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return codes, latent and errors (C, O) fp32 of all columns of `work`; `reference.round_span` has the arguments.
+    work: Tensor, factor: Tensor, scale: Tensor, zero: Tensor, most: int, codes: Tensor, latent: Tensor, errors: Tensor
+) -> None:
+    """Write codes, latent and errors (C, O) fp32 of all columns of `work`; `reference.round_span` has the arguments.
 
     Spans larger than the inner loop takes are halved, and the halves meet in a matrix product. `work` is changed.
     """
@@ -19,7 +19,6 @@ def round_columns(
         from lfq_lightning.ops.gptq_solve import triton
 
         limit, inner_loop = triton.SPAN, triton.round_span
-    codes, latent, errors = torch.empty_like(work), torch.empty_like(work), torch.empty_like(work)
 
     def round_span(low: int, high: int) -> None:
         if high - low > limit:
@@ -34,4 +33,3 @@ def round_columns(
 
     with torch.autocast(work.device.type, enabled=False):
         round_span(0, len(work))
-    return codes, latent, errors

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lfq_lightning.ops.triton_launch import launch
-from lfq_lightning.ops.triton_round import round_to_code
+from lfq_lightning.ops.triton_round import clip_to_codes, round_to_grid
 
 SPAN = 128
 ROWS = 32
@@ -56,7 +56,7 @@ def round_span_kernel(
         one = tl.sum(tl.where(column[:, None] == j, w, 0.0), 0)
         s = tl.load(scale + now, mask=real, other=1.0)
         z = tl.load(zero + now, mask=real, other=0.0)
-        code = round_to_code(tl.div_rn(one, s), z, most)
+        code = clip_to_codes(round_to_grid(tl.div_rn(one, s), z), most)
         error = tl.div_rn(one - (code - z) * s, tl.load(factor + j * columns + j))
         spread = tl.load(factor + j * columns + column, mask=(column > j) & (column < columns), other=0.0)
         w -= spread[:, None] * error[None, :]

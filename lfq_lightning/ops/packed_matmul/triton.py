@@ -264,6 +264,33 @@ def _grid(grid, k, near, N, G, GROUP: tl.constexpr, BRAIN: tl.constexpr):
 
 
 @triton.jit
+def _place(words, N, WORDS: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr):
+    """Return the program's outputs and rows, outputs that exist, where their words begin, and a part's length."""
+    n = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    m = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    near = tl.minimum(n, N - 1)
+    at = words + near.to(tl.int64)[:, None] * WORDS + tl.arange(0, STEP)[None, :]
+    return n, m, near, at, tl.cast(N, tl.int64) * WORDS
+
+
+@triton.jit
+def _inputs(x, k, m, M, K, STEP: tl.constexpr, EVEN: tl.constexpr):
+    """Return inputs k … k + 2·STEP of the rows, (2·STEP, ROWS); 0 past the end."""
+    column = k + tl.arange(0, 2 * STEP)[:, None]
+    inside = m[None, :] < M
+    if not EVEN:
+        inside = inside & (column < K)
+    return tl.load(x + m.to(tl.int64)[None, :] * K + column, mask=inside, other=0.0)
+
+
+@triton.jit
+def _write(out, total, n, m, M, N):
+    """Store (OUTPUTS, ROWS) as the program's part of (splits, M, N)."""
+    place = (tl.program_id(2).to(tl.int64) * M + m[None, :]) * N + n[:, None]
+    tl.store(out + place, total.to(out.dtype.element_ty), mask=(m[None, :] < M) & (n[:, None] < N))
+
+
+@triton.jit
 def few_rows_kernel(
     x, words, grid, out, M, N, K, G, tiles, tiles_each, table,
     BITS: tl.constexpr, WORDS: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
@@ -281,13 +308,7 @@ def few_rows_kernel(
     FIT: tl.constexpr = max(1, (8 >> BRAIN) // (4 if BITS == 3 else BITS) * (2 if BITS == 3 else 1))
     SLICE: tl.constexpr = 2 * WORDS
     STEPS: tl.constexpr = WORDS // STEP  # in which a slice is gone through
-    n = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
-    m = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    near = tl.minimum(n, N - 1)
-    step = tl.cast(N, tl.int64) * WORDS  # from one part to the next
-    at = words + near.to(tl.int64)[:, None] * WORDS + tl.arange(0, STEP)[None, :]
-    inputs = tl.arange(0, 2 * STEP)
-    rows = x + m.to(tl.int64)[None, :] * K
+    n, m, near, at, step = _place(words, N, WORDS, STEP, ROWS, OUTPUTS)
     total = tl.zeros((OUTPUTS, ROWS), dtype=tl.float32)
     base = tl.load(table + near * 0)
     first = tl.program_id(2) * tiles_each
@@ -305,14 +326,10 @@ def few_rows_kernel(
                 moved = (high << 2) >> odd[:, None] if field == 0 else high >> (2 * field - 2) >> odd[:, None]
             k = (i // STEPS * FIELDS + field) * SLICE + 2 * skipped
             s, z = _grid(grid, k, near, N, G, GROUP, BRAIN)
-            inside = m[None, :] < M
-            if not EVEN:
-                inside = inside & (k + inputs[:, None] < K)
-            a = tl.load(rows + k + inputs[:, None], mask=inside, other=0.0)
+            a = _inputs(x, k, m, M, K, STEP, EVEN)
             w = _steps(shifted, moved, field % FIT, z, base, BITS, BRAIN, ASSEMBLY)
             total += tl.dot(w, a) * (s.to(tl.float32) * 2.0 ** -(PLANE * (field % FIT)))[:, None]
-    place = (tl.program_id(2).to(tl.int64) * M + m[None, :]) * N + n[:, None]
-    tl.store(out + place, total.to(out.dtype.element_ty), mask=(m[None, :] < M) & (n[:, None] < N))
+    _write(out, total, n, m, M, N)
 
 
 @triton.jit
@@ -328,13 +345,7 @@ def many_rows_kernel(
     SLICES: tl.constexpr = 16 if BITS == 3 else FIELDS
     SLICE: tl.constexpr = 2 * WORDS
     STEPS: tl.constexpr = WORDS // STEP  # in which a slice is gone through
-    n = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
-    m = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    near = tl.minimum(n, N - 1)
-    step = tl.cast(N, tl.int64) * WORDS
-    at = words + near.to(tl.int64)[:, None] * WORDS + tl.arange(0, STEP)[None, :]
-    inputs = tl.arange(0, 2 * STEP)
-    rows = x + m.to(tl.int64)[None, :] * K
+    n, m, near, at, step = _place(words, N, WORDS, STEP, ROWS, OUTPUTS)
     total = tl.zeros((OUTPUTS, ROWS), dtype=tl.float32)
     base = tl.load(table + near * 0)
     first = tl.program_id(2) * tiles_each
@@ -348,11 +359,7 @@ def many_rows_kernel(
         if BITS == 3:
             high = tl.load(here + 2 * step) >> tl.load(table + 1 + 2 * field + part + near * 0)[:, None] << 2
         s, z = _grid(grid, k, near, N, G, GROUP, BRAIN)
-        inside = m[None, :] < M
-        if not EVEN:
-            inside = inside & (k + inputs[:, None] < K)
-        a = tl.load(rows + k + inputs[:, None], mask=inside, other=0.0)
+        a = _inputs(x, k, m, M, K, STEP, EVEN)
         w = _steps(word, high, 0, z, base, BITS, BRAIN, ASSEMBLY)
         total = tl.dot(w * s[:, None], a, total)
-    place = (tl.program_id(2).to(tl.int64) * M + m[None, :]) * N + n[:, None]
-    tl.store(out + place, total.to(out.dtype.element_ty), mask=(m[None, :] < M) & (n[:, None] < N))
+    _write(out, total, n, m, M, N)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lfq_lightning.ops.fake_quant.triton import WARPS, tile_of
 from lfq_lightning.ops.triton_launch import launch
+from lfq_lightning.ops.triton_round import clip_to_codes
 
 
 def soft_round(position: Tensor, scale: Tensor, low: Tensor, zero: Tensor, sharpness: float, most: int) -> Tensor:
@@ -81,7 +82,7 @@ def forward_kernel(position, scale, low, zero, out, R, K, sharpness, most, ROWS:
     z = tl.load(zero + row, mask=row < R, other=0.0)
     up = tl.sigmoid(tl.load(position + at, mask=inside, other=0.0) * sharpness)
     code = tl.load(low + at, mask=inside, other=0.0) + up
-    code = tl.minimum(tl.maximum(code, 0.0, tl.PropagateNan.ALL), most, tl.PropagateNan.ALL)
+    code = clip_to_codes(code, most)
     tl.store(out + at, ((code - z) * s).to(out.dtype.element_ty), mask=inside)
 
 
@@ -101,7 +102,7 @@ def backward_kernel(
         up = tl.sigmoid(tl.load(position + at, mask=inside, other=0.0) * sharpness)
         code = tl.load(low + at, mask=inside, other=0.0) + up
         g = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
-        total += tl.sum(g * (tl.minimum(tl.maximum(code, 0.0), most) - z), 1, keep_dims=True)
+        total += tl.sum(g * (clip_to_codes(code, most) - z), 1, keep_dims=True)
         slope = tl.where((code >= 0.0) & (code <= most), up * (1.0 - up), 0.0)
         tl.store(by_position + at, g * slope * s * sharpness, mask=inside)
     tl.store(by_scale + row, total, mask=row < R)
