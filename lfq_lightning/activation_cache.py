@@ -1,90 +1,172 @@
 """ActivationCache: the two streams of hidden states that run through the blocks."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, RandomSampler
 
+from lfq_lightning.prefetch import prefetch
+from lfq_lightning.ranks import Ranks
+from lfq_lightning.stream_store import StreamStore
 from lfq_lightning.token_set import TokenSet
 
-Batch = dict[str, Any]  # inputs (B, T, D), target {name: (B, T, …)}, mask (B, T)
-
-FORWARD_BATCH = 8  # sequences per forward when nothing is trained
+Batch = dict[str, Any]  # inputs (B, T, D), target {name: (B, T, …)}, mask (B, T), weight: see `ActivationCache.batch`
 
 
-class ActivationCache(Dataset[Batch]):
-    """Hidden states of one split, before the current block: the teacher's and the student's, in CPU memory.
+class ActivationCache:
+    """Hidden states of one split, before the current block: the teacher's and the student's.
 
     The teacher stream holds what the full-precision model sees; once the teacher has run it holds the block's
     full-precision outputs, which are both the objective's target and the next block's inputs. The student stream holds
     what the quantised prefix gives. Beside these two streams of N·T·D values there is only what the block's objective
     keeps of the teacher (`logit_ce`: D fp32 numbers a token).
 
+    Each rank holds the sequences of its `share`. Everything but training runs sequence by sequence, so that a
+    sequence's numbers do not depend on how many there are beside it.
+
     Args:
-        embeddings: (N, T, D), the first block's inputs, in the dtype of both streams.
-        tokens: what they were made from.
+        name: of the split.
+        embeddings: yields the first block's inputs (1, T, D) of this rank's sequences, in the dtype of both streams.
+        tokens: of all sequences.
+        ranks: who holds the others.
+        store: where streams live.
     """
 
-    def __init__(self, embeddings: Tensor, tokens: TokenSet) -> None:
-        self.teacher = embeddings
-        self.student = embeddings.clone()
-        self.mask = tokens.mask
-        self.next_token = tokens.next_token
+    def __init__(
+        self, name: str, embeddings: Iterator[Tensor], tokens: TokenSet, ranks: Ranks, store: StreamStore
+    ) -> None:
+        self.name = name
+        self.ranks = ranks
+        self.store = store
+        mine = ranks.share(len(tokens))
+        self.mask = tokens.mask[mine]
+        self.next_token = tokens.next_token[mine]
+        self.lengths = tokens.mask.sum(1).tolist()  # of all sequences, this rank's and others'
+        for index, rows in enumerate(embeddings):
+            if index == 0:
+                shape = (len(mine), *rows.shape[1:])
+                self.teacher = store.empty(f"{name}.teacher", shape, rows.dtype)
+                self.student = store.empty(f"{name}.student", shape, rows.dtype)
+            self.teacher[index] = rows[0]
+        self.student.copy_(self.teacher)
         self.target: dict[str, Tensor] = {}
         self.reference = self.teacher[:0]
 
     def __len__(self) -> int:
-        return len(self.mask)
+        """Return the number of sequences, on all ranks together."""
+        return len(self.lengths)
 
-    def __getitem__(self, index: int) -> Batch:
-        return self.__getitems__([index])
+    def batch(self, indices: list[int]) -> Batch:
+        """Return this rank's part of a batch of sequences, which are numbered over all ranks.
 
-    def __getitems__(self, indices: list[int]) -> Batch:
-        target = {name: value[indices] for name, value in self.target.items()}
-        target |= {"hidden": self.teacher[indices], "next_token": self.next_token[indices]}
-        return {"inputs": self.student[indices], "target": target, "mask": self.mask[indices]}
+        `weight` is this rank's share of the batch's tokens times the number of ranks: with it, the mean over ranks of
+        each rank's mean over tokens is the mean over the batch's tokens.
+        """
+        size = self.ranks.size
+        mine = [index for index in indices if index % size == self.ranks.rank]
+        local = [index // size for index in mine]
+        target = {name: value[local] for name, value in self.target.items()}
+        target |= {"hidden": self.teacher[local], "next_token": self.next_token[local]}
+        tokens, all_tokens = (sum(self.lengths[index] for index in some) for some in (mine, indices))
+        return {
+            "inputs": self.student[local],
+            "target": target,
+            "mask": self.mask[local],
+            "weight": tokens * size / all_tokens,
+        }
 
-    def student_batches(self, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the student's inputs (B, T, D) and masks (B, T) in order."""
-        return self._batches(self.student, device)
+    def student_batches(self, device: torch.device, half: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the student's inputs (1, T, D) and masks (1, T) of this rank's even or odd sequences, in order."""
+        return self._half(self.student, device, half)
 
-    def reference_batches(self, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the teacher's inputs (B, T, D), if they were kept, and masks (B, T) in order."""
-        return self._batches(self.reference, device)
+    def reference_batches(self, device: torch.device, half: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the teacher's inputs (1, T, D), if they were kept, and masks (1, T), likewise."""
+        return self._half(self.reference, device, half)
 
     def advance_teacher(self, block: Callable[[Tensor], Tensor], device: torch.device, keep: bool = False) -> None:
         """Replace the teacher's inputs by the block's outputs, in place; `keep` a copy of the inputs as `reference`."""
-        self.reference = self.teacher.clone() if keep else self.teacher[:0]
-        _advance(self.teacher, block, device)
+        self.reference = self.teacher[:0]
+        if keep:
+            self.reference = self.store.empty(f"{self.name}.reference", self.teacher.shape, self.teacher.dtype)
+            self.reference.copy_(self.teacher)
+        self._advance(self.teacher, block, device)
 
     def advance_student(self, block: Callable[[Tensor], Tensor], device: torch.device) -> None:
         """Replace the student's inputs by the block's outputs, in place."""
-        _advance(self.student, block, device)
+        self._advance(self.student, block, device)
 
     def set_target(self, make: Callable[[Tensor], dict[str, Tensor]], device: torch.device) -> None:
-        """Cache what `make` keeps of the teacher's outputs; it maps (M, D) to tensors with M rows. Pads become 0."""
-        parts: list[dict[str, Tensor]] = []
-        for hidden, mask in zip(self.teacher.split(FORWARD_BATCH), self.mask.split(FORWARD_BATCH), strict=True):
-            rows = make(hidden.to(device)[mask.to(device)])
-            parts.append({name: _scatter(value.cpu(), mask) for name, value in rows.items()})
-        self.target = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        """Keep what `make` keeps of the teacher's outputs; it maps (M, D) to tensors with M rows. Pads become 0."""
+        for name in self.target:
+            self.store.release(f"{self.name}.target.{name}")
+        self.target = {}
+        for index, (hidden, mask) in enumerate(zip(self.teacher, self.mask, strict=True)):
+            for name, rows in make(hidden.to(device)[mask.to(device)]).items():
+                if index == 0:
+                    shape = (*self.mask.shape, *rows.shape[1:])
+                    self.target[name] = self.store.empty(f"{self.name}.target.{name}", shape, rows.dtype).zero_()
+                where = self.target[name]
+                where[index, mask.to(where.device)] = rows.to(where.device)
 
-    def in_order(self, batch_size: int) -> "DataLoader[Batch]":
+    def in_order(self, batch_size: int) -> "BatchLoader":
         """Return a loader over all sequences, for validation."""
-        return DataLoader(self, batch_size=batch_size, collate_fn=_identity)
+        everything = list(range(len(self)))
+        return BatchLoader(self, [everything[i : i + batch_size] for i in range(0, len(self), batch_size)])
 
-    def shuffled(self, batch_size: int, num_batches: int, seed: int) -> "DataLoader[Batch]":
-        """Return a loader of exactly `num_batches` batches: as many seeded permutations as that takes."""
+    def shuffled(self, batch_size: int, num_batches: int, seed: int, skip: int = 0) -> "BatchLoader":
+        """Return a loader of `num_batches` random batches, the first `skip` of them left out.
+
+        Sequences fall into gcd(N, batch_size) classes by their number, and a batch takes equally many of each class, in
+        a seeded permutation of it: any number of ranks that divides both has its share of every batch at home, and the
+        batches are the same for all of them.
+        """
         generator = torch.Generator().manual_seed(seed)
-        sampler = RandomSampler(self, num_samples=batch_size * num_batches, generator=generator)
-        return DataLoader(self, batch_size=batch_size, sampler=sampler, collate_fn=_identity)
+        classes = math.gcd(len(self), batch_size)
+        each = batch_size // classes
+        queues: list[list[int]] = [[] for _ in range(classes)]
+        batches = []
+        for _ in range(num_batches):
+            batch: list[int] = []
+            for number, waiting in enumerate(queues):
+                while len(waiting) < each:
+                    drawn = torch.randperm(len(self) // classes, generator=generator) * classes + number
+                    waiting.extend(drawn.tolist())
+                batch += waiting[:each]
+                del waiting[:each]
+            batches.append(batch)
+        return BatchLoader(self, batches[skip:])
 
-    def _batches(self, stream: Tensor, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-        for inputs, mask in zip(stream.split(FORWARD_BATCH), self.mask.split(FORWARD_BATCH), strict=True):
-            yield inputs.to(device), mask.to(device)
+    def _half(self, stream: Tensor, device: torch.device, half: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for index, number in enumerate(self.ranks.share(len(self))):
+            if number % 2 == half:
+                yield stream[index : index + 1].to(device), self.mask[index : index + 1].to(device)
+
+    def _advance(self, stream: Tensor, block: Callable[[Tensor], Tensor], device: torch.device) -> None:
+        for inputs in stream.split(1):  # views: writing to them writes the stream
+            inputs.copy_(block(inputs.to(device)))
+
+
+class BatchLoader:
+    """What a Trainer iterates over: this rank's part of each batch.
+
+    Args:
+        cache: where they come from.
+        batches: the sequences of each, numbered over all ranks.
+    """
+
+    def __init__(self, cache: ActivationCache, batches: list[list[int]]) -> None:
+        self.cache = cache
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        made = (self.cache.batch(indices) for indices in self.batches)
+        return prefetch(made) if self.cache.store.reads_ahead else made
 
 
 @dataclass(frozen=True)
@@ -96,18 +178,3 @@ class Splits:
 
     def each(self) -> tuple[ActivationCache, ActivationCache]:
         return self.train, self.held_out
-
-
-def _advance(stream: Tensor, block: Callable[[Tensor], Tensor], device: torch.device) -> None:
-    for inputs in stream.split(FORWARD_BATCH):  # views: writing to them writes the stream
-        inputs.copy_(block(inputs.to(device)))
-
-
-def _scatter(rows: Tensor, mask: Tensor) -> Tensor:
-    full = torch.zeros(*mask.shape, *rows.shape[1:], dtype=rows.dtype)
-    full[mask] = rows
-    return full
-
-
-def _identity(batch: Any) -> Any:
-    return batch

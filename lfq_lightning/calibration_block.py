@@ -45,15 +45,22 @@ class CalibrationBlock(LightningModule, ABC):
         """Return what is trained."""
         return [module for module in self.modules() if isinstance(module, LearnedQuantizer)]
 
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the block's outputs (B, T, D) and their loss. All use of a sharded block goes through here."""
+        hidden = self.block(batch["inputs"])
+        return hidden, self.loss(hidden, batch)
+
     def training_step(self, batch: Batch, step: int = 0) -> Tensor | None:
-        """Return the batch's loss at an optimizer step; None, which Lightning skips, if there is nothing to train."""
+        """Return the loss at an optimizer step, whose mean over ranks is that of the whole batch; None, which Lightning
+        skips, if there is nothing to train."""
+        if not self.plan.learned:
+            return None
         for quantizer in self.quantizers():
             quantizer.anneal(step / self.plan.steps)
-        loss = self.loss(self.block(batch["inputs"]), batch)
-        return loss if loss.requires_grad else None
+        return self(batch)[1] * batch["weight"]
 
     def validation_step(self, batch: Batch, batch_idx: int = 0) -> Tensor:
-        return self.loss(self.block(batch["inputs"]), batch)
+        return self(batch)[1]
 
     def configure_optimizers(self) -> Any:
         """The plan's optimizer over all learned quantizers; None if the block has nothing to train."""

@@ -21,6 +21,7 @@ class CalibrationModule(LightningModule):
         super().__init__()
         self.checkpoint = open_checkpoint(checkpoint)
         self.block: CalibrationBlock | None = None
+        self.first_step = 0  # of the current epoch: a block that goes on from a file does not begin at 0
 
     @property
     def current(self) -> CalibrationBlock:
@@ -28,14 +29,18 @@ class CalibrationModule(LightningModule):
         return self.block
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
-        loss = self.current.training_step(batch, batch_idx // self.trainer.accumulate_grad_batches)
+        step = self.first_step + batch_idx // self.trainer.accumulate_grad_batches
+        loss = self.current.training_step(batch, step)
         if loss is not None:
-            self.log("train/loss", loss.detach())
+            self.log("train/loss", loss.detach(), sync_dist=True)
         return loss
+
+    def configure_model(self) -> None:
+        """Lightning's place to shard a model; here each block is sharded when the scheduler has prepared it."""
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         loss = self.current.validation_step(batch, batch_idx)
-        self.log("held_out/loss", loss, on_epoch=True, batch_size=int(batch["mask"].sum()))
+        self.log("held_out/loss", loss, on_epoch=True, batch_size=int(batch["mask"].sum()), sync_dist=True)
 
     def configure_optimizers(self) -> Any:
         # Lightning asks once before the first block is placed; the scheduler asks again at the start of each epoch.

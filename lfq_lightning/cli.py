@@ -31,13 +31,13 @@ _MODEL_DIR = "a packed model: output folder of `lfq run` or `lfq export`, or ano
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run a command. A UserError is printed as one sentence, with exit code 2."""
+    """Run a command. A UserError is printed as one sentence, with its exit code."""
     arguments = sys.argv[1:] if argv is None else argv
     try:
         _dispatch(arguments)
     except UserError as error:
         print(f"lfq: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.exit_code)
 
 
 def lightning_main() -> None:

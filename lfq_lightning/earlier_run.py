@@ -1,4 +1,4 @@
-"""EarlierRun: the finished blocks of a run folder, for a run that begins with the same ones."""
+"""EarlierRun: what a run folder holds, for a run that goes on from it or begins with the same blocks."""
 
 import json
 from pathlib import Path
@@ -11,38 +11,52 @@ from torch import Tensor
 from lfq_lightning.errors import UserError
 from lfq_lightning.run_folder import FACTS, JOURNAL, shard_name
 
+Facts = dict[str, dict[str, Any]]
+
 
 class EarlierRun:
     """A folder that `lfq run` wrote, complete or not.
 
     Args:
         path: the folder. Raises UserError if it is not one.
+        goes_on: the same run, to be finished: everything must agree. If not, blocks are taken over (`reuse`) as far as
+            they agree.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str | Path, goes_on: bool) -> None:
         self.path = Path(path).expanduser()
+        self.goes_on = goes_on
         try:
-            self.facts: dict[str, Any] = json.loads((self.path / FACTS).read_text(encoding="utf-8"))
-            lines = (self.path / JOURNAL).read_text(encoding="utf-8").splitlines()
-            self._reports: list[dict[str, Any]] = [json.loads(line) for line in lines]
+            self.facts: Facts = json.loads((self.path / FACTS).read_text(encoding="utf-8"))
+            lines = (self.path / JOURNAL).read_text(encoding="utf-8").splitlines(keepends=True)
+            self._reports: list[dict[str, Any]] = [json.loads(line) for line in lines if line.endswith("\n")]
         except (OSError, ValueError) as error:
             raise UserError(
                 f"reuse: {path} is not the folder of a run ({error}); give an output of `lfq run`."
             ) from error
 
-    def check(self, facts: dict[str, Any]) -> None:
+    def check(self, facts: Facts) -> None:
         """Raise UserError naming the first of `facts` in which that run differs from this one."""
-        for name, value in facts.items():
-            if self.facts.get(name) != value:
-                raise UserError(
-                    f"reuse: {self.path} was made with another {name} ({self.facts.get(name)!r}, now {value!r}); "
-                    "make it equal, or calibrate from the start."
-                )
+        for kind in facts if self.goes_on else ("shared",):
+            then, now = self.facts.get(kind, {}), facts[kind]
+            for name in [*now, *(name for name in then if name not in now)]:
+                if then.get(name) != now.get(name):
+                    raise UserError(
+                        f"{self._named} was made with another {name} ({_short(then.get(name))}, now "
+                        f"{_short(now.get(name))}); {self._cure}"
+                    )
 
     def report(self, number: int, fingerprint: str) -> dict[str, Any] | None:
-        """Return the journal's line of the run's block `number`, if it was finished with that fingerprint."""
-        if number < len(self._reports) and self._reports[number]["fingerprint"] == fingerprint:
+        """Return the journal's line of the run's block `number`, if it was finished with that fingerprint.
+
+        Raises UserError if a run to be gone on with has another fingerprint: its model has changed since.
+        """
+        if number >= len(self._reports):
+            return None
+        if self._reports[number]["fingerprint"] == fingerprint:
             return self._reports[number]
+        if self.goes_on:
+            raise UserError(f"{self._named} was made with other weights in block {number}; {self._cure}")
         return None
 
     def shard(self, number: int, shards: int) -> dict[str, Tensor]:
@@ -52,3 +66,18 @@ class EarlierRun:
             return load_file(file)
         except (SafetensorError, OSError) as error:
             raise UserError(f"reuse: {file} cannot be read ({error}); calibrate from the start.") from error
+
+    @property
+    def _named(self) -> str:
+        return f"output: the unfinished run in {self.path}" if self.goes_on else f"reuse: {self.path}"
+
+    @property
+    def _cure(self) -> str:
+        if self.goes_on:
+            return "make it equal to go on, or give another folder, or start anew with --overwrite true."
+        return "make it equal, or calibrate from the start."
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 100 else f"{text[:97]}…"

@@ -4,6 +4,14 @@
 class UserError(ValueError):
     """A mistake the user can mend: one clear sentence with the cure. The command line prints it and exits with 2."""
 
+    exit_code = 2
+
+
+class StoppedError(UserError):
+    """A signal ended the run; what was done is kept, and the same command goes on from there."""
+
+    exit_code = 143  # what a shell shows for SIGTERM
+
 
 def one_line(error: object) -> str:
     """Return the text of a foreign error without its line breaks."""

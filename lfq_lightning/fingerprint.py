@@ -1,4 +1,4 @@
-"""Fingerprints: what a block's result depends on, so that one run takes over another's blocks only if they agree."""
+"""Fingerprints: what results depend on. A run goes on from a folder, or takes blocks over, only if they agree."""
 
 import hashlib
 import inspect
@@ -9,6 +9,8 @@ from typing import Any
 from lightning.pytorch import Trainer
 from torch import Tensor, uint8
 
+from lfq_lightning.checkpoints import Checkpoint
+from lfq_lightning.data import CalibrationData
 from lfq_lightning.plan import BlockPlan
 from lfq_lightning.registry import Plugin
 from lfq_lightning.token_set import TokenSet
@@ -21,25 +23,56 @@ _TRAINER = (
     "gradient_clip_algorithm",
     "val_check_interval",
 )
+_SAMPLES, _SAMPLE_BYTES = 64, 2**16  # of each file of weights
 
 
-def run_facts(trainer: Trainer, seed: int, tokens: tuple[TokenSet, TokenSet]) -> dict[str, Any]:
-    """Return what all blocks of a run share besides its model; JSON values, readable but for the data's digest."""
+def shared_facts(trainer: Trainer, seed: int, tokens: tuple[TokenSet, TokenSet]) -> dict[str, Any]:
+    """Return what all blocks of a run depend on besides its model; JSON values, readable but for the data's digest."""
     settings = {f"trainer.{name}": getattr(trainer, name) for name in _TRAINER}
     versions = {f"version of {name}": version(name) for name in _VERSIONS}
     data = [value for each in tokens for value in (each.input_ids, each.mask)]
     return {"seed": seed, "data": _digest(data), "device": trainer.strategy.root_device.type, **settings, **versions}
 
 
+def own_facts(plans: list[BlockPlan], data: CalibrationData, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return what else a run depends on: its model's files, how its data is made, every block's plan and plugins.
+
+    Of each file of weights a sample is digested; each block's own tensors are in its fingerprint.
+    """
+    facts: dict[str, Any] = {f"data.{name}": value for name, value in data.settings().items()}
+    facts |= {f"model file {file.name}": _sample_digest(file) for file in checkpoint.weight_files()}
+    for plan in plans:
+        where = f"of block {plan.index}"
+        facts |= {f"{name} {where}": getattr(plan, name) for name in ("steps", "lr", "batch_size", "optimizer")}
+        facts[f"objective {where}"] = repr(plan.objective)
+        facts |= {f"quantizer of {name}": repr(layer) for name, layer in plan.layers.items()}
+        facts |= {f"source of {plugin.name}": _digest([], _source(plugin)) for plugin in _plugins(plan)}
+    return facts
+
+
 def block_fingerprint(before: str, plan: BlockPlan, tensors: dict[str, Tensor]) -> str:
     """Return the fingerprint of a block: its plan, its full-precision tensors, the fingerprint of the block before."""
-    plugins = [p for layer in plan.layers.values() for p in (layer.closed_form, layer.learned) if p is not None]
-    sources = {_source(plugin) for plugin in [*plugins, plan.objective]}
+    sources = {_source(plugin) for plugin in _plugins(plan)}
     return _digest([tensors[name] for name in sorted(tensors)], before, repr(plan), *sorted(sources))
+
+
+def _plugins(plan: BlockPlan) -> list[Plugin[Any]]:
+    layers = [p for layer in plan.layers.values() for p in (layer.closed_form, layer.learned) if p is not None]
+    return [*layers, plan.objective]
 
 
 def _source(plugin: Plugin[Any]) -> str:
     return Path(inspect.getfile(plugin.cls)).read_text(encoding="utf-8")
+
+
+def _sample_digest(file: Path) -> str:
+    size = file.stat().st_size
+    found = hashlib.sha256(str(size).encode())
+    with file.open("rb") as stream:
+        for number in range(_SAMPLES):
+            stream.seek(number * max(0, size - _SAMPLE_BYTES) // max(1, _SAMPLES - 1))
+            found.update(stream.read(_SAMPLE_BYTES))
+    return found.hexdigest()
 
 
 def _digest(tensors: list[Tensor], *texts: str) -> str:

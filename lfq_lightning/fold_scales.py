@@ -1,19 +1,22 @@
 """Fold a scaling of a layer's inputs into the layer before it: exact for the model, easier to quantise (AWQ)."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from lfq_lightning.decoder_block import DecoderBlock
 from lfq_lightning.families import Family
+from lfq_lightning.observe import observe_halves
 from lfq_lightning.plan import LayerPlan
 from lfq_lightning.quantizers import ClosedFormQuantizer
+from lfq_lightning.ranks import Ranks
 from lfq_lightning.solve import Inputs
 
 
 def fold_scales(
-    block: DecoderBlock, layers: dict[str, LayerPlan], inputs: Inputs, family: Family, dtype: torch.dtype
+    block: DecoderBlock, layers: dict[str, LayerPlan], inputs: Inputs, family: Family, dtype: torch.dtype, ranks: Ranks
 ) -> None:
     """Scale the inputs of layers whose quantizer wants it, in place.
 
@@ -23,9 +26,12 @@ def fold_scales(
     """
     pairs = _pairs(block, layers, family, dtype)
     linears = block.linears()
-    _observe(block, {linears[pair.readers[0]]: pair.quantizer for pair in pairs}, inputs)
+    watching = {linears[pair.readers[0]]: pair.quantizer for pair in pairs}
+    if pairs:
+        observe_halves(watching.values(), partial(_observe, block, watching, inputs), ranks)
     for pair in pairs:
-        scale = _divide(pair.source, pair.quantizer.input_scale(), dtype, family.unit_offset)
+        input_scale = ranks.same(pair.quantizer.input_scale())
+        scale = _divide(pair.source, input_scale, dtype, family.unit_offset)
         for name in pair.readers:
             linears[name].weight.mul_(scale)
 
@@ -58,7 +64,7 @@ def _pairs(block: DecoderBlock, layers: dict[str, LayerPlan], family: Family, dt
     return found
 
 
-def _observe(block: DecoderBlock, watching: dict[nn.Linear, ClosedFormQuantizer], inputs: Inputs) -> None:
+def _observe(block: DecoderBlock, watching: dict[nn.Linear, ClosedFormQuantizer], inputs: Inputs, half: int) -> None:
     """Show each quantizer the inputs of its layer, in one pass: no pair's scaling changes another pair's inputs."""
     caught: dict[nn.Module, Tensor] = {}
     hooks = [
@@ -66,7 +72,7 @@ def _observe(block: DecoderBlock, watching: dict[nn.Linear, ClosedFormQuantizer]
         for linear in watching
     ]
     try:
-        for hidden, mask in inputs() if watching else ():
+        for hidden, mask in inputs(half):
             block(hidden)
             for linear, quantizer in watching.items():
                 quantizer.observe(caught.pop(linear)[mask])

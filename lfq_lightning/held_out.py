@@ -7,6 +7,7 @@ from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
 from lfq_lightning.head import Head
+from lfq_lightning.ranks import Ranks
 from lfq_lightning.token_set import NO_NEXT, TokenSet
 
 _ROWS = 32  # of the vocabulary's width worked on at once: three temporaries of a whole sequence are a lot
@@ -20,7 +21,7 @@ class TokenMean(Metric, ABC):
     count: Tensor
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(sync_on_compute=False)  # `evaluate` sums over ranks
         self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
@@ -95,24 +96,30 @@ def held_out_metrics() -> MetricCollection:
 
 
 def evaluate(
-    student: Tensor, teacher: Tensor, head: Head, tokens: TokenSet
+    student: Tensor, teacher: Tensor, head: Head, tokens: TokenSet, ranks: Ranks
 ) -> tuple[dict[str, float], dict[str, list[float]]]:
-    """Return the metrics over all held-out tokens, and the same per sequence (for paired tests).
+    """Return the metrics over all held-out tokens, and the same per sequence (for paired tests), over all ranks.
 
     Logits are fp32 and exist for one sequence at a time.
 
     Args:
-        student: (N, T, D), hidden states that went through `head.readout`.
+        student: (N, T, D), this rank's hidden states, after `head.readout`.
         teacher: (N, T, D), the full-precision model's.
         head: in fp32.
-        tokens: what the hidden states were made from.
+        tokens: what the hidden states of all ranks were made from.
+        ranks: who has the other sequences.
     """
     metrics = held_out_metrics()
     per_sequence: dict[str, list[float]] = {str(name): [] for name in metrics}
     next_token = tokens.next_token
-    for row in range(len(tokens)):
-        keep = tokens.mask[row]
+    for row, number in enumerate(ranks.share(len(tokens))):
+        keep = tokens.mask[number]
         log_p = [head.logits(h[row][keep]).log_softmax(-1) for h in (student, teacher)]
-        for name, value in metrics(*log_p, next_token[row][keep].to(log_p[0].device)).items():
+        for name, value in metrics(*log_p, next_token[number][keep].to(log_p[0].device)).items():
             per_sequence[name].append(float(value))
-    return {name: float(value) for name, value in metrics.compute().items()}, per_sequence
+    for metric in metrics.values():
+        assert isinstance(metric, TokenMean)
+        total, count = ranks.total(float(metric.total), int(metric.count))
+        metric.total, metric.count = torch.tensor(total, dtype=torch.float64), torch.tensor(count)
+    whole = {name: ranks.interleave(values) for name, values in per_sequence.items()}
+    return {name: float(value) for name, value in metrics.compute().items()}, whole

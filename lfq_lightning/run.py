@@ -62,6 +62,7 @@ class CommandLine(LightningCLI):
         parser.add_argument("--output", type=str, required=True, help="new folder for the packed model")
         parser.add_argument("--overwrite", type=bool, default=False, help="replace an earlier run in that folder")
         parser.add_argument("--reuse", type=str | None, default=None, help="a run whose first blocks are taken over")
+        parser.add_argument("--save_seconds", type=float, default=300.0, help="how often a block's training is saved")
         parser.add_argument("--plugins", type=list[str] | str, default=[], help="Python files with plugins of your own")
         parser.add_argument("--callbacks", type=list[str | dict[str, Any]], default=[], help="registered callbacks")
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
@@ -76,7 +77,9 @@ class CommandLine(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         config: Namespace = self.config_init.run
         resolved = self._parser("run").dump(self.config.run, skip_none=False)
-        scheduler = BlockScheduler(config.plan, config.output, config.overwrite, config.reuse, resolved)
+        scheduler = BlockScheduler(
+            config.plan, config.output, config.overwrite, config.reuse, config.save_seconds, resolved
+        )
         given = config.trainer.callbacks or []
         foreign = [CALLBACKS.parse(value) for value in config.callbacks]
         for plugin in foreign:

@@ -1,14 +1,16 @@
-"""RunFolder: everything a run leaves on disk, written so that nothing half-done looks finished."""
+"""RunFolder: what a run leaves on disk. Nothing half-done looks finished, and what is done can be gone on from."""
 
 import fnmatch
 import json
+import logging
 import os
 import shutil
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from lfq_lightning.checkpoints import LICENCES, Checkpoint
@@ -18,9 +20,15 @@ from lfq_lightning.formats.compressed_tensors import CompressedTensors
 from lfq_lightning.model_card import CARD, model_card
 from lfq_lightning.packed_folder import CHECKSUMS, INDEX, sha256
 from lfq_lightning.quant_scheme import QuantScheme
+from lfq_lightning.token_set import TokenSet
+from lfq_lightning.write_file import write_tensors, write_text
+
+log = logging.getLogger(__name__)
 
 JOURNAL = "journal.jsonl"
 FACTS = "facts.json"
+STATE = "state.safetensors"
+TOKENS = "tokens.safetensors"
 LOGS = "logs"  # Lightning's loggers may write here before the run does
 _OURS = (  # all that a run may leave in its folder
     "model-?????-of-?????.safetensors*",
@@ -31,6 +39,8 @@ _OURS = (  # all that a run may leave in its folder
     "metrics.json*",
     "versions.json*",
     f"{FACTS}*",
+    f"{STATE}*",
+    f"{TOKENS}*",
     "lfq.yaml*",
     "tokenizer*",
     "chat_template.jinja",
@@ -38,7 +48,7 @@ _OURS = (  # all that a run may leave in its folder
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
-    JOURNAL,
+    f"{JOURNAL}*",
 )
 _VERSIONS = ("lfq-lightning", "torch", "lightning", "transformers", "safetensors", "triton")
 
@@ -61,9 +71,20 @@ class RunFolder:
         self.path = Path(path).expanduser()
         self.shards = shards
         self.overwrite = overwrite
+        self.writes = True  # on one rank only
         self._weight_map: dict[str, str] = {}
         self._checksums: dict[str, str] = {}
         self._total_bytes = 0
+
+    @property
+    def unfinished(self) -> bool:
+        """A run was here and did not end, and it is not to be replaced."""
+        return (self.path / FACTS).is_file() and not (self.path / "config.json").exists() and not self.overwrite
+
+    @property
+    def state_file(self) -> Path:
+        """Where the training of the current block is kept."""
+        return self.path / STATE
 
     def check(self, bytes_needed: int) -> None:
         """Raise UserError if the folder is taken or its disk too full; changes nothing."""
@@ -74,8 +95,8 @@ class RunFolder:
             if foreign or not (self.path / JOURNAL).is_file():
                 named = ", ".join(sorted(foreign)[:3]) or "none of a run"
                 raise UserError(f"output: {self.path} holds other files ({named}); give a new or empty folder.")
-            if not self.overwrite:
-                raise UserError(f"output: {self.path} holds an earlier run; give another folder or --overwrite true.")
+            if (self.path / "config.json").exists() and not self.overwrite:
+                raise UserError(f"output: {self.path} holds a finished run; give another folder or --overwrite true.")
         existing = self.path
         while not existing.exists():
             existing = existing.parent
@@ -91,7 +112,9 @@ class RunFolder:
             )
 
     def open(self, resolved_config: str | None, facts: dict[str, Any]) -> None:
-        """Empty the folder of an earlier run, start the journal, and note what all blocks depend on."""
+        """Empty the folder of an earlier run, start the journal, and note what the run depends on."""
+        if not self.writes:
+            return
         # Config first: what is left is no model then. The journal last: until then the folder is known as a run's.
         for old in sorted(self._content(), key=lambda entry: (entry.name == JOURNAL, entry.name != "config.json")):
             old.unlink()
@@ -99,22 +122,59 @@ class RunFolder:
         (self.path / JOURNAL).touch()
         if resolved_config is not None:
             self.write_text("lfq.yaml", resolved_config)
-        self.write_json(FACTS, facts)
         self.write_json("versions.json", {name: found for name in _VERSIONS if (found := _version(name))})
+        self.write_json(FACTS, facts)
+
+    def reopen(self) -> None:
+        """Keep of the journal what can be gone on from: its whole lines, up to the first whose shard is not intact."""
+        kept: list[str] = []
+        text = (self.path / JOURNAL).read_text(encoding="utf-8")
+        for line in text.splitlines(keepends=True):
+            broken = self._broken(line)
+            if broken is not None:
+                log.warning("%s: %s; going on from there", self.path, broken)
+                break
+            kept.append(line)
+        if len(kept) < len(text.splitlines()):
+            write_text(self.path / JOURNAL, "".join(kept))
+
+    def _broken(self, line: str) -> str | None:
+        if not line.endswith("\n"):
+            return "the last line of the journal is torn"
+        for name, digest in json.loads(line)["shards"].items():
+            if not (self.path / name).is_file():
+                return f"{name} is missing"
+            if sha256(self.path / name) != digest:
+                return f"{name} is not what was written"
+        return None
 
     def write_shard(self, number: int, tensors: dict[str, Tensor]) -> None:
         """Write shard `number` whole or not at all."""
         name = shard_name(number, self.shards)
-        partial = self.path / f"{name}.partial"
-        save_file(tensors, partial, metadata={"format": "pt"})
-        partial.chmod((self.path / JOURNAL).stat().st_mode)  # safetensors lets only the owner read
-        self._checksums[name] = sha256(partial)
-        _commit(partial, self.path / name)
+        if self.writes:
+            write_tensors(self.path / name, tensors, {"format": "pt"})
+            self._checksums[name] = sha256(self.path / name)
+        self._note(name, tensors)
+
+    def take_shard(self, number: int, tensors: dict[str, Tensor], digest: str) -> None:
+        """Count in a shard that an earlier run has written here."""
+        name = shard_name(number, self.shards)
+        self._checksums[name] = digest
+        self._note(name, tensors)
+
+    def _note(self, name: str, tensors: dict[str, Tensor]) -> None:
         self._weight_map |= dict.fromkeys(tensors, name)
         self._total_bytes += sum(tensor.nbytes for tensor in tensors.values())
 
+    def checksums(self, numbers: range) -> dict[str, str]:
+        """Return file → SHA-256 of some shards, for the journal."""
+        names = [shard_name(number, self.shards) for number in numbers]
+        return {name: self._checksums[name] for name in names if name in self._checksums}
+
     def append_journal(self, line: dict[str, Any]) -> None:
         """Add one JSON line to the journal and bring it to the disk."""
+        if not self.writes:
+            return
         with (self.path / JOURNAL).open("a", encoding="utf-8") as journal:
             journal.write(json.dumps(line) + "\n")
             journal.flush()
@@ -129,6 +189,8 @@ class RunFolder:
         metrics: dict[str, Any],
     ) -> None:
         """Write metrics, tokenizer, index and, last of all, config.json: from here on it is a model."""
+        if not self.writes:
+            return
         self.write_json("metrics.json", metrics)
         checkpoint.tokenizer().save_pretrained(self.path)
         generation = checkpoint.generation_config()
@@ -143,7 +205,26 @@ class RunFolder:
             self.write_text(CARD, model_card(config, schemes, loads, metrics))
         for file in checkpoint.licences():
             shutil.copyfile(file, self.path / file.name)
+        for left in [self.path / STATE, self.path / TOKENS, *self.path.glob("*.partial")]:
+            left.unlink(missing_ok=True)
         self.write_json("config.json", config)
+
+    def write_tokens(self, sets: tuple[TokenSet, TokenSet]) -> None:
+        """Keep the calibration data, where making it again is dear."""
+        named = zip(("train", "held_out"), sets, strict=True)
+        tensors = {f"{name}.{part}": vars(tokens)[part] for name, tokens in named for part in ("input_ids", "mask")}
+        write_tensors(self.path / TOKENS, tensors, {})
+
+    def read_tokens(self) -> tuple[TokenSet, TokenSet] | None:
+        """Return the calibration data that a run here has kept."""
+        try:
+            stored = load_file(self.path / TOKENS)
+            train, held_out = (
+                TokenSet(stored[f"{name}.input_ids"], stored[f"{name}.mask"]) for name in ("train", "held_out")
+            )
+        except (OSError, SafetensorError, KeyError):
+            return None
+        return train, held_out
 
     @property
     def total_bytes(self) -> int:
@@ -157,9 +238,7 @@ class RunFolder:
         self.write_text(name, json.dumps(content, indent=2) + "\n")
 
     def write_text(self, name: str, content: str) -> None:
-        partial = self.path / f"{name}.partial"
-        partial.write_text(content, encoding="utf-8")
-        _commit(partial, self.path / name)
+        write_text(self.path / name, content)
 
 
 def _model_config(checkpoint: Checkpoint, architecture: str) -> dict[str, Any]:
@@ -174,12 +253,6 @@ def _model_config(checkpoint: Checkpoint, architecture: str) -> dict[str, Any]:
 
 def _is_ours(entry: Path) -> bool:
     return not entry.is_dir() and any(fnmatch.fnmatch(entry.name, pattern) for pattern in _OURS)
-
-
-def _commit(partial: Path, final: Path) -> None:
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    partial.replace(final)
 
 
 def _version(distribution: str) -> str | None:

@@ -1,21 +1,25 @@
 """Solve a block: run the closed-form quantizers of its layers, in the order the data flows."""
 
 import copy
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from lfq_lightning.decoder_block import DecoderBlock
 from lfq_lightning.errors import UserError
+from lfq_lightning.observe import observe_halves
 from lfq_lightning.plan import LayerPlan
 from lfq_lightning.quantized_tensor import QuantizedTensor
 from lfq_lightning.quantizers import ClosedFormQuantizer, DenseQuantizer
+from lfq_lightning.ranks import Ranks
 from lfq_lightning.registry import plugin_name
 
-# Yields hidden states (B, T, D) and masks (B, T), each time anew.
-Inputs = Callable[[], Iterator[tuple[Tensor, Tensor]]]
+# Yields hidden states (B, T, D) and masks (B, T) of this rank's even (0) or odd (1) sequences, each time anew.
+Inputs = Callable[[int], Iterator[tuple[Tensor, Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -31,14 +35,20 @@ class _ReachedError(Exception):
 
 
 def solve(
-    block: DecoderBlock, layers: dict[str, LayerPlan], inputs: Inputs, scale_dtype: torch.dtype, reference: Inputs
+    block: DecoderBlock,
+    layers: dict[str, LayerPlan],
+    inputs: Inputs,
+    scale_dtype: torch.dtype,
+    reference: Inputs,
+    ranks: Ranks,
 ) -> dict[str, Solution]:
     """Quantise the linear layers of `block` in closed form, in place, and return each layer's solution.
 
     Layers with a DenseQuantizer get its weight and no solution.
 
     True-sequential (GPTQ, section 4): a layer's quantizer sees inputs made by the already quantised layers before it.
-    Layers that read the same tensor and have the same plan (q, k, v; gate, up) share one pass and one solve.
+    Layers that read the same tensor and have the same plan (q, k, v; gate, up) share one pass and one solve. Each rank
+    shows the quantizers its own sequences, and solves its share of the rows.
 
     Args:
         block: in full precision.
@@ -46,6 +56,7 @@ def solve(
         inputs: the quantised prefix's hidden states before the block.
         scale_dtype: the dtype in which scales ship.
         reference: the full-precision model's hidden states before the block; read only by quantizers that ask for it.
+        ranks: who else calibrates this block.
     """
     linears = block.linears()
     teacher = copy.deepcopy(block) if any(layer.needs_reference for layer in layers.values()) else block
@@ -64,33 +75,46 @@ def solve(
                     linears[name].weight.copy_(dense.to(scale_dtype))
                 continue
             weight = torch.cat([linears[name].weight.detach() for name in names])
+            weight = weight[ranks.rows(len(weight))]
             quantizers.append((names, plan.closed_form.build(weight, plan.scheme, scale_dtype)))
         watching = [quantizer for _, quantizer in quantizers if quantizer.needs_inputs]
         correcting = [quantizer for names, quantizer in quantizers if layers[names[0]].needs_reference]
-        if watching or correcting:
-            seen = _inputs_of(block, linears[stage[0]], inputs)
-            wanted = _inputs_of(teacher, teacher.linears()[stage[0]], reference) if correcting else None
-            for rows in seen:
-                for quantizer in watching:
-                    quantizer.observe(rows)
-                if wanted is not None:
-                    wanted_rows = next(wanted)
-                    for quantizer in correcting:
-                        quantizer.observe_reference(rows, wanted_rows)
+        if watching:
+            seen = partial(_inputs_of, block, linears[stage[0]], inputs)
+            wanted = partial(_inputs_of, teacher, teacher.linears()[stage[0]], reference)
+            observe_halves(watching, partial(_show, watching, seen, correcting, wanted), ranks)
         for names, quantizer in quantizers:
             quantizer.solve()
-            exported = quantizer.export()
-            _check(quantizer, exported, names)
             sizes = [linears[name].out_features for name in names]
-            parts = zip(exported.split(sizes), quantizer.latent.split(sizes), strict=True)
+            exported, latent = _whole(quantizer, names, sum(sizes), ranks)
+            parts = zip(exported.split(sizes), latent.split(sizes), strict=True)
             for name, (quantized, latent) in zip(names, parts, strict=True):
                 solutions[name] = Solution(quantized, latent)
                 linears[name].weight.copy_(quantized.dequantize())
     return solutions
 
 
-def _check(quantizer: ClosedFormQuantizer, exported: QuantizedTensor, names: list[str]) -> None:
-    shape = quantizer.weight.shape
+def _show(
+    watching: list[ClosedFormQuantizer],
+    seen: Callable[[int], Iterator[Tensor]],
+    correcting: list[ClosedFormQuantizer],
+    wanted: Callable[[int], Iterator[Tensor]],
+    half: int,
+) -> None:
+    """Show quantizers the inputs of their layers, and those that correct also what the teacher has there."""
+    reference = wanted(half) if correcting else None
+    for rows in seen(half):
+        for quantizer in watching:
+            quantizer.observe(rows)
+        if reference is not None:
+            wanted_rows = next(reference)
+            for quantizer in correcting:
+                quantizer.observe_reference(rows, wanted_rows)
+
+
+def _whole(quantizer: ClosedFormQuantizer, names: list[str], rows: int, ranks: Ranks) -> tuple[QuantizedTensor, Tensor]:
+    """Return codes and latent of all rows, from the share of them that each rank has solved."""
+    exported, shape = quantizer.export(), quantizer.weight.shape
     if exported.codes.shape != shape or quantizer.latent.shape != shape:
         raise UserError(
             f"quantizer {plugin_name(type(quantizer))}: codes and latent are {tuple(exported.codes.shape)} and "
@@ -98,6 +122,9 @@ def _check(quantizer: ClosedFormQuantizer, exported: QuantizedTensor, names: lis
         )
     if not exported.scale.isfinite().all():
         raise UserError(f"quantizer {plugin_name(type(quantizer))}: NaN or infinite scale in {names[0]}.")
+    parts = (exported.codes, exported.scale, exported.zero_point, quantizer.latent)
+    codes, scale, zero_point, latent = (ranks.gather_rows(part, rows) for part in parts)
+    return QuantizedTensor(codes, scale, zero_point, exported.scheme), latent
 
 
 def _key(plan: LayerPlan) -> tuple[str, str]:
@@ -119,14 +146,14 @@ def _stages(block: DecoderBlock, inputs: Inputs) -> list[list[str]]:
         return hook
 
     hooks = [linear.register_forward_pre_hook(note(name)) for name, linear in block.linears().items()]
-    hidden, _ = next(inputs())
+    hidden, _ = next(itertools.chain(inputs(0), inputs(1)))
     block(hidden[:1])
     for hook in hooks:
         hook.remove()
     return [names for _, names in seen]
 
 
-def _inputs_of(block: DecoderBlock, linear: nn.Linear, inputs: Inputs) -> Iterator[Tensor]:
+def _inputs_of(block: DecoderBlock, linear: nn.Linear, inputs: Inputs, half: int) -> Iterator[Tensor]:
     """Yield the inputs (tokens, I) of one layer, pads removed, for each batch."""
     caught: list[Tensor] = []
 
@@ -136,7 +163,7 @@ def _inputs_of(block: DecoderBlock, linear: nn.Linear, inputs: Inputs) -> Iterat
 
     hook = linear.register_forward_pre_hook(leave)
     try:
-        for hidden, mask in inputs():
+        for hidden, mask in inputs(half):
             try:
                 block(hidden)
             except _ReachedError:

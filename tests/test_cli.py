@@ -225,7 +225,7 @@ def test_output_folders_in_the_way(config, capsys, tmp_path, monkeypatch):
     (output / "thesis.txt").unlink()
     run(config())
     before = (output / "model-00002-of-00004.safetensors").read_bytes()
-    assert "holds an earlier run" in fails(capsys, "run", "--config", str(config()))
+    assert "holds a finished run" in fails(capsys, "run", "--config", str(config()))
     (output / "thesis.txt").write_text("years of work")
     assert "thesis.txt" in fails(capsys, "run", "--config", str(config()), "--overwrite", "true")
     (output / "thesis.txt").unlink()

@@ -10,13 +10,14 @@ from lfq_lightning.plan import Plan, Rule
 from lfq_lightning.quant_scheme import QuantScheme
 from lfq_lightning.quantizers.awq import AWQ
 from lfq_lightning.quantizers.rtn import RTN
+from lfq_lightning.ranks import Ranks
 
 
 def batches():
     hidden = torch.randn(6, 16, 32, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.1, 3, 32)
     mask = torch.ones(6, 16, dtype=torch.bool)
     mask[1, 5:] = False
-    return lambda: iter([(hidden[:4], mask[:4]), (hidden[4:], mask[4:])])
+    return lambda half: iter([(hidden[:4], mask[:4]) if half == 0 else (hidden[4:], mask[4:])])
 
 
 def test_the_function_stays(family_folder):
@@ -24,9 +25,11 @@ def test_the_function_stays(family_folder):
     skeleton.embed(torch.zeros(1, 16, dtype=torch.int64))
     plan = Plan([Rule("all", {"name": "awq", "bits": 3, "group_size": 16})]).resolve(skeleton)[1]
     block, untouched = skeleton.block(plan.indices), skeleton.block(plan.indices)
-    (hidden, _), _ = batches()()
+    ((hidden, _),) = batches()(0)
     with torch.no_grad():
-        fold_scales(block, plan.layers, batches(), skeleton.checkpoint.family, torch.float32)
+        fold_scales(
+            block, plan.layers, batches(), skeleton.checkpoint.family, torch.float32, Ranks(torch.device("cpu"))
+        )
         assert torch.allclose(block(hidden), untouched(hidden), rtol=1e-3, atol=1e-3)
     before, after = untouched.tensors(), block.tensors()
     changed = {name for name in before if not torch.equal(before[name], after[name])}

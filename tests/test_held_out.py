@@ -7,6 +7,7 @@ import torch
 
 from lfq_lightning.head import Head
 from lfq_lightning.held_out import evaluate
+from lfq_lightning.ranks import Ranks
 from lfq_lightning.token_set import TokenSet
 
 
@@ -30,7 +31,8 @@ def test_against_a_loop():
                 flips.append((q.index(max(q)) == label) != (p.index(max(p)) == label))
                 nll.append(-math.log(q[label]))
                 nll_fp.append(-math.log(p[label]))
-    values, per_sequence = evaluate(student, teacher, Head(torch.nn.Identity(), weight), TokenSet(input_ids, mask))
+    head, tokens = Head(torch.nn.Identity(), weight), TokenSet(input_ids, mask)
+    values, per_sequence = evaluate(student, teacher, head, tokens, Ranks(torch.device("cpu")))
     assert values["kl"] == pytest.approx(sum(kl) / len(kl), rel=1e-4)
     assert values["top1_agreement"] == pytest.approx(sum(agree) / len(agree))
     assert values["flip_rate"] == pytest.approx(sum(flips) / len(flips))

@@ -19,7 +19,9 @@ from lfq_lightning.final_block_module import FinalBlockModule
 from lfq_lightning.formats.compressed_tensors import CompressedTensors
 from lfq_lightning.model_skeleton import ModelSkeleton
 from lfq_lightning.plan import Plan, Rule
+from lfq_lightning.ranks import Ranks
 from lfq_lightning.solve import solve
+from lfq_lightning.stream_store import StreamStore
 from lfq_lightning.trainer import Trainer
 
 FLEXROUND = {"name": "flexround", "bits": 3, "group_size": 16, "init": "gptq"}
@@ -30,6 +32,7 @@ RULES = [
     Rule("all", {"name": "gptq", "bits": 3, "group_size": 16}),
 ]
 SEED = 3
+ONE = Ranks(torch.device("cpu"))
 
 
 def calibrate(model, text, output, *callbacks, rules=RULES, reuse=None, overwrite=False, seed=SEED, **trainer):
@@ -47,14 +50,17 @@ def shards(output):
     return tensors
 
 
-def by_hand(model, text):
+def by_hand(model, text, tmp):
     """The method as a plain PyTorch loop: the same parts, no Lightning and no scheduler."""
     checkpoint = open_checkpoint(str(model))
     skeleton = ModelSkeleton(checkpoint)
     plans = Plan(RULES).resolve(skeleton)
     data = CalibrationData(str(text), num_samples=12, seq_len=32, num_held_out=5, seed=SEED)
     tokens = data.token_sets(checkpoint, torch.device("cpu"))
-    splits = [ActivationCache(torch.cat([skeleton.embed(i[None]) for i in t.input_ids]), t) for t in tokens]
+    store = StreamStore(torch.device("cpu"), tmp, 0, 10**9)
+    splits = [
+        ActivationCache(str(len(t)), (skeleton.embed(i[None]) for i in t.input_ids), t, ONE, store) for t in tokens
+    ]
     packed = {}
     for plan in plans:
         block, objective = skeleton.block(plan.indices), plan.objective.build()
@@ -63,7 +69,7 @@ def by_hand(model, text):
         module = FinalBlockModule(block, objective, plan, head) if final else BlockModule(block, objective, plan)
         with torch.no_grad():
             for split in splits:
-                split.teacher = torch.cat([block(x) for x in split.teacher.split(8)])
+                split.teacher = torch.cat([block(x) for x in split.teacher.split(1)])
                 if final:
                     h = head.readout(split.teacher[split.mask])
                     split.set_target(lambda _, h=h: {}, torch.device("cpu"))
@@ -73,8 +79,9 @@ def by_hand(model, text):
                     split.target = {"moment": moment}
                 else:
                     split.target = {}
-            inputs = lambda: zip(splits[0].student.split(8), splits[0].mask.split(8), strict=True)  # noqa: E731
-            shipped = {n: s for n, s in solve(block, plan.layers, inputs, checkpoint.dtype, inputs).items()}
+            rows = [(x[None], m[None]) for x, m in zip(splits[0].student, splits[0].mask, strict=True)]
+            inputs = lambda half, rows=rows: iter(rows[half::2])  # noqa: E731
+            shipped = {n: s for n, s in solve(block, plan.layers, inputs, checkpoint.dtype, inputs, ONE).items()}
         for name, solution in shipped.items():
             if plan.layers[name].learned:
                 block.train_linear(name, plan.layers[name].learned.build(solution.latent, solution.quantized))
@@ -87,18 +94,19 @@ def by_hand(model, text):
             def held_out(module=module, split=splits[1]):
                 total = 0.0
                 for start in range(0, len(split), BATCH):
-                    batch = split.__getitems__(list(range(start, min(start + BATCH, len(split)))))
+                    batch = split.batch(list(range(start, min(start + BATCH, len(split)))))
                     with torch.no_grad():
                         total += float(module.validation_step(batch)) * int(batch["mask"].sum())
                 return total / int(split.mask.sum())
 
             order = torch.Generator().manual_seed(SEED * 1_000_003 + plan.index)
             indices = []
-            while len(indices) < STEPS * BATCH:
-                indices += torch.randperm(12, generator=order).tolist()
+            while len(indices) < STEPS * BATCH:  # 12 sequences, 4 a batch: one of each of 4 classes
+                classes = [(torch.randperm(3, generator=order) * 4 + number).tolist() for number in range(4)]
+                indices += [row[place] for place in range(3) for row in classes]
             best, kept = held_out(), [p.detach().clone() for p in parameters]
             for step in range(STEPS):
-                batch = splits[0].__getitems__(indices[step * BATCH : (step + 1) * BATCH])
+                batch = splits[0].batch(indices[step * BATCH : (step + 1) * BATCH])
                 optimizer.zero_grad()
                 module.training_step(batch).backward()
                 optimizer.step()
@@ -113,13 +121,13 @@ def by_hand(model, text):
             packed |= CompressedTensors().pack(name, quantized)
         with torch.no_grad():
             for split in splits:
-                split.student = torch.cat([block(x) for x in split.student.split(8)])
+                split.student = torch.cat([block(x) for x in split.student.split(1)])
     return packed
 
 
 def test_bit_equal_to_a_hand_written_loop(llama, text_file, tmp_path):
     calibrate(llama, text_file, tmp_path / "run")
-    ours, expected = shards(tmp_path / "run"), by_hand(llama, text_file)
+    ours, expected = shards(tmp_path / "run"), by_hand(llama, text_file, tmp_path)
     assert len(expected) > 3 * 7 * 2
     for name, tensor in expected.items():
         assert torch.equal(ours[name], tensor), name

@@ -7,7 +7,10 @@ from lfq_lightning.checkpoints import open_checkpoint
 from lfq_lightning.model_skeleton import ModelSkeleton
 from lfq_lightning.plan import Plan, Rule
 from lfq_lightning.quantizers.gptq import GPTQ
+from lfq_lightning.ranks import Ranks
 from lfq_lightning.solve import solve
+
+ONE = Ranks(torch.device("cpu"))
 
 
 @pytest.fixture
@@ -22,7 +25,7 @@ def batches(seed=0):
     mask = torch.ones(6, 16, dtype=torch.bool)
     mask[1, 5:] = False
     mask[4, 1:] = False
-    return lambda: iter([(hidden[:4], mask[:4]), (hidden[4:], mask[4:])])
+    return lambda half: iter([(hidden[:4], mask[:4]) if half == 0 else (hidden[4:], mask[4:])])
 
 
 def test_true_sequential_by_hand(skeleton):
@@ -30,7 +33,7 @@ def test_true_sequential_by_hand(skeleton):
     plan = Plan([Rule("all", {"name": "gptq", "bits": 3, "group_size": 16})]).resolve(skeleton)[1]
     block, inputs = skeleton.block(range(1, 2)), batches()
     with torch.no_grad():
-        solutions = solve(block, plan.layers, inputs, torch.float32, inputs)
+        solutions = solve(block, plan.layers, inputs, torch.float32, inputs, ONE)
         assert list(solutions) == [
             *(f"model.layers.1.self_attn.{x}_proj" for x in "qkvo"),
             *(f"model.layers.1.mlp.{x}_proj" for x in ("gate", "up", "down")),
@@ -47,7 +50,7 @@ def test_true_sequential_by_hand(skeleton):
                 quantizer = GPTQ(linear.weight.detach().clone(), plan.layers[name].scheme, torch.float32)
                 seen = []
                 hook = linear.register_forward_pre_hook(lambda _, arguments, seen=seen: seen.append(arguments[0]))
-                for hidden, mask in inputs():
+                for hidden, mask in (*inputs(0), *inputs(1)):
                     reference(hidden)
                     quantizer.observe(seen.pop()[mask])
                 hook.remove()
@@ -60,7 +63,7 @@ def test_layers_without_a_rule_stay(skeleton):
     plan = Plan([Rule("*.down_proj", {"name": "gptq", "group_size": 16})]).resolve(skeleton)[0]
     block = skeleton.block(range(1))
     with torch.no_grad():
-        solutions = solve(block, plan.layers, batches(), torch.float32, batches())
+        solutions = solve(block, plan.layers, batches(), torch.float32, batches(), ONE)
     assert list(solutions) == ["model.layers.0.mlp.down_proj"]
     for name, linear in skeleton.block(range(1)).linears().items():
         assert torch.equal(linear.weight, block.linears()[name].weight) == (name != "model.layers.0.mlp.down_proj")
@@ -73,13 +76,13 @@ def test_the_reference_is_the_full_precision_layers_input(skeleton, monkeypatch)
     seen = []
     monkeypatch.setattr(GPTQ, "observe_reference", lambda _, inputs, reference: seen.append((inputs, reference)))
     with torch.no_grad():
-        solve(skeleton.block(range(1, 2)), plan.layers, student, torch.float32, teacher)
+        solve(skeleton.block(range(1, 2)), plan.layers, student, torch.float32, teacher, ONE)
         untouched = skeleton.block(range(1, 2))
         expected = []
         for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"):
             linear, caught = untouched.linears()[f"model.layers.1.{name}"], []
             hook = linear.register_forward_pre_hook(lambda _, arguments, caught=caught: caught.append(arguments[0]))
-            for hidden, mask in teacher():
+            for hidden, mask in (*teacher(0), *teacher(1)):
                 untouched(hidden)
                 expected.append(caught.pop()[mask])
             hook.remove()

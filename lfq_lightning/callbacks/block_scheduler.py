@@ -14,14 +14,17 @@ from torch import Tensor
 from lfq_lightning.activation_cache import ActivationCache, Splits
 from lfq_lightning.block_flops import block_flops
 from lfq_lightning.block_module import BlockModule
+from lfq_lightning.block_state import BlockState, read_facts
 from lfq_lightning.calibration_block import CalibrationBlock
 from lfq_lightning.callbacks import CALLBACKS, BlockCallback, BlockReport
+from lfq_lightning.data.calibration_data import SELF_GENERATED
 from lfq_lightning.earlier_run import EarlierRun
 from lfq_lightning.errors import UserError
 from lfq_lightning.final_block_module import FinalBlockModule
-from lfq_lightning.fingerprint import block_fingerprint, run_facts
+from lfq_lightning.fingerprint import block_fingerprint, own_facts, shared_facts
 from lfq_lightning.fold_scales import fold_scales
 from lfq_lightning.formats.compressed_tensors import CompressedTensors
+from lfq_lightning.head import Head
 from lfq_lightning.held_out import evaluate
 from lfq_lightning.model_skeleton import ModelSkeleton
 from lfq_lightning.objectives.kl import KL
@@ -32,8 +35,11 @@ from lfq_lightning.precision import compute_dtype, stream_dtype
 from lfq_lightning.preflight import check_trainer, output_bytes
 from lfq_lightning.quant_scheme import QuantScheme
 from lfq_lightning.quantized_tensor import QuantizedTensor
+from lfq_lightning.ranks import ranks_of
 from lfq_lightning.run_folder import RunFolder
+from lfq_lightning.saving import Saving
 from lfq_lightning.solve import Solution, solve
+from lfq_lightning.stream_store import StreamStore
 from lfq_lightning.token_set import TokenSet
 
 log = logging.getLogger(__name__)
@@ -54,6 +60,7 @@ class BlockScheduler(BlockCallback):
         output: folder for the packed model.
         overwrite: replace an earlier run in `output`.
         reuse: folder of another run; its first blocks are taken over as far as plan, model, data and settings agree.
+        save_seconds: how often the training of a block is saved, so that a run that ends in its middle goes on there.
         resolved_config: YAML text to keep beside the results.
     """
 
@@ -65,27 +72,33 @@ class BlockScheduler(BlockCallback):
         output: str,
         overwrite: bool = False,
         reuse: str | None = None,
+        save_seconds: float = 300.0,
         resolved_config: str | None = None,
     ) -> None:
         self.plan = Plan(plan)
         self.output = output
         self.overwrite = overwrite
         self.reuse = reuse
+        self.save_seconds = save_seconds
         self.resolved_config = resolved_config
         self.prepared = False
         self.finished = False
+        self.state: BlockState
+        self.check_every: int
 
     # ---- one fit: prepare, then block after block --------------------------------------------------------------------
 
     def prepare(self, trainer: Trainer, module: LightningModule, data: LightningDataModule | None) -> None:
         """Check everything that can be checked without weights and data. Raises UserError; changes nothing on disk."""
         self.run_started = time.perf_counter()
+        if self.save_seconds < 0:
+            raise UserError(f"save_seconds: {self.save_seconds} is negative; give how much time may be lost, or 0.")
         self.module, self.data = check_trainer(trainer, module, data)
         self.skeleton = ModelSkeleton(self.module.checkpoint)
         self.plans = self.plan.resolve(self.skeleton)
         self.folder = RunFolder(self.output, shards=len(self.skeleton) + 1, overwrite=self.overwrite)
         self.folder.check(output_bytes(self.skeleton, self.plans))
-        self.earlier = EarlierRun(self.reuse) if self.reuse else None
+        self.earlier = EarlierRun(self.reuse, goes_on=False) if self.reuse else None
         if self.earlier is not None and self.earlier.path.resolve() == self.folder.path.resolve():
             raise UserError("reuse: it is the output itself; give another output.")
         self.prepared = True
@@ -96,14 +109,13 @@ class BlockScheduler(BlockCallback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.trainer, self.device = trainer, trainer.strategy.root_device
+        self.ranks = ranks_of(trainer)
+        self.saving = Saving(self.ranks, self.save_seconds)
+        self.store = StreamStore(self.device, self.folder.path, *self.data.budgets())
+        self.folder.writes = self.ranks.first
         log.info("quantise-dequantise, logit loss and GPTQ on %s: %s", self.device, describe(self.device))
-        train, self.held_out_tokens = self.data.token_sets(self.module.checkpoint, self.device)
-        facts = run_facts(trainer, self.data.seed, (train, self.held_out_tokens))
-        if self.earlier is not None:
-            self.earlier.check(facts)
-        self.folder.open(self.resolved_config, facts)
-        self.splits = Splits(self._embed(train), self._embed(self.held_out_tokens))
-        self.head = self.skeleton.head(compute_dtype(trainer.precision)).to(self.device)
+        (train, self.held_out_tokens), self.earlier = self.ranks.once(self._open)
+        self.splits = Splits(self._embed("train", train), self._embed("held_out", self.held_out_tokens))
         self.folder.write_shard(0, self.skeleton.checkpoint.tensors(self.skeleton.outer_names()))
         self.schemes: dict[str, QuantScheme] = {}
         self.peak_bytes = peak_bytes(self.device)
@@ -113,29 +125,48 @@ class BlockScheduler(BlockCallback):
         self.taken = 0
         if self.earlier is not None:
             self.taken = self._take_over(self.earlier)
-            log.info("reuse: %d of %d blocks taken over from %s", self.taken, len(self.plans), self.earlier.path)
+            log.info("%d of %d blocks taken over from %s", self.taken, len(self.plans), self.earlier.path)
         self.blocks_started = time.perf_counter()
         self._begin(self.plans[self.taken])
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.saving.listen()  # in place of Lightning's own handler, which saves nothing; it restores what was before
+
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         trainer.strategy.setup_optimizers(trainer)  # a new block: its own parameters, its own schedule
+        if self.state.step:
+            self.state.load(self.folder.state_file, trainer)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        each = trainer.accumulate_grad_batches
+        if not self.current.plan.learned or batch_idx == 0 or batch_idx % each:
+            return
+        stopping = self.saving.stopping()  # here all of the steps before is done, their held-out check included
+        if stopping or self.saving.due():
+            self.state.save(self.folder.state_file, trainer)
+            self.saving.done()
+        if stopping:
+            self.saving.stop(f"block {self.current.plan.index}, step {self.state.step}")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.step = (batch_idx + 1) // trainer.accumulate_grad_batches if self.current.plan.learned else 0
+        each = trainer.accumulate_grad_batches
+        self.state.step = self.module.first_step + (batch_idx + 1) // each if self.current.plan.learned else 0
         self.trained = batch_idx + 1 == trainer.num_training_batches
+        done = self.module.first_step * each + batch_idx + 1  # checks fall on the same steps, wherever this epoch began
+        trainer.val_check_batch = batch_idx + (1 if done % self.check_every == 0 else 2)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking:
-            self._keep_if_best(float(trainer.callback_metrics["held_out/loss"]))
+            self.state.keep_if_best(float(trainer.callback_metrics["held_out/loss"]))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.trained:  # stopped in mid-block from outside: max_time, max_steps, another callback
             return
-        if self.step != self.checked_step:  # validation interval and steps need not divide
+        if self.state.step != self.state.checked_step:  # validation interval and steps need not divide
             with self._forward_only():
-                self._keep_if_best(self._held_out()[0])
+                self.state.keep_if_best(self._held_out()[0])
         self._end()
         following = self.current.plan.index + 1
         if following < len(self.plans):
@@ -148,6 +179,7 @@ class BlockScheduler(BlockCallback):
 
     def _begin(self, plan: BlockPlan) -> None:
         """Run the teacher, solve in closed form, and put the block on the bench."""
+        self.saving.stop_at_once = True
         self.block_started = time.perf_counter()
         reset_peak(self.device)
         for listener in self._listeners():
@@ -165,17 +197,36 @@ class BlockScheduler(BlockCallback):
             if layer.learned is not None:
                 solution = self.solutions[name]
                 self.block.train_linear(name, layer.learned.build(solution.latent, solution.quantized).to(self.device))
-        self.module.block = self.current
-        self.data.place(self.splits, plan)
-        self.step, self.trained, self.best_loss = 0, False, float("inf")
+        if plan.learned:
+            self.ranks.shard(self.current)
+        self.module.block, self.trained = self.current, False
+        self.state = BlockState(self.current, self.fingerprint, self.ranks)
+        self.data.place(self.splits, plan, 0)
         with self._forward_only():
             self.start_loss, self.start_hidden = self._held_out()
             self.start_kl = self._lens_kl(self.start_hidden)
-        self._keep_if_best(self.start_loss)
+        self.state.keep_if_best(self.start_loss)
+        self._find_place(plan)
+        self.saving.stop_at_once = not plan.learned
+
+    def _find_place(self, plan: BlockPlan) -> None:
+        """Begin the block's training where an earlier run has left it, if it has."""
+        left = self.ranks.once(lambda: read_facts(self.folder.state_file))
+        self.state.step = left["step"] if left.get("fingerprint") == self.fingerprint else 0
+        if self.state.step:
+            log.info("block %d goes on from step %d", plan.index, self.state.step)
+        self.module.first_step = self.state.step
+        self.data.place(self.splits, plan, self.state.step)
+        batches = plan.steps * self.trainer.accumulate_grad_batches if plan.learned else 1
+        interval = self.trainer.val_check_interval
+        assert isinstance(interval, float), "preflight has checked that"
+        self.check_every = max(1, int(batches * interval))
 
     def _end(self) -> None:
         """Keep the best step, ship it, and move the student stream on with what ships."""
-        self.current.load_state_dict(self.best_state, strict=False)
+        self.saving.stop_at_once = True
+        self.state.load_best()
+        self.ranks.gather(self.current)
         plan = self.current.plan
         shipped = {name: solution.quantized for name, solution in self.solutions.items()} | self.block.ship()
         self._write(plan, shipped)
@@ -186,7 +237,8 @@ class BlockScheduler(BlockCallback):
             report = self._report(plan, self.start_kl, self._lens_kl(self.splits.held_out.student))
         self.peak_bytes = max(self.peak_bytes, report.peak_bytes)
         self.trainer.strategy.optimizers = []  # let go of this block before the next one is read
-        self.folder.append_journal(vars(report) | {"fingerprint": self.fingerprint})
+        written = self.folder.checksums(range(plan.indices.start + 1, plan.indices.stop + 1))
+        self.folder.append_journal(vars(report) | {"fingerprint": self.fingerprint, "shards": written})
         for listener in self._listeners():
             listener.on_block_end(self.trainer, report)
 
@@ -196,7 +248,7 @@ class BlockScheduler(BlockCallback):
             block = self.skeleton.block(plan.indices).to(self.device)
             fingerprint = block_fingerprint(self.fingerprint, plan, block.tensors())
             report = earlier.report(plan.index, fingerprint)
-            if report is None and plan.index == 0:
+            if report is None and plan.index == 0 and not earlier.goes_on:
                 raise UserError(f"reuse: {earlier.path} did not begin with this model and plan; leave reuse away.")
             if report is None:
                 return plan.index
@@ -208,8 +260,12 @@ class BlockScheduler(BlockCallback):
                 block.load(CompressedTensors().dequantize(stored, schemes))
                 for split in self.splits.each():
                     split.advance_student(block, self.device)
-            self.folder.write_shard(plan.index + 1, stored)
-            self.folder.append_journal(report)
+            number = plan.index + 1
+            if earlier.goes_on:
+                self.folder.take_shard(number, stored, *report["shards"].values())
+            else:
+                self.folder.write_shard(number, stored)
+                self.folder.append_journal(report | {"shards": self.folder.checksums(range(number, number + 1))})
             self.schemes |= schemes
             self.fingerprint = fingerprint
         return self.plans[-1].index
@@ -227,7 +283,7 @@ class BlockScheduler(BlockCallback):
         with torch.no_grad():
             h = {name: head.readout(hidden.float().to(self.device)) for name, hidden in streams.items()}
             for name in streams:
-                found = evaluate(h[name], h["full_precision"], head, tokens)
+                found = evaluate(h[name], h["full_precision"], head, tokens, self.ranks)
                 metrics[name] = {"held_out": found[0], "per_sequence": found[1]}
         metrics = {
             "held_out": metrics["quantized"]["held_out"],
@@ -247,22 +303,48 @@ class BlockScheduler(BlockCallback):
     def _module(self, plan: BlockPlan) -> CalibrationBlock:
         objective, clips = plan.objective.build(), bool(self.trainer.gradient_clip_val)
         if objective.logit_space:
-            return FinalBlockModule(self.block, objective, plan, self.head, clips).to(self.device)
+            return FinalBlockModule(self.block, objective, plan, self._head(), clips).to(self.device)
         return BlockModule(self.block, objective, plan, clips).to(self.device)
 
     def _solve(self, plan: BlockPlan) -> dict[str, Solution]:
         train, dtype = self.splits.train, self.skeleton.checkpoint.dtype
         inputs, reference = (partial(way, self.device) for way in (train.student_batches, train.reference_batches))
         try:
-            fold_scales(self.block, plan.layers, inputs, self.skeleton.checkpoint.family, dtype)
-            return solve(self.block, plan.layers, inputs, dtype, reference)
+            fold_scales(self.block, plan.layers, inputs, self.skeleton.checkpoint.family, dtype, self.ranks)
+            return solve(self.block, plan.layers, inputs, dtype, reference, self.ranks)
         except ArithmeticError as error:
             raise UserError(f"block {plan.index}: {error}; try trainer.precision 32-true or more samples.") from error
 
-    def _embed(self, tokens: TokenSet) -> ActivationCache:
+    def _open(self) -> tuple[tuple[TokenSet, TokenSet], EarlierRun | None]:
+        """Open the folder, or what an earlier run has left in it; return the data and the run to take blocks from."""
+        goes_on, checkpoint, earlier = self.folder.unfinished, self.module.checkpoint, self.earlier
+        dear = self.data.dataset == SELF_GENERATED
+        own = own_facts(self.plans, self.data, checkpoint)
+        if goes_on:
+            earlier = EarlierRun(self.folder.path, goes_on=True)
+            earlier.check({"own": own})
+        kept = self.folder.read_tokens() if goes_on and dear else None
+        tokens = kept or self.data.token_sets(checkpoint, self.device)
+        facts = {"shared": shared_facts(self.trainer, self.data.seed, tokens), "own": own}
+        if earlier is not None:
+            earlier.check(facts)
+        if goes_on:
+            self.folder.reopen()
+            return tokens, EarlierRun(self.folder.path, goes_on=True)
+        self.folder.open(self.resolved_config, facts)
+        if dear:
+            self.folder.write_tokens(tokens)
+        return tokens, earlier
+
+    def _embed(self, name: str, tokens: TokenSet) -> ActivationCache:
         dtype = stream_dtype(self.trainer.precision)
-        rows = [self.skeleton.embed(ids[None]).to(dtype) for ids in tokens.input_ids]
-        return ActivationCache(torch.cat(rows), tokens)
+        mine = tokens.input_ids[self.ranks.share(len(tokens))]
+        rows = (self.skeleton.embed(ids[None]).to(dtype) for ids in mine)
+        return ActivationCache(name, rows, tokens, self.ranks, self.store)
+
+    def _head(self) -> Head:
+        """Return the frozen head in the dtype of its products. It is not kept: beside a block it would be large."""
+        return self.skeleton.head(compute_dtype(self.trainer.precision)).to(self.device)
 
     def _target(self, hidden: Tensor) -> dict[str, Tensor]:
         objective, head = self.current.objective, self.current.head
@@ -270,33 +352,24 @@ class BlockScheduler(BlockCallback):
 
     def _held_out(self) -> tuple[float, Tensor]:
         """Return the held-out loss now, as validation computes it, and the block's outputs."""
-        total, count, outputs = 0.0, 0, []
+        total, count, outputs = 0.0, 0.0, []
         for quantizer in self.current.quantizers():
             quantizer.eval()
         for batch in self.data.val_dataloader():
             batch = self.module.transfer_batch_to_device(batch, self.device, 0)
-            hidden, tokens = self.block(batch["inputs"]), int(batch["mask"].sum())
-            total += float(self.current.loss(hidden, batch)) * tokens
+            hidden, loss = self.current(batch)
+            tokens = int(batch["mask"].sum())
+            total += float(loss) * tokens
             count += tokens
             outputs.append(hidden.to(self.splits.held_out.student))
         for quantizer in self.current.quantizers():
             quantizer.train()
+        total, count = self.ranks.total(total, count)
         return total / count, torch.cat(outputs)
 
-    def _keep_if_best(self, loss: float) -> None:
-        if not loss < float("inf"):
-            raise UserError(
-                f"block {self.current.plan.index}: the held-out loss is {loss} at step {self.step}; lower its lr, or "
-                "look for broken values in the model."
-            )
-        self.checked_step = self.step
-        if loss < self.best_loss:
-            self.best_loss, self.best_step = loss, self.step
-            trained = ((name, p) for name, p in self.current.named_parameters() if p.requires_grad)
-            self.best_state = {name: parameter.detach().clone() for name, parameter in trained}
-
     def _check_finite(self, index: int, which: str, streams: list[Tensor]) -> None:
-        if not all(bool(stream.isfinite().all()) for stream in streams):
+        broken = sum(not bool(sequence.isfinite().all()) for stream in streams for sequence in stream)
+        if self.ranks.total(broken) != [0]:
             raise UserError(
                 f"block {index}: its {which} activations hold NaN or infinity; the model overflows in "
                 f"{self.trainer.precision}, or its weights are broken; try trainer.precision 32-true."
@@ -316,16 +389,20 @@ class BlockScheduler(BlockCallback):
 
     def _lens_kl(self, outputs: Tensor) -> float:
         """Return KL(teacher ‖ student) of what the head reads from the block's outputs, on some held-out tokens."""
-        held_out, lens = self.splits.held_out, KL()
-        some = slice(max(1, _LENS_TOKENS // held_out.mask.shape[1]))
+        held_out, lens, head = self.splits.held_out, KL(), self._head()
+        wanted = range(min(len(held_out), max(1, _LENS_TOKENS // held_out.mask.shape[1])))
+        some = slice(len(self.ranks.share(len(wanted))))
         mask = held_out.mask[some]
         teacher, student = (
-            self.head.readout(stream[some][mask].float().to(self.device)) for stream in (held_out.teacher, outputs)
+            head.readout(stream[some].to(self.device)[mask.to(self.device)].float())
+            for stream in (held_out.teacher, outputs)
         )
-        return float(lens.token_loss(student, lens.target(teacher, self.head), self.head).mean())
+        losses = lens.token_loss(student, lens.target(teacher, head), head)
+        total, count = self.ranks.total(float(losses.double().sum()), len(losses))
+        return total / count
 
     def _report(self, plan: BlockPlan, kl_before: float, kl_after: float) -> BlockReport:
-        tokens, held_out = self.splits.train.mask.numel(), self.splits.held_out.mask.numel()
+        tokens, held_out = (self.data.seq_len * len(split) for split in self.splits.each())
         flops = [block_flops(p, self.skeleton, tokens, held_out, self.data.seq_len) for p in self.plans]
         now = time.perf_counter()
         done, todo = sum(flops[self.taken : plan.index + 1]), sum(flops[plan.index + 1 :])
@@ -335,8 +412,8 @@ class BlockScheduler(BlockCallback):
             objective=plan.objective.name,
             quantizers=sorted({(layer.learned or layer.closed_form).name for layer in plan.layers.values()}),
             loss_before=self.start_loss,
-            loss_after=self.best_loss,
-            best_step=self.best_step,
+            loss_after=self.state.best_loss,
+            best_step=self.state.best_step,
             kl_before=kl_before,
             kl_after=kl_after,
             seconds=now - self.block_started,

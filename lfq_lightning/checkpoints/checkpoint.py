@@ -50,6 +50,10 @@ class Checkpoint(ABC):
         """Read these tensors, in `dtype`, on the CPU."""
 
     @abstractmethod
+    def weight_files(self) -> list[Path]:
+        """Return the files that hold the tensors."""
+
+    @abstractmethod
     def tokenizer(self) -> PreTrainedTokenizerBase: ...
 
     @abstractmethod

@@ -63,6 +63,9 @@ class GGUFCheckpoint(Checkpoint):
             weight = weight - 1  # llama.cpp stores 1 + w
         return weight.to(self.dtype)
 
+    def weight_files(self) -> list[Path]:
+        return [self.path]
+
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name, local_files_only=True)
 

@@ -98,6 +98,9 @@ class HFCheckpoint(Checkpoint):
             raise UserError(f"{self.path} has no tensor {name}; fetch the model again.")
         return self._files[name]
 
+    def weight_files(self) -> list[Path]:
+        return sorted(set(self._files.values()))
+
     def tokenizer(self) -> PreTrainedTokenizerBase:
         try:
             return AutoTokenizer.from_pretrained(self.path, local_files_only=True, trust_remote_code=False)

@@ -3,18 +3,19 @@
 import logging
 import random
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from jinja2 import TemplateError
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from lfq_lightning.activation_cache import Batch, Splits
+from lfq_lightning.activation_cache import BatchLoader, Splits
 from lfq_lightning.checkpoints import Checkpoint
 from lfq_lightning.data.read_documents import Document, check_documents, read_documents
 from lfq_lightning.data.self_generate import self_generate
 from lfq_lightning.errors import UserError
+from lfq_lightning.peak_memory import host_bytes
 from lfq_lightning.plan import BlockPlan
 from lfq_lightning.token_set import TokenSet
 
@@ -36,6 +37,8 @@ class CalibrationData(LightningDataModule):
         split: split of a hub dataset.
         subset: configuration of a hub dataset.
         seed: of shuffling and sampling.
+        device_gb: how much of a GPU's memory the activations may take, 10^9 bytes; what is more lies in host memory.
+        host_gb: how much host memory they may take; what is more lies in files. Half of the machine's if not said.
     """
 
     def __init__(
@@ -47,6 +50,8 @@ class CalibrationData(LightningDataModule):
         split: str = "train",
         subset: str | None = None,
         seed: int = 0,
+        device_gb: float = 0.0,
+        host_gb: float | None = None,
     ) -> None:
         super().__init__()
         self.dataset = dataset
@@ -56,21 +61,35 @@ class CalibrationData(LightningDataModule):
         self.split = split
         self.subset = subset
         self.seed = seed
+        self.device_gb = device_gb
+        self.host_gb = host_gb
         self.splits: Splits | None = None
         self.plan: BlockPlan | None = None
+        self.first_step = 0
 
-    def place(self, splits: Splits, plan: BlockPlan) -> None:
-        """Take the activations before the next block, which the BlockScheduler has made, and its plan."""
-        self.splits, self.plan = splits, plan
+    def settings(self) -> dict[str, Any]:
+        """Return what the sequences depend on, the seed apart."""
+        names = ("dataset", "num_samples", "seq_len", "num_held_out", "split", "subset")
+        return {name: vars(self)[name] for name in names}
 
-    def train_dataloader(self) -> "DataLoader[Batch]":
+    def budgets(self) -> tuple[int, int]:
+        """Return how many bytes of activations may lie on the device, and in host memory."""
+        host = host_bytes() // 2 if self.host_gb is None else int(self.host_gb * 1e9)
+        return int(self.device_gb * 1e9), host
+
+    def place(self, splits: Splits, plan: BlockPlan, first_step: int) -> None:
+        """Take the activations before a block, which the BlockScheduler has made, its plan, and the step to begin."""
+        self.splits, self.plan, self.first_step = splits, plan, first_step
+
+    def train_dataloader(self) -> BatchLoader:
         """One epoch is the training of one block; a block with nothing to train gets one batch."""
         assert self.splits is not None and self.plan is not None and self.trainer is not None
-        batches = self.plan.steps * self.trainer.accumulate_grad_batches if self.plan.learned else 1
+        each = self.trainer.accumulate_grad_batches
+        batches = self.plan.steps * each if self.plan.learned else 1
         order = self.seed * 1_000_003 + self.plan.index
-        return self.splits.train.shuffled(self.plan.batch_size, batches, order)
+        return self.splits.train.shuffled(self.plan.batch_size, batches, order, skip=self.first_step * each)
 
-    def val_dataloader(self) -> "DataLoader[Batch]":
+    def val_dataloader(self) -> BatchLoader:
         assert self.splits is not None and self.plan is not None
         return self.splits.held_out.in_order(self.plan.batch_size)
 
@@ -79,6 +98,9 @@ class CalibrationData(LightningDataModule):
         for name in ("num_samples", "seq_len", "num_held_out"):
             if vars(self)[name] < (2 if name == "seq_len" else 1):
                 raise UserError(f"data.{name}: {vars(self)[name]} is too small; give a larger number.")
+        for name in ("device_gb", "host_gb"):
+            if (vars(self)[name] or 0.0) < 0:
+                raise UserError(f"data.{name}: {vars(self)[name]} is negative; give 10^9 bytes, or 0 for none.")
         context = checkpoint.config.max_position_embeddings
         if self.seq_len > context:
             raise UserError(f"data.seq_len: {self.seq_len} is longer than the model's context; give at most {context}.")

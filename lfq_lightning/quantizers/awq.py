@@ -39,13 +39,16 @@ class AWQ(NearestQuantizer):
         width = weight.shape[1]
         self.hessian = torch.zeros(width, width, dtype=torch.float32, device=weight.device)
         self.activation = torch.zeros(width, dtype=torch.float32, device=weight.device)
-        self.tokens = 0
+        self.tokens = torch.zeros((), dtype=torch.int64, device=weight.device)
 
     def observe(self, inputs: Tensor) -> None:
         inputs = inputs.float()
         add_gram(self.hessian, inputs)
         self.activation += inputs.abs().sum(0)
         self.tokens += len(inputs)
+
+    def statistics(self) -> list[Tensor]:
+        return [self.hessian, self.activation, self.tokens]
 
     def input_scale(self) -> Tensor:
         grouped = self.weight.abs().view(len(self.weight), -1, self.scheme.group_of(self.weight.shape[1]))

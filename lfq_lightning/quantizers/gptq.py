@@ -78,6 +78,9 @@ class GPTQ(ClosedFormQuantizer):
     def observe(self, inputs: Tensor) -> None:
         add_gram(self.hessian, inputs)
 
+    def statistics(self) -> list[Tensor]:
+        return [self.hessian] if self.shift is None else [self.hessian, self.shift]
+
     def observe_reference(self, inputs: Tensor, reference: Tensor) -> None:
         assert self.shift is not None
         add_products(self.shift, reference.float() - inputs.float(), inputs)

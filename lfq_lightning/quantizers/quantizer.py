@@ -50,6 +50,8 @@ class DenseQuantizer(Quantizer):
 class ClosedFormQuantizer(Quantizer):
     """Solves the codes of one weight, or of several with the same input stacked by rows; has no parameters.
 
+    Rows are solved apart from each other: each rank gets some of them.
+
     Args:
         weight: (O, I) fp32, full precision.
         scheme: the grid.
@@ -69,6 +71,10 @@ class ClosedFormQuantizer(Quantizer):
 
     def observe(self, inputs: Tensor) -> None:
         """Take in a batch of the weight's inputs (tokens, I), pads removed. Called only if `needs_inputs`."""
+
+    def statistics(self) -> list[Tensor]:
+        """Return the tensors that `observe` adds to: sums over tokens, which are also summed over ranks."""
+        return []
 
     def observe_reference(self, inputs: Tensor, reference: Tensor) -> None:
         """Take in the same batch beside the full-precision model's (tokens, I). Called only if `needs_reference`."""

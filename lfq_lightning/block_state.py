@@ -1,0 +1,123 @@
+"""BlockState: where the training of a block stands, in memory and in a file to go on from."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lfq_lightning.calibration_block import CalibrationBlock
+from lfq_lightning.errors import UserError
+from lfq_lightning.ranks import Ranks
+from lfq_lightning.write_file import write_tensors
+
+_NOW, _BEST, _OPTIMIZER, _RANDOM = "now.", "best.", "optimizer.", "random"
+
+
+class BlockState:
+    """The step a block is at, and the step with the least held-out loss so far with its parameters.
+
+    Args:
+        module: the block; on every rank its share of the parameters.
+        fingerprint: of the block, so that a file of another one is not taken for its own.
+        ranks: who else trains it.
+    """
+
+    def __init__(self, module: CalibrationBlock, fingerprint: str, ranks: Ranks) -> None:
+        self.module = module
+        self.fingerprint = fingerprint
+        self.ranks = ranks
+        self.step = 0
+        self.checked_step = 0
+        self.best_step = 0
+        self.best_loss = float("inf")
+        self.best: dict[str, Tensor] = {}
+
+    def keep_if_best(self, loss: float) -> None:
+        """Take note of the held-out loss at this step. Raises UserError if it is no number."""
+        if not loss < float("inf"):
+            raise UserError(
+                f"block {self.module.plan.index}: the held-out loss is {loss} at step {self.step}; lower its lr, or "
+                "look for broken values in the model."
+            )
+        self.checked_step = self.step
+        if loss < self.best_loss:
+            self.best_loss, self.best_step = loss, self.step
+            self.best = {name: parameter.detach().clone() for name, parameter in self._trained()}
+
+    def load_best(self) -> None:
+        """Give the module the parameters of its best step."""
+        with torch.no_grad():
+            for name, parameter in self._trained():
+                parameter.copy_(self.best[name])
+
+    def save(self, file: Path, trainer: Trainer) -> None:
+        """Write all that the rest of the training depends on, whole or not at all; the first rank writes."""
+        optimizer = trainer.strategy.optimizers[0].state_dict()
+        tensors: dict[str, Tensor] = {_RANDOM: torch.get_rng_state()}
+        tensors |= {_NOW + name: parameter for name, parameter in self._trained()}
+        tensors |= {_BEST + name: value for name, value in self.best.items()}
+        plain: dict[str, dict[str, Any]] = {}
+        for index, values in optimizer["state"].items():
+            for key, value in values.items():
+                if isinstance(value, Tensor):
+                    tensors[f"{_OPTIMIZER}{index}.{key}"] = value
+                else:
+                    plain.setdefault(str(index), {})[key] = value
+        facts = {
+            "fingerprint": self.fingerprint,
+            "step": self.step,
+            "checked_step": self.checked_step,
+            "best_step": self.best_step,
+            "best_loss": self.best_loss,
+            "optimizer": {"param_groups": optimizer["param_groups"], "state": plain},
+            "schedulers": [config.scheduler.state_dict() for config in trainer.strategy.lr_scheduler_configs],
+            "precision": trainer.precision_plugin.state_dict(),
+        }
+        whole = {name: self.ranks.whole(tensor).contiguous() for name, tensor in tensors.items()}
+        if self.ranks.first:
+            write_tensors(file, whole, {"state": json.dumps(facts)})
+
+    def load(self, file: Path, trainer: Trainer) -> None:
+        """Go on from a file; its trainer has this block's optimizer already."""
+        facts = read_facts(file)
+        with safe_open(file, "pt") as stored:
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}
+        for name in ("step", "checked_step", "best_step", "best_loss"):
+            setattr(self, name, facts[name])
+        for name, parameter in self._trained():
+            self.best[name] = self.ranks.like(parameter, tensors[_BEST + name])
+            with torch.no_grad():
+                parameter.copy_(self.ranks.like(parameter, tensors[_NOW + name]))
+        parameters = [p for group in trainer.strategy.optimizers[0].param_groups for p in group["params"]]
+        state: dict[int, dict[str, Any]] = {int(index): values for index, values in facts["optimizer"]["state"].items()}
+        for name, value in tensors.items():
+            if name.startswith(_OPTIMIZER):
+                index, _, key = name.removeprefix(_OPTIMIZER).partition(".")
+                parameter = parameters[int(index)]
+                shared = self.ranks.like(parameter, value) if value.shape == parameter.shape else value
+                state.setdefault(int(index), {})[key] = shared
+        trainer.strategy.optimizers[0].load_state_dict(
+            {"state": state, "param_groups": facts["optimizer"]["param_groups"]}
+        )
+        for config, values in zip(trainer.strategy.lr_scheduler_configs, facts["schedulers"], strict=True):
+            config.scheduler.load_state_dict(values)
+        trainer.precision_plugin.load_state_dict(facts["precision"])
+        torch.set_rng_state(tensors[_RANDOM])
+
+    def _trained(self) -> list[tuple[str, torch.nn.Parameter]]:
+        return [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
+
+
+def read_facts(file: Path) -> dict[str, Any]:
+    """Return what a state file says beside its tensors; nothing if there is none, or it cannot be read."""
+    if not file.is_file():
+        return {}
+    try:
+        with safe_open(file, "pt") as stored:
+            return json.loads(stored.metadata()["state"])
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError):
+        return {}

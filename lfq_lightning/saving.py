@@ -1,0 +1,54 @@
+"""Saving: when the training of a block is saved, and how a SIGTERM ends a run."""
+
+import signal
+import time
+from types import FrameType
+from typing import NoReturn
+
+from lfq_lightning.errors import StoppedError
+from lfq_lightning.ranks import Ranks
+
+
+class Saving:
+    """Watches the clock and SIGTERM, which a job scheduler sends before it kills. All ranks agree on every answer.
+
+    Attributes:
+        stop_at_once: nothing of the current phase can be saved, so that SIGTERM ends it on the spot.
+
+    Args:
+        ranks: who else trains.
+        interval_seconds: how much time may be lost; 0 saves at every step.
+    """
+
+    def __init__(self, ranks: Ranks, interval_seconds: float) -> None:
+        self.ranks = ranks
+        self.interval_seconds = interval_seconds
+        self.stop_at_once = True
+        self._asked = False
+        self.done()
+
+    def listen(self) -> None:
+        """Take SIGTERM from now on."""
+        signal.signal(signal.SIGTERM, self._hear)
+
+    def due(self) -> bool:
+        """Tell whether the interval is over, by the first rank's clock."""
+        late = self.ranks.first and time.monotonic() - self._saved >= self.interval_seconds
+        return self.ranks.total(late) != [0]
+
+    def done(self) -> None:
+        """Begin the next interval."""
+        self._saved = time.monotonic()
+
+    def stopping(self) -> bool:
+        """Tell whether any rank was sent SIGTERM."""
+        return self.ranks.total(self._asked) != [0]
+
+    def stop(self, where: str) -> NoReturn:
+        """End the run."""
+        raise StoppedError(f"stopped by SIGTERM at {where}; run the same command again to go on from there.")
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        self._asked = True
+        if self.stop_at_once:
+            self.stop("a point with nothing to save")

@@ -1,0 +1,53 @@
+"""Write files whole or not at all: aside, to the disk, then under their name. A full disk is a UserError."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lfq_lightning.errors import UserError, one_line
+
+_ASIDE = ".partial"
+
+
+def write_tensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file."""
+
+    def write(aside: Path) -> None:
+        aside.touch()
+        mode = aside.stat().st_mode
+        save_file(tensors, aside, metadata=metadata)
+        aside.chmod(mode)  # safetensors lets only the owner read
+
+    _whole(file, write)
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a text file in UTF-8."""
+    _whole(file, lambda aside: aside.write_text(text, encoding="utf-8"))
+
+
+def _whole(file: Path, write: Callable[[Path], object]) -> None:
+    aside = file.with_name(file.name + _ASIDE)
+    try:
+        write(aside)
+        _to_disk(aside)
+        aside.replace(file)
+        _to_disk(file.parent)
+    except (OSError, SafetensorError) as error:
+        aside.unlink(missing_ok=True)  # a full disk: let go of what was taken
+        raise UserError(
+            f"{file} cannot be written ({one_line(error)}); free some space and run the same command again, it goes on "
+            "from here."
+        ) from error
+
+
+def _to_disk(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

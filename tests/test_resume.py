@@ -1,0 +1,250 @@
+"""A run that ends early goes on where it was: the same bytes as an uninterrupted one; what does not fit is refused."""
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+from lightning.pytorch.callbacks import Callback
+from safetensors.torch import load_file, save_file
+
+from lfq_lightning.calibration_module import CalibrationModule
+from lfq_lightning.callbacks import BlockCallback
+from lfq_lightning.callbacks.block_scheduler import BlockScheduler
+from lfq_lightning.data import CalibrationData
+from lfq_lightning.errors import StoppedError, UserError
+from lfq_lightning.fingerprint import _sample_digest
+from lfq_lightning.plan import Rule
+from lfq_lightning.trainer import Trainer
+
+FLEXROUND = {"name": "flexround", "bits": 3, "group_size": 16, "init": "gptq", "offset": True}
+RULES = [
+    Rule("last", FLEXROUND, objective="logit_ce", steps=7, batch_size=4),
+    Rule(1, {"name": "adaround", "bits": 3, "group_size": 16, "init": "awq"}, steps=7, batch_size=4),
+    Rule("all", {"name": "gptq", "bits": 3, "group_size": 16}),
+]
+OTHER = Rule(1, FLEXROUND, steps=7, batch_size=4)
+LONGER = Rule("last", FLEXROUND, objective="logit_ce", steps=9, batch_size=4)
+SETTINGS = [{"precision": "bf16-mixed"}, {"accumulate_grad_batches": 3}, {"val_check_interval": 0.3}]
+
+
+def calibrate(model, text, output, *callbacks, rules=RULES, overwrite=False, save_seconds=0.0, data=None, **trainer):
+    scheduler = BlockScheduler(rules, str(output), overwrite, save_seconds=save_seconds, resolved_config="a: 1")
+    settings = {"num_samples": 12, "seq_len": 32, "num_held_out": 5, "seed": 3, **(data or {})}
+    options = {"accelerator": "cpu", "precision": "32-true", "logger": False, **trainer}
+    Trainer(callbacks=[scheduler, *callbacks], **options).run(
+        CalibrationModule(str(model)), CalibrationData(str(text), **settings)
+    )
+    return scheduler
+
+
+class KilledError(Exception):
+    pass
+
+
+class KillAt(Callback):
+    """Ends the run at the end of a batch, as far as files go as SIGKILL would."""
+
+    def __init__(self, batch, by="exception"):
+        self.left = batch
+        self.by = by
+
+    def on_train_batch_end(self, trainer, *_):
+        self.left -= 1
+        if self.left == 0 and self.by == "exception":
+            raise KilledError
+        if self.left == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+class Count(BlockCallback):
+    def __init__(self):
+        self.batches = 0
+        self.blocks = []
+
+    def on_train_batch_end(self, *_):
+        self.batches += 1
+
+    def on_block_start(self, trainer, plan):
+        self.blocks.append(plan.index)
+
+
+def same_bytes(a: Path, b: Path) -> None:
+    files = sorted(file.name for file in a.iterdir())
+    assert files == sorted(file.name for file in b.iterdir())
+    for name in files:
+        if name not in {"metrics.json", "journal.jsonl"}:  # these hold times
+            assert (a / name).read_bytes() == (b / name).read_bytes(), name
+    before, after = (json.loads((folder / "metrics.json").read_text())["quantized"] for folder in (a, b))
+    assert before == after
+    names = ("index", "loss_before", "loss_after", "best_step", "kl_before", "kl_after", "fingerprint", "shards")
+    journals = [[json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()] for folder in (a, b)]
+    assert [[line[n] for n in names] for line in journals[0]] == [[line[n] for n in names] for line in journals[1]]
+
+
+@pytest.fixture(scope="module")
+def whole(llama, text_file, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    calibrate(llama, text_file, folder)
+    return folder
+
+
+@pytest.mark.parametrize("batch", [1, 2, 4, 8, 10, 14, 15])
+def test_killed_anywhere_the_bytes_are_the_same(whole, llama, text_file, tmp_path, batch):
+    with pytest.raises(KilledError):
+        calibrate(llama, text_file, tmp_path / "run", KillAt(batch))
+    assert not (tmp_path / "run" / "config.json").exists()
+    count = Count()
+    calibrate(llama, text_file, tmp_path / "run", count)
+    same_bytes(whole, tmp_path / "run")
+    # block 0 is one batch, of blocks 1 and 2 each step is saved when the next one begins
+    done = {1: 0, 2: 1, 4: 3, 8: 7, 10: 9, 14: 13, 15: 14}[batch]
+    assert count.batches == 15 - done
+    assert count.blocks == [0, 1, 2][0 if batch == 1 else 1 if batch <= 8 else 2 :]
+
+
+def test_killed_again_and_again(whole, llama, text_file, tmp_path):
+    for _ in range(20):
+        try:
+            calibrate(llama, text_file, tmp_path / "run", KillAt(2))
+        except KilledError:
+            continue
+        break
+    same_bytes(whole, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "trainer", [{"precision": "bf16-mixed"}, {"accumulate_grad_batches": 3}, {"val_check_interval": 0.3}]
+)
+def test_under_lightnings_settings(llama, text_file, tmp_path, trainer):
+    calibrate(llama, text_file, tmp_path / "whole", **trainer)
+    with pytest.raises(KilledError):
+        calibrate(llama, text_file, tmp_path / "run", KillAt(6 * trainer.get("accumulate_grad_batches", 1)), **trainer)
+    calibrate(llama, text_file, tmp_path / "run", **trainer)
+    same_bytes(tmp_path / "whole", tmp_path / "run")
+
+
+def test_between_saves_an_interval_is_lost(whole, llama, text_file, tmp_path):
+    with pytest.raises(KilledError):
+        calibrate(llama, text_file, tmp_path / "run", KillAt(5), save_seconds=1e9)
+    count = Count()
+    calibrate(llama, text_file, tmp_path / "run", count)
+    assert count.batches == 14  # block 1 from its start
+    same_bytes(whole, tmp_path / "run")
+
+
+def test_sigterm_saves_and_says_how_to_go_on(whole, llama, text_file, tmp_path):
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(StoppedError, match=r"SIGTERM at block 1, step 4; run the same command again") as caught:
+        calibrate(llama, text_file, tmp_path / "run", KillAt(5, by="sigterm"), save_seconds=1e9)
+    assert caught.value.exit_code == 143
+    assert signal.getsignal(signal.SIGTERM) == handler
+    count = Count()
+    calibrate(llama, text_file, tmp_path / "run", count, save_seconds=1e9)
+    assert count.batches == 10
+    same_bytes(whole, tmp_path / "run")
+
+
+@pytest.mark.parametrize("damage", ["deleted", "corrupted", "torn journal", "partial left", "state corrupted"])
+def test_damage_between_runs(whole, llama, text_file, tmp_path, damage, caplog):
+    run = tmp_path / "run"
+    with pytest.raises(KilledError):
+        calibrate(llama, text_file, run, KillAt(11))
+    shard = run / "model-00002-of-00004.safetensors"
+    if damage == "deleted":
+        shard.unlink()
+    elif damage == "corrupted":
+        content = bytearray(shard.read_bytes())
+        content[-3] ^= 1
+        shard.write_bytes(content)
+    elif damage == "torn journal":
+        journal = run / "journal.jsonl"
+        journal.write_text(journal.read_text()[:-20])
+    elif damage == "state corrupted":
+        state = run / "state.safetensors"
+        state.write_bytes(state.read_bytes()[:100])
+    else:
+        (run / "model-00004-of-00004.safetensors.partial").write_bytes(b"half")
+    with caplog.at_level("WARNING"):
+        calibrate(llama, text_file, run)
+    same_bytes(whole, run)
+    said = {"deleted": "is missing", "corrupted": "is not what was written", "torn journal": "is torn"}
+    assert said.get(damage, "") in caplog.text
+
+
+@pytest.fixture
+def left(llama, text_file, tmp_path):
+    with pytest.raises(KilledError):
+        calibrate(llama, text_file, tmp_path / "run", KillAt(11))
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"rules": [RULES[0], Rule(1, FLEXROUND, steps=7, batch_size=4), RULES[2]]},
+            "quantizer of model.layers.1.self_a",
+        ),
+        (
+            {"rules": [Rule("last", FLEXROUND, objective="logit_ce", steps=9, batch_size=4), *RULES[1:]]},
+            r"steps of block 2 \(7, now 9\)",
+        ),
+        ({"data": {"num_samples": 8}}, r"data.num_samples \(12, now 8\)"),
+        ({"data": {"seed": 4}}, r"seed \(3, now 4\)|another data"),
+        ({"precision": "bf16-mixed"}, r"trainer.precision \('32-true', now 'bf16-mixed'\)"),
+    ],
+)
+def test_a_changed_run_is_refused_and_nothing_is_lost(left, llama, text_file, changes, message):
+    before = {file.name: file.read_bytes() for file in left.iterdir()}
+    with pytest.raises(UserError, match=f"was made with another .*{message}.*--overwrite true"):
+        calibrate(llama, text_file, left, **changes)
+    assert {file.name: file.read_bytes() for file in left.iterdir()} == before
+
+
+def test_changed_bytes_are_refused(left, llama, text_file, tmp_path):
+    text = tmp_path / "text.txt"
+    shutil.copyfile(text_file, text)
+    with pytest.raises(UserError, match=r"another data.dataset"):
+        calibrate(llama, text, left)
+    facts = json.loads((left / "facts.json").read_text())
+    facts["own"]["data.dataset"] = str(text)  # as if it had begun with that file
+    (left / "facts.json").write_text(json.dumps(facts))
+    text.write_bytes(text_file.read_bytes().replace(b"beer", b"wine"))
+    with pytest.raises(UserError, match=r"another data \("):
+        calibrate(llama, text, left)
+
+
+def test_changed_weights_are_refused(left, llama, text_file, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(llama, model)
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][3, 3] += 1
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"another model file model.safetensors"):
+        calibrate(model, text_file, left)
+    facts = json.loads((left / "facts.json").read_text())
+    facts["own"]["model file model.safetensors"] = _sample_digest(model / "model.safetensors")
+    (left / "facts.json").write_text(json.dumps(facts))  # as if no sample had met that weight
+    with pytest.raises(UserError, match=r"other weights in block 0"):
+        calibrate(model, text_file, left)
+
+
+def test_overwrite_starts_anew(whole, left, llama, text_file):
+    count = Count()
+    calibrate(llama, text_file, left, count, overwrite=True)
+    assert count.batches == 15
+    same_bytes(whole, left)
+
+
+def test_generated_data_is_kept(chat_llama, tmp_path):
+    data = {"num_samples": 4, "num_held_out": 2}
+    rules = [Rule("all", {"name": "flexround", "group_size": 16}, steps=3, batch_size=2)]
+    calibrate(chat_llama, "self_generated", tmp_path / "whole", rules=rules, data=data)
+    with pytest.raises(KilledError):
+        calibrate(chat_llama, "self_generated", tmp_path / "run", KillAt(5), rules=rules, data=data)
+    assert (tmp_path / "run" / "tokens.safetensors").is_file()
+    calibrate(chat_llama, "self_generated", tmp_path / "run", rules=rules, data=data)
+    same_bytes(tmp_path / "whole", tmp_path / "run")
