@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
@@ -50,11 +51,11 @@ class CalibrationBlock(LightningModule, ABC):
         hidden = self.block(batch["inputs"])
         return hidden, self.loss(hidden, batch)
 
-    def training_step(self, batch: Batch, step: int = 0) -> Tensor | None:
-        """Return the loss at an optimizer step, whose mean over ranks is that of the whole batch; None, which Lightning
-        skips, if there is nothing to train."""
+    def training_step(self, batch: Batch, step: int = 0) -> Tensor:
+        """Return the loss at an optimizer step, whose mean over ranks is that of the whole batch; 0 if there is nothing
+        to train: several processes may skip no step."""
         if not self.plan.learned:
-            return None
+            return torch.zeros((), requires_grad=True)
         for quantizer in self.quantizers():
             quantizer.anneal(step / self.plan.steps)
         return self(batch)[1] * batch["weight"]

@@ -28,19 +28,18 @@ class CalibrationModule(LightningModule):
         assert self.block is not None, "the BlockScheduler callback places a block before each epoch"
         return self.block
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         step = self.first_step + batch_idx // self.trainer.accumulate_grad_batches
         loss = self.current.training_step(batch, step)
-        if loss is not None:
+        if self.current.plan.learned:
             self.log("train/loss", loss.detach(), sync_dist=True)
         return loss
 
     def configure_model(self) -> None:
         """Lightning's place to shard a model; here each block is sharded when the scheduler has prepared it."""
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        loss = self.current.validation_step(batch, batch_idx)
-        self.log("held_out/loss", loss, on_epoch=True, batch_size=int(batch["mask"].sum()), sync_dist=True)
+    def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        return self.current.validation_step(batch, batch_idx)  # the scheduler adds them up, over ranks too
 
     def configure_optimizers(self) -> Any:
         # Lightning asks once before the first block is placed; the scheduler asks again at the start of each epoch.

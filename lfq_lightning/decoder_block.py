@@ -46,7 +46,7 @@ class DecoderBlock(nn.Module):
         return {
             f"{name}.{key}": tensor
             for name, layer in zip(self.names, self.layers, strict=True)
-            for key, tensor in layer.state_dict().items()
+            for key, tensor in layer.named_parameters()  # not state_dict: FSDP would shard them again
         }
 
     def load(self, weights: dict[str, Tensor]) -> None:

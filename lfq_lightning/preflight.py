@@ -1,7 +1,5 @@
 """Preflight: find the user's mistakes before anything long starts."""
 
-import os
-
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.strategies import SingleDeviceStrategy
@@ -9,6 +7,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from lfq_lightning.calibration_module import CalibrationModule
 from lfq_lightning.data import CalibrationData
 from lfq_lightning.errors import UserError
+from lfq_lightning.fsdp2 import FSDP2
 from lfq_lightning.model_skeleton import ModelSkeleton
 from lfq_lightning.plan import BlockPlan
 from lfq_lightning.precision import compute_dtype
@@ -21,11 +20,12 @@ def check_trainer(
     """Return the module and its data. Raises UserError if the Trainer cannot take one fit through all blocks."""
     if not isinstance(module, CalibrationModule) or not isinstance(data, CalibrationData):
         raise UserError("call trainer.fit(CalibrationModule(…), datamodule=CalibrationData(…)).")
-    launched = int(os.environ.get("WORLD_SIZE", "1"))  # by torchrun; with devices: 1 each process would run alone
-    if trainer.world_size > 1 or launched > 1:
-        raise UserError("calibration runs in one process so far; set trainer.devices and trainer.num_nodes to 1.")
-    if not isinstance(trainer.strategy, SingleDeviceStrategy):
-        raise UserError("calibration runs on one device so far; set trainer.strategy to auto.")
+    if not isinstance(trainer.strategy, SingleDeviceStrategy | FSDP2):
+        raise UserError(
+            "parameters change from block to block, which the strategy does not follow (DDP goes out of sync without a "
+            "word); set trainer.strategy to fsdp2 for several processes, or to auto."
+        )
+    _check_shares(trainer.num_devices * trainer.num_nodes, data)
     if trainer.reload_dataloaders_every_n_epochs != 1:  # type: ignore[attr-defined]
         raise UserError("each block has its own loaders; set trainer.reload_dataloaders_every_n_epochs to 1.")
     limit = trainer.limit_val_batches
@@ -45,6 +45,25 @@ def check_trainer(
     compute_dtype(trainer.precision)
     data.check(module.checkpoint)
     return module, data
+
+
+def _check_shares(ranks: int, data: CalibrationData) -> None:
+    for name in ("num_samples", "num_held_out"):
+        if vars(data)[name] % ranks:
+            raise UserError(
+                f"data.{name}: {vars(data)[name]} sequences do not divide among {ranks} processes; give a multiple of "
+                f"{ranks}."
+            )
+
+
+def check_batches(ranks: int, plans: list[BlockPlan]) -> None:
+    """Raise UserError if the batches of a block do not divide among the processes."""
+    for plan in plans:
+        if plan.learned and plan.batch_size % ranks:
+            raise UserError(
+                f"plan: block {plan.index} has batches of {plan.batch_size} sequences, which do not divide among "
+                f"{ranks} processes; give a batch_size that is a multiple of {ranks}, or fewer processes."
+            )
 
 
 def output_bytes(skeleton: ModelSkeleton, plans: list[BlockPlan]) -> int:

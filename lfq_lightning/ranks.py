@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -122,6 +123,11 @@ class Ranks:
         if isinstance(tensor, DTensor):
             return distribute_tensor(whole, tensor.device_mesh, tensor.placements, src_data_rank=None)
         return whole
+
+
+def launched_rank() -> int:
+    """Return this process's rank as its launcher has told it, before the ranks are connected."""
+    return rank_zero_only.rank  # type: ignore[attr-defined]
 
 
 def ranks_of(trainer: Trainer) -> Ranks:

@@ -29,6 +29,7 @@ from lfq_lightning.callbacks.block_scheduler import BlockScheduler  # noqa: E402
 from lfq_lightning.callbacks.console import Console  # noqa: E402
 from lfq_lightning.data import CalibrationData  # noqa: E402
 from lfq_lightning.plan import Rule  # noqa: E402
+from lfq_lightning.ranks import launched_rank  # noqa: E402
 from lfq_lightning.run_folder import LOGS  # noqa: E402
 from lfq_lightning.trainer import Trainer  # noqa: E402
 
@@ -101,7 +102,8 @@ class CommandLine(LightningCLI):
 
 def run(arguments: list[str]) -> None:
     """Parse `run …` and run it. Raises UserError for every mistake of the user."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    level = logging.INFO if launched_rank() == 0 else logging.WARNING
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stdout)
     for name in ("httpx", "lightning.fabric.utilities.seed", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.WARNING)
     _load_plugins(arguments)

@@ -3,7 +3,7 @@
 import signal
 import time
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from lfq_lightning.errors import StoppedError
 from lfq_lightning.ranks import Ranks
@@ -27,8 +27,9 @@ class Saving:
         self._asked = False
         self.done()
 
-    def listen(self) -> None:
-        """Take SIGTERM from now on."""
+    def listen(self, launcher: Any) -> None:
+        """Take SIGTERM from now on, and hand it to the processes that Lightning's launcher has started, if it has."""
+        self._launcher = launcher
         signal.signal(signal.SIGTERM, self._hear)
 
     def due(self) -> bool:
@@ -49,6 +50,8 @@ class Saving:
         raise StoppedError(f"stopped by SIGTERM at {where}; run the same command again to go on from there.")
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
+        if self._launcher is not None and not self._asked:
+            self._launcher.kill(number)
         self._asked = True
         if self.stop_at_once:
             self.stop("a point with nothing to save")

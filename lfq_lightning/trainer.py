@@ -3,20 +3,30 @@
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.strategies import Strategy
 
 from lfq_lightning.calibration_module import CalibrationModule
 from lfq_lightning.callbacks.block_scheduler import BlockScheduler
 from lfq_lightning.data import CalibrationData
 from lfq_lightning.errors import UserError
+from lfq_lightning.fsdp2 import launched
 
 
 class Trainer(pl.Trainer):
-    """Lightning's Trainer: every argument of it holds; only some defaults differ."""
+    """Lightning's Trainer: every argument of it holds; only some defaults differ.
+
+    Args:
+        devices: on each node; as many as torchrun or srun has started if not said, else one.
+        num_nodes: likewise.
+        strategy: `fsdp2` for more than one process if not said.
+    """
 
     def __init__(
         self,
         *,
-        devices: list[int] | str | int = 1,
+        devices: list[int] | str | int | None = None,
+        num_nodes: int | None = None,
+        strategy: str | Strategy = "auto",
         precision: str = "bf16-mixed",
         max_epochs: int = -1,
         val_check_interval: float = 0.25,
@@ -27,8 +37,15 @@ class Trainer(pl.Trainer):
         enable_model_summary: bool = False,
         **kwargs: Any,
     ) -> None:
+        found = launched() or (1, 1)
+        devices = found[0] if devices is None else devices
+        num_nodes = found[1] if num_nodes is None else num_nodes
+        if strategy == "auto" and (num_nodes > 1 or not _one(devices)):
+            strategy = "fsdp2"
         super().__init__(
             devices=devices,
+            num_nodes=num_nodes,
+            strategy=strategy,
             precision=precision,  # type: ignore[arg-type]
             max_epochs=max_epochs,
             val_check_interval=val_check_interval,
@@ -55,3 +72,8 @@ class Trainer(pl.Trainer):
                 f"the run was stopped before its last block; finished shards are in {schedulers[0].folder.path}, but "
                 "not a whole model; raise max_time, max_steps or max_epochs, or remove what stopped it."
             )
+
+
+def _one(devices: list[int] | str | int) -> bool:
+    """Tell whether this names one device; `auto` and -1 name all there are."""
+    return len(devices) == 1 if isinstance(devices, list) else devices in (1, "1")

@@ -32,15 +32,16 @@ from lfq_lightning.ops.path import describe
 from lfq_lightning.peak_memory import peak_bytes, reset_peak
 from lfq_lightning.plan import BlockPlan, Plan, Rule
 from lfq_lightning.precision import compute_dtype, stream_dtype
-from lfq_lightning.preflight import check_trainer, output_bytes
+from lfq_lightning.preflight import check_batches, check_trainer, output_bytes
 from lfq_lightning.quant_scheme import QuantScheme
 from lfq_lightning.quantized_tensor import QuantizedTensor
-from lfq_lightning.ranks import ranks_of
+from lfq_lightning.ranks import launched_rank, ranks_of
 from lfq_lightning.run_folder import RunFolder
 from lfq_lightning.saving import Saving
 from lfq_lightning.solve import Solution, solve
 from lfq_lightning.stream_store import StreamStore
 from lfq_lightning.token_set import TokenSet
+from lfq_lightning.weighted_mean import WeightedMean
 
 log = logging.getLogger(__name__)
 
@@ -96,8 +97,10 @@ class BlockScheduler(BlockCallback):
         self.module, self.data = check_trainer(trainer, module, data)
         self.skeleton = ModelSkeleton(self.module.checkpoint)
         self.plans = self.plan.resolve(self.skeleton)
+        check_batches(trainer.num_devices * trainer.num_nodes, self.plans)
         self.folder = RunFolder(self.output, shards=len(self.skeleton) + 1, overwrite=self.overwrite)
-        self.folder.check(output_bytes(self.skeleton, self.plans))
+        if launched_rank() == 0:
+            self.folder.check(output_bytes(self.skeleton, self.plans))
         self.earlier = EarlierRun(self.reuse, goes_on=False) if self.reuse else None
         if self.earlier is not None and self.earlier.path.resolve() == self.folder.path.resolve():
             raise UserError("reuse: it is the output itself; give another output.")
@@ -130,7 +133,8 @@ class BlockScheduler(BlockCallback):
         self._begin(self.plans[self.taken])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.saving.listen()  # in place of Lightning's own handler, which saves nothing; it restores what was before
+        # in place of Lightning's own handler, which saves nothing; at the end it restores what was before
+        self.saving.listen(trainer.strategy.launcher)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         trainer.strategy.setup_optimizers(trainer)  # a new block: its own parameters, its own schedule
@@ -157,9 +161,19 @@ class BlockScheduler(BlockCallback):
         done = self.module.first_step * each + batch_idx + 1  # checks fall on the same steps, wherever this epoch began
         trainer.val_check_batch = batch_idx + (1 if done % self.check_every == 0 else 2)
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.held_out_loss = WeightedMean(self.ranks)
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, _: int = 0
+    ) -> None:
+        self.held_out_loss.add(outputs, batch["mask"])
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        loss = self.held_out_loss.value()
+        pl_module.log("held_out/loss", loss, sync_dist=True)  # equal on all ranks
         if not trainer.sanity_checking:
-            self.state.keep_if_best(float(trainer.callback_metrics["held_out/loss"]))
+            self.state.keep_if_best(loss)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.trained:  # stopped in mid-block from outside: max_time, max_steps, another callback
@@ -352,20 +366,17 @@ class BlockScheduler(BlockCallback):
 
     def _held_out(self) -> tuple[float, Tensor]:
         """Return the held-out loss now, as validation computes it, and the block's outputs."""
-        total, count, outputs = 0.0, 0.0, []
+        mean, outputs = WeightedMean(self.ranks), []
         for quantizer in self.current.quantizers():
             quantizer.eval()
         for batch in self.data.val_dataloader():
             batch = self.module.transfer_batch_to_device(batch, self.device, 0)
             hidden, loss = self.current(batch)
-            tokens = int(batch["mask"].sum())
-            total += float(loss) * tokens
-            count += tokens
+            mean.add(loss, batch["mask"])
             outputs.append(hidden.to(self.splits.held_out.student))
         for quantizer in self.current.quantizers():
             quantizer.train()
-        total, count = self.ranks.total(total, count)
-        return total / count, torch.cat(outputs)
+        return mean.value(), torch.cat(outputs)
 
     def _check_finite(self, index: int, which: str, streams: list[Tensor]) -> None:
         broken = sum(not bool(sequence.isfinite().all()) for stream in streams for sequence in stream)
@@ -397,9 +408,10 @@ class BlockScheduler(BlockCallback):
             head.readout(stream[some].to(self.device)[mask.to(self.device)].float())
             for stream in (held_out.teacher, outputs)
         )
-        losses = lens.token_loss(student, lens.target(teacher, head), head)
-        total, count = self.ranks.total(float(losses.double().sum()), len(losses))
-        return total / count
+        mean = WeightedMean(self.ranks)
+        if mask.any():
+            mean.add(lens.token_loss(student, lens.target(teacher, head), head).mean(), mask)
+        return mean.value()
 
     def _report(self, plan: BlockPlan, kl_before: float, kl_after: float) -> BlockReport:
         tokens, held_out = (self.data.seq_len * len(split) for split in self.splits.each())

@@ -29,11 +29,12 @@ class Console(BlockCallback):
         self.progress: Progress | None = None
 
     def on_run_start(self, trainer: Trainer, plans: list[BlockPlan]) -> None:
+        self.console.quiet = not trainer.is_global_zero
         self.total = len(plans)
         dense = sum(not plan.layers for plan in plans)
         if dense:
             self.console.print(f"{dense} of {self.total} blocks match no rule and stay in full precision")
-        if self.console.is_terminal:
+        if self.console.is_terminal and not self.console.quiet:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
             self.progress = Progress(*columns, console=self.console, transient=True)
             self.progress.start()

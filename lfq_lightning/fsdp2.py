@@ -1,0 +1,39 @@
+"""FSDP2: the strategy of several processes: each block's parameters, gradients and optimizer state are sharded."""
+
+import os
+from typing import final
+
+from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+
+from lfq_lightning.errors import UserError
+
+
+@final
+class FSDP2(ModelParallelStrategy):
+    """Lightning's ModelParallelStrategy with all ranks, of all nodes, in one group that shards a block."""
+
+    def setup_environment(self) -> None:
+        self._data_parallel_size = self.num_nodes * self.num_processes  # Lightning's own default is the nodes alone
+        self._tensor_parallel_size = 1
+        super().setup_environment()
+
+
+StrategyRegistry.register("fsdp2", FSDP2, description="fully sharded data parallel, per block")
+
+
+def launched() -> tuple[int, int] | None:
+    """Return devices per node and nodes, as torchrun or srun have started this process; None if neither has.
+
+    Raises UserError if nodes have different numbers of processes.
+    """
+    if TorchElasticEnvironment.detect():
+        world, here = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    elif SLURMEnvironment.detect():
+        world = int(os.environ["SLURM_NTASKS"])
+        here = world // int(os.environ["SLURM_NNODES"])
+    else:
+        return None
+    if world % here:
+        raise UserError(f"{world} processes do not divide into nodes of {here}; start equally many on each node.")
+    return here, world // here
