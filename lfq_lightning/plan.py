@@ -29,8 +29,10 @@ class Rule:
         steps: optimisation steps of a learned quantizer.
         lr: peak learning rate; 2e-3 for adam, 1 / steps for sign_sgd if not said.
         batch_size: sequences per step.
-        optimizer: `adam` with a cosine to 0, or `sign_sgd` with a line to 0; the quantizer's own if not said.
+        optimizer: `adam` with a cosine to 0, `adamw8bit` (the same with a state of 8 bits, through bitsandbytes), or
+            `sign_sgd` with a line to 0; the quantizer's own if not said.
         final_blocks: with `match: last`, how many of the last blocks are trained together as one.
+        activation_checkpointing: run each decoder layer again in the backward pass instead of keeping its activations.
     """
 
     match: int | str | list[str]
@@ -41,6 +43,7 @@ class Rule:
     batch_size: int = 8
     optimizer: str | None = None
     final_blocks: int = 1
+    activation_checkpointing: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,7 @@ class BlockPlan:
     lr: float
     batch_size: int
     optimizer: str
+    activation_checkpointing: bool
 
     @property
     def index(self) -> int:
@@ -103,7 +107,8 @@ class _ParsedRule:
     @property
     def training(self) -> tuple[Any, ...]:
         """What rules that train one block must agree on."""
-        return self.objective, self.rule.steps, self.lr, self.rule.batch_size, self.optimizer
+        rule = self.rule
+        return self.objective, rule.steps, self.lr, rule.batch_size, self.optimizer, rule.activation_checkpointing
 
 
 @dataclass(frozen=True)
@@ -167,13 +172,20 @@ class Plan:
             if parsed.training != learned[0].training:
                 raise UserError(
                     f"{parsed.where} and {learned[0].where} both train block {indices[0]}, with different objective, "
-                    "steps, lr, batch_size or optimizer; make them equal."
+                    "steps, lr, batch_size, optimizer or activation_checkpointing; make them equal."
                 )
         if not used:  # nothing to do; it only reports
-            return BlockPlan(indices, {}, OBJECTIVES.parse("mse"), 1, 0.0, Rule.batch_size, "adam")
+            return BlockPlan(indices, {}, OBJECTIVES.parse("mse"), 1, 0.0, Rule.batch_size, "adam", False)
         lead = (learned or used)[0]
         plan = BlockPlan(
-            indices, layers, lead.objective, lead.rule.steps, lead.lr, lead.rule.batch_size, lead.optimizer
+            indices,
+            layers,
+            lead.objective,
+            lead.rule.steps,
+            lead.lr,
+            lead.rule.batch_size,
+            lead.optimizer,
+            lead.rule.activation_checkpointing,
         )
         if plan.logit_space and not last:
             raise UserError(

@@ -56,13 +56,18 @@ def _check_shares(ranks: int, data: CalibrationData) -> None:
             )
 
 
-def check_batches(ranks: int, plans: list[BlockPlan]) -> None:
-    """Raise UserError if the batches of a block do not divide among the processes."""
+def check_training(ranks: int, plans: list[BlockPlan]) -> None:
+    """Raise UserError if the training of a block does not divide among the processes."""
     for plan in plans:
         if plan.learned and plan.batch_size % ranks:
             raise UserError(
                 f"plan: block {plan.index} has batches of {plan.batch_size} sequences, which do not divide among "
                 f"{ranks} processes; give a batch_size that is a multiple of {ranks}, or fewer processes."
+            )
+        if plan.learned and plan.optimizer == "adamw8bit" and ranks > 1:
+            raise UserError(
+                f"plan: block {plan.index}: bitsandbytes' adamw8bit knows no sharded parameters; use adam, whose state "
+                "is shared out among the processes, or one process."
             )
 
 

@@ -24,10 +24,10 @@ Inputs = Callable[[int], Iterator[tuple[Tensor, Tensor]]]
 
 @dataclass(frozen=True)
 class Solution:
-    """A layer's closed-form codes, and the weight (O, I) fp32 whose rounding they are."""
+    """A layer's closed-form codes, and, if it is to be trained, the weight (O, I) fp32 whose rounding they are."""
 
     quantized: QuantizedTensor
-    latent: Tensor
+    latent: Tensor | None
 
 
 class _ReachedError(Exception):
@@ -89,7 +89,7 @@ def solve(
             exported, latent = _whole(quantizer, names, sum(sizes), ranks)
             parts = zip(exported.split(sizes), latent.split(sizes), strict=True)
             for name, (quantized, latent) in zip(names, parts, strict=True):
-                solutions[name] = Solution(quantized, latent)
+                solutions[name] = Solution(quantized, latent if layers[name].learned else None)
                 linears[name].weight.copy_(quantized.dequantize())
     return solutions
 

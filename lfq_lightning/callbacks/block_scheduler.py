@@ -32,7 +32,7 @@ from lfq_lightning.ops.path import describe
 from lfq_lightning.peak_memory import peak_bytes, reset_peak
 from lfq_lightning.plan import BlockPlan, Plan, Rule
 from lfq_lightning.precision import compute_dtype, stream_dtype
-from lfq_lightning.preflight import check_batches, check_trainer, output_bytes
+from lfq_lightning.preflight import check_trainer, check_training, output_bytes
 from lfq_lightning.quant_scheme import QuantScheme
 from lfq_lightning.quantized_tensor import QuantizedTensor
 from lfq_lightning.ranks import launched_rank, ranks_of
@@ -97,7 +97,7 @@ class BlockScheduler(BlockCallback):
         self.module, self.data = check_trainer(trainer, module, data)
         self.skeleton = ModelSkeleton(self.module.checkpoint)
         self.plans = self.plan.resolve(self.skeleton)
-        check_batches(trainer.num_devices * trainer.num_nodes, self.plans)
+        check_training(trainer.num_devices * trainer.num_nodes, self.plans)
         self.folder = RunFolder(self.output, shards=len(self.skeleton) + 1, overwrite=self.overwrite)
         if launched_rank() == 0:
             self.folder.check(output_bytes(self.skeleton, self.plans))
@@ -198,7 +198,7 @@ class BlockScheduler(BlockCallback):
         reset_peak(self.device)
         for listener in self._listeners():
             listener.on_block_start(self.trainer, plan)
-        self.block = self.skeleton.block(plan.indices).to(self.device)
+        self.block = self.skeleton.block(plan.indices, plan.activation_checkpointing).to(self.device)
         self.fingerprint = block_fingerprint(self.fingerprint, plan, self.block.tensors())
         self.current = self._module(plan)
         with self._forward_only():
@@ -206,11 +206,12 @@ class BlockScheduler(BlockCallback):
                 split.advance_teacher(self.block, self.device, keep=plan.needs_reference)
                 split.set_target(self._target, self.device)
             self._check_finite(plan.index, "full-precision", [split.teacher for split in self.splits.each()])
-            self.solutions = self._solve(plan)
+            solutions = self._solve(plan)
         for name, layer in plan.layers.items():
             if layer.learned is not None:
-                solution = self.solutions[name]
-                self.block.train_linear(name, layer.learned.build(solution.latent, solution.quantized).to(self.device))
+                start = solutions.pop(name)  # what training starts from is let go of when its layer has it
+                self.block.train_linear(name, layer.learned.build(start.latent, start.quantized).to(self.device))
+        self.solved = {name: solution.quantized for name, solution in solutions.items()}
         if plan.learned:
             self.ranks.shard(self.current)
         self.module.block, self.trained = self.current, False
@@ -242,7 +243,7 @@ class BlockScheduler(BlockCallback):
         self.state.load_best()
         self.ranks.gather(self.current)
         plan = self.current.plan
-        shipped = {name: solution.quantized for name, solution in self.solutions.items()} | self.block.ship()
+        shipped = self.solved | self.block.ship()
         self._write(plan, shipped)
         with self._forward_only():
             for split in self.splits.each():
