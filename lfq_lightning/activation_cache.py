@@ -13,6 +13,8 @@ from lfq_lightning.ranks import Ranks
 from lfq_lightning.stream_store import StreamStore
 from lfq_lightning.token_set import TokenSet
 
+_TOKENS_AT_ONCE = 2048  # in a forward when nothing is trained: below 1024 a CPU's bf16 products take twice as long
+
 Batch = dict[str, Any]  # inputs (B, T, D), target {name: (B, T, …)}, mask (B, T), weight: see `ActivationCache.batch`
 
 
@@ -24,8 +26,8 @@ class ActivationCache:
     what the quantised prefix gives. Beside these two streams of N·T·D values there is only what the block's objective
     keeps of the teacher (`logit_ce`: D fp32 numbers a token).
 
-    Each rank holds the sequences of its `share`. Everything but training runs sequence by sequence, so that a
-    sequence's numbers do not depend on how many there are beside it.
+    Each rank holds the sequences of its `share`. Everything but training runs over the even sequences and then over the
+    odd ones, some at a time: the same ones together in one process and in two, so that the numbers are the same too.
 
     Args:
         name: of the split.
@@ -79,12 +81,12 @@ class ActivationCache:
         }
 
     def student_batches(self, device: torch.device, half: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the student's inputs (1, T, D) and masks (1, T) of this rank's even or odd sequences, in order."""
-        return self._half(self.student, device, half)
+        """Yield the student's inputs (B, T, D) and masks (B, T) of this rank's even (0) or odd (1) sequences."""
+        return self._moved(self.student, device, half)
 
     def reference_batches(self, device: torch.device, half: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the teacher's inputs (1, T, D), if they were kept, and masks (1, T), likewise."""
-        return self._half(self.reference, device, half)
+        """Yield the teacher's inputs (B, T, D), if they were kept, and masks (B, T), likewise."""
+        return self._moved(self.reference, device, half)
 
     def advance_teacher(self, block: Callable[[Tensor], Tensor], device: torch.device, keep: bool = False) -> None:
         """Replace the teacher's inputs by the block's outputs, in place; `keep` a copy of the inputs as `reference`."""
@@ -103,13 +105,14 @@ class ActivationCache:
         for name in self.target:
             self.store.release(f"{self.name}.target.{name}")
         self.target = {}
-        for index, (hidden, mask) in enumerate(zip(self.teacher, self.mask, strict=True)):
-            for name, rows in make(hidden.to(device)[mask.to(device)]).items():
-                if index == 0:
-                    shape = (*self.mask.shape, *rows.shape[1:])
-                    self.target[name] = self.store.empty(f"{self.name}.target.{name}", shape, rows.dtype).zero_()
-                where = self.target[name]
-                where[index, mask.to(where.device)] = rows.to(where.device)
+        for half in (0, 1):
+            for number, (hidden, mask) in enumerate(self._moved(self.teacher, device, half)):
+                for name, rows in make(hidden[mask]).items():
+                    if name not in self.target:
+                        shape = (*self.mask.shape, *rows.shape[1:])
+                        self.target[name] = self.store.empty(f"{self.name}.target.{name}", shape, rows.dtype).zero_()
+                    where = self._some(self.target[name], half)[number]
+                    where[mask.to(where.device)] = rows.to(where.device)
 
     def in_order(self, batch_size: int) -> "BatchLoader":
         """Return a loader over all sequences, for validation."""
@@ -139,14 +142,21 @@ class ActivationCache:
             batches.append(batch)
         return BatchLoader(self, batches[skip:])
 
-    def _half(self, stream: Tensor, device: torch.device, half: int) -> Iterator[tuple[Tensor, Tensor]]:
-        for index, number in enumerate(self.ranks.share(len(self))):
-            if number % 2 == half:
-                yield stream[index : index + 1].to(device), self.mask[index : index + 1].to(device)
+    def _some(self, stream: Tensor, half: int) -> tuple[Tensor, ...]:
+        """Return views of this rank's even or odd sequences, some at a time; writing to them writes the stream."""
+        rank, size = self.ranks.rank, self.ranks.size
+        first = (half - rank) % 2  # of an even number of ranks, each has only even ones, or only odd ones
+        mine = stream[first::2] if size % 2 else stream[first * len(stream) :]
+        return mine.split(max(1, _TOKENS_AT_ONCE // stream.shape[1])) if len(mine) else ()
+
+    def _moved(self, stream: Tensor, device: torch.device, half: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for inputs, mask in zip(self._some(stream, half), self._some(self.mask, half), strict=True):
+            yield inputs.to(device), mask.to(device)
 
     def _advance(self, stream: Tensor, block: Callable[[Tensor], Tensor], device: torch.device) -> None:
-        for inputs in stream.split(1):  # views: writing to them writes the stream
-            inputs.copy_(block(inputs.to(device)))
+        for half in (0, 1):
+            for inputs in self._some(stream, half):
+                inputs.copy_(block(inputs.to(device)))
 
 
 class BatchLoader:
