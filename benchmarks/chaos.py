@@ -124,7 +124,8 @@ def _send(pid: int) -> None:
 
 def be_killed(case: Case, kills: int, chance: random.Random) -> dict[str, Any]:
     """Let a run be killed that often, then finish."""
-    shutil.rmtree(case.folder, ignore_errors=True)
+    for folder in (case.folder, case.reference):
+        shutil.rmtree(folder, ignore_errors=True)
     whole = case.finish(case.reference)
     startup = _startup(case)
     ways: list[str] = []

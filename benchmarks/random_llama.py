@@ -23,6 +23,11 @@ def save_random_llama(folder: Path, blocks: int, hidden: int, intermediate: int,
         initializer_range=hidden**-0.5,
     )
     LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
+    save_tokenizer(folder)
+
+
+def save_tokenizer(folder: Path) -> None:
+    """Save a tokenizer of bytes, and the end of a text."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
