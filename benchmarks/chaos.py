@@ -129,7 +129,6 @@ def be_killed(case: Case, kills: int, chance: random.Random) -> dict[str, Any]:
     whole = case.finish(case.reference)
     startup = _startup(case)
     ways: list[str] = []
-    blocks = 0
     while len(ways) < kills:
         process = case.start(case.folder)
         deadline = time.monotonic() + startup + chance.random() * max(1.0, whole - startup)
@@ -142,10 +141,12 @@ def be_killed(case: Case, kills: int, chance: random.Random) -> dict[str, Any]:
             shutil.rmtree(case.folder)
             continue
         ways.append(kill(process, chance))
-        case.nothing_pretends()
         journal = case.folder / "journal.jsonl"
         blocks = len(journal.read_text().splitlines()) if journal.exists() else 0
         print(f"{case.plan}, {case.ranks} ranks: kill {len(ways)} of {kills}, {blocks} blocks done", flush=True)
+        if (case.folder / "config.json").exists():  # killed after its last file
+            case.check()
+            shutil.rmtree(case.folder)
     if not (case.folder / "config.json").exists():
         case.finish(case.folder)
     case.check()
