@@ -190,7 +190,7 @@ def disk_full(case: Case) -> str:
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
-    process = case.start(case.folder, "--save_seconds", "1e9", before=limit)
+    process = case.start(case.folder, before=limit)
     said = process.communicate()[0]
     if process.returncode == 0 or "cannot be written" not in said or "Traceback (most recent" in said:
         raise SystemExit(f"a full disk went by, or was no clear error:\n{said}")

@@ -181,8 +181,8 @@ class BlockScheduler(BlockCallback):
         if self.state.step != self.state.checked_step:  # validation interval and steps need not divide
             with self._forward_only():
                 self.state.keep_if_best(self._held_out()[0])
-        self._end()
         following = self.current.plan.index + 1
+        self._end()
         if following < len(self.plans):
             self._begin(self.plans[following])
         else:
@@ -251,11 +251,18 @@ class BlockScheduler(BlockCallback):
             self._check_finite(plan.index, "quantised", [split.student for split in self.splits.each()])
             report = self._report(plan, self.start_kl, self._lens_kl(self.splits.held_out.student))
         self.peak_bytes = max(self.peak_bytes, report.peak_bytes)
-        self.trainer.strategy.optimizers = []  # let go of this block before the next one is read
+        self._let_go()
         written = self.folder.checksums(range(plan.indices.start + 1, plan.indices.stop + 1))
         self.folder.append_journal(vars(report) | {"fingerprint": self.fingerprint, "shards": written})
         for listener in self._listeners():
             listener.on_block_end(self.trainer, report)
+
+    def _let_go(self) -> None:
+        """Free the block; the next one is read only then."""
+        del self.block, self.current, self.state, self.solved
+        self.module.block = None
+        strategy = self.trainer.strategy
+        strategy.optimizers, strategy.lr_scheduler_configs = [], []
 
     def _take_over(self, earlier: EarlierRun) -> int:
         """Take an earlier run's first blocks, as far as plan and weights agree; return the first block to calibrate."""
