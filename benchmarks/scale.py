@@ -69,7 +69,7 @@ def wide(work: Path) -> None:
     """Calibrate one block and the head of Llama-3.1-70B's sizes through the final module, on short sequences."""
     model = work / "llama-70b-1"
     _save_wide(model)
-    flexround = {"name": "flexround", "bits": 4, "group_size": 128}
+    flexround = {"name": "flexround", "bits": 4, "group_size": 128, "rank": 1024}  # LRQ, for the memory
     training = {"steps": 3, "batch_size": 2, "optimizer": "adamw8bit", "activation_checkpointing": True}
     plan = [{"match": "last", "quantizer": flexround, "objective": "logit_ce", **training}]
     data = {"dataset": str(work / "text.txt"), "num_samples": 4, "seq_len": 128, "num_held_out": 2}

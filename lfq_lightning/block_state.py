@@ -1,6 +1,7 @@
 """BlockState: where the training of a block stands, in memory and in a file to go on from."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,13 +61,12 @@ class BlockState:
         tensors: dict[str, Tensor] = {_RANDOM: torch.get_rng_state()}
         tensors |= {_NOW + name: parameter for name, parameter in self._trained()}
         tensors |= {_BEST + name: value for name, value in self.best.items()}
-        plain: dict[str, dict[str, Any]] = {}
-        for index, values in optimizer["state"].items():
-            for key, value in values.items():
-                if isinstance(value, Tensor):
-                    tensors[f"{_OPTIMIZER}{index}.{key}"] = value
-                else:
-                    plain.setdefault(str(index), {})[key] = value
+        plain: dict[str, Any] = {}
+        for name, value in _leaves(optimizer["state"]):
+            if isinstance(value, Tensor):
+                tensors[_OPTIMIZER + name] = value
+            else:
+                plain[name] = value
         facts = {
             "fingerprint": self.fingerprint,
             "step": self.step,
@@ -97,13 +97,19 @@ class BlockState:
             with torch.no_grad():
                 parameter.copy_(self.ranks.like(parameter, tensors[_NOW + name]))
         parameters = [p for group in trainer.strategy.optimizers[0].param_groups for p in group["params"]]
-        state: dict[int, dict[str, Any]] = {int(index): values for index, values in facts["optimizer"]["state"].items()}
+        leaves: dict[str, Any] = dict(facts["optimizer"]["state"])
         for name, value in tensors.items():
             if name.startswith(_OPTIMIZER):
-                index, _, key = name.removeprefix(_OPTIMIZER).partition(".")
-                parameter = parameters[int(index)]
-                shared = self.ranks.like(parameter, value) if value.shape == parameter.shape else value
-                state.setdefault(int(index), {})[key] = shared
+                name = name.removeprefix(_OPTIMIZER)
+                parameter = parameters[int(name.partition(".")[0])]
+                leaves[name] = self.ranks.like(parameter, value) if value.shape == parameter.shape else value
+        state: dict[int, dict[str, Any]] = {}
+        for name, value in leaves.items():
+            index, *path, last = name.split(".")
+            where = state.setdefault(int(index), {})
+            for key in path:
+                where = where.setdefault(key, {})
+            where[last] = value
         trainer.strategy.optimizers[0].load_state_dict(
             {"state": state, "param_groups": facts["optimizer"]["param_groups"]}
         )
@@ -114,6 +120,15 @@ class BlockState:
 
     def _trained(self) -> list[tuple[str, torch.nn.Parameter]]:
         return [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
+
+
+def _leaves(nested: dict[Any, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield what an optimizer's state holds, with the path to it; bitsandbytes nests it once more."""
+    for key, value in nested.items():
+        if isinstance(value, dict):
+            yield from ((f"{key}.{name}", leaf) for name, leaf in _leaves(value))
+        else:
+            yield str(key), value
 
 
 def read_facts(file: Path) -> dict[str, Any]:

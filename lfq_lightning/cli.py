@@ -12,6 +12,8 @@ from lfq_lightning.quant_scheme import QuantScheme
 _HELP = """usage: lfq COMMAND …
 
   lfq run --config FILE.yaml [--key.path value …]   quantise a model; --print_config prints every key
+  lfq plan --config FILE.yaml [--model MODEL] [--gpus 8x80GB] [--nodes 2]
+                                                    memory, disk, work and time of a run; needs no weights
   lfq sensitivity MODEL --dataset TEXT --average-bits 3.5
                                                     rank layers by what they lose; propose a plan of mixed widths
   lfq list                                          every objective, quantizer, callback and format with its options
@@ -24,7 +26,7 @@ _HELP = """usage: lfq COMMAND …
 
 `lightning run …` is `lfq run …`. `lfq COMMAND --help` says more."""
 
-_COMMANDS = ("run", "sensitivity", "list", "generate", "chat", "inspect", "export", "bench")
+_COMMANDS = ("run", "plan", "sensitivity", "list", "generate", "chat", "inspect", "export", "bench")
 
 
 _MODEL_DIR = "a packed model: output folder of `lfq run` or `lfq export`, or another tool's"
@@ -172,7 +174,31 @@ def _sensitivity(arguments: list[str]) -> None:
     )
 
 
+def _plan(arguments: list[str]) -> None:
+    parser = _parser("plan", "Print what a run will hold, write and compute, and whether it fits; needs no weights.")
+    parser.add_argument("--config", required=True, help="the run's YAML; more of its keys may follow, as for `lfq run`")
+    parser.add_argument("--model", help="another model: a folder, a config.json, or a hub id")
+    parser.add_argument("--gpus", help="GPUs of each node, as 8x80GB; this machine's CPU if not given")
+    parser.add_argument("--nodes", type=int, default=1, help="how many nodes (1)")
+    parser.add_argument("--tflops", type=float, help="bf16 TFLOP/s that each GPU sustains")
+    given, more = parser.parse_known_args(arguments)
+    from lfq_lightning.data import CalibrationData
+    from lfq_lightning.plan import Rule
+    from lfq_lightning.plan_run import parse_machine, plan_run, print_plan
+    from lfq_lightning.run import read_config
+
+    named = ["--model.checkpoint", given.model] if given.model else []
+    config = read_config(["run", "--config", given.config, *more, *named, "--output", "planned"])
+    rules = [Rule(**rule.as_dict()) for rule in config.plan]
+    machine = parse_machine(given.gpus, given.nodes, given.tflops, config.trainer.precision)
+    model = config.model.checkpoint
+    plan = plan_run(model, rules, CalibrationData(**config.data.as_dict()), config.trainer.precision, machine)
+    if not print_plan(model, plan, machine):
+        sys.exit(1)
+
+
 _PARSED = {
+    "plan": _plan,
     "sensitivity": _sensitivity,
     "generate": _generate,
     "chat": _chat,

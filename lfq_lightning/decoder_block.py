@@ -21,7 +21,8 @@ class DecoderBlock(nn.Module):
         layers: of transformers, frozen, in fp32.
         arguments: each layer's keyword arguments (position embeddings, mask) as captured with one sequence; they
             broadcast. Pads stand on the right, so a causal mask alone keeps them from the real tokens.
-        activation_checkpointing: in training keep only each layer's input, and run the layer again in the backward.
+        activation_checkpointing: in training keep only each layer's input, and run the layer again in the backward;
+            there, likewise, each quantised weight is made again only when its gradient is due.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class DecoderBlock(nn.Module):
             )
         if not weight.isfinite().all():
             raise UserError(f"quantizer {plugin}: forward returned NaN or infinity for {name} before any training.")
-        self._replace(name, QuantizedLinear(quantizer, linear.bias))
+        self._replace(name, QuantizedLinear(quantizer, linear.bias, self.activation_checkpointing))
 
     def ship(self) -> dict[str, QuantizedTensor]:
         """Turn trained layers back into linear layers with the weights that ship, and return those by name."""

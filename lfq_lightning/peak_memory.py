@@ -26,10 +26,19 @@ def peak_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "linux":
-        status = dict(line.split(":") for line in (_LINUX / "status").read_text().splitlines())
-        return int(status["VmHWM"].split()[0]) * 1024
+        return _status("VmHWM")
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def resident_bytes() -> int:
+    """Return how much memory this process holds; its peak so far where the system says no more."""
+    return _status("VmRSS") if sys.platform == "linux" else peak_bytes(torch.device("cpu"))
+
+
+def _status(name: str) -> int:
+    lines = dict(line.split(":") for line in (_LINUX / "status").read_text().splitlines())
+    return int(lines[name].split()[0]) * 1024
 
 
 def host_bytes() -> int:

@@ -25,7 +25,7 @@ def check_trainer(
             "parameters change from block to block, which the strategy does not follow (DDP goes out of sync without a "
             "word); set trainer.strategy to fsdp2 for several processes, or to auto."
         )
-    _check_shares(trainer.num_devices * trainer.num_nodes, data)
+    check_shares(trainer.num_devices * trainer.num_nodes, data)
     if trainer.reload_dataloaders_every_n_epochs != 1:  # type: ignore[attr-defined]
         raise UserError("each block has its own loaders; set trainer.reload_dataloaders_every_n_epochs to 1.")
     limit = trainer.limit_val_batches
@@ -47,7 +47,8 @@ def check_trainer(
     return module, data
 
 
-def _check_shares(ranks: int, data: CalibrationData) -> None:
+def check_shares(ranks: int, data: CalibrationData) -> None:
+    """Raise UserError if the sequences do not divide among the processes."""
     for name in ("num_samples", "num_held_out"):
         if vars(data)[name] % ranks:
             raise UserError(

@@ -1,5 +1,6 @@
 """`lfq run`: a LightningCLI whose one subcommand quantises a model."""
 
+import contextlib
 import logging
 import re
 import sys
@@ -111,6 +112,25 @@ def run(arguments: list[str]) -> None:
         CommandLine(arguments)
     except MisconfigurationException as error:
         raise UserError(f"trainer: {one_line(error)}") from error
+
+
+class _ReadError(Exception):
+    """Leaves the command line when the config is read and checked, before anything is made of it."""
+
+
+class _ConfigReader(CommandLine):
+    def before_instantiate_classes(self) -> None:
+        raise _ReadError
+
+
+def read_config(arguments: list[str]) -> Namespace:
+    """Return the checked config that `run …` would use. Raises UserError for every mistake in it."""
+    logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
+    _load_plugins(arguments)
+    reader = _ConfigReader.__new__(_ConfigReader)
+    with contextlib.suppress(_ReadError):
+        reader.__init__(arguments)  # type: ignore[misc]
+    return reader.config.run
 
 
 def _load_plugins(arguments: list[str]) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lfq_lightning.decoder_block import DecoderBlock
 from lfq_lightning.errors import UserError
 from lfq_lightning.observe import observe_halves
+from lfq_lightning.peak_memory import return_freed_memory
 from lfq_lightning.plan import LayerPlan
 from lfq_lightning.quantized_tensor import QuantizedTensor
 from lfq_lightning.quantizers import ClosedFormQuantizer, DenseQuantizer
@@ -58,7 +59,6 @@ def solve(
         reference: the full-precision model's hidden states before the block; read only by quantizers that ask for it.
         ranks: who else calibrates this block.
     """
-    linears = block.linears()
     teacher = copy.deepcopy(block) if any(layer.needs_reference for layer in layers.values()) else block
     solutions: dict[str, Solution] = {}
     for stage in _stages(block, inputs):
@@ -66,31 +66,47 @@ def solve(
         for name in stage:
             if name in layers:
                 groups.setdefault(_key(layers[name]), []).append(name)
-        quantizers: list[tuple[list[str], ClosedFormQuantizer]] = []
-        for names in groups.values():
-            plan = layers[names[0]]
-            if issubclass(plan.closed_form.cls, DenseQuantizer):
-                for name in names:
-                    dense = plan.closed_form.build(linears[name].weight.detach(), plan.scheme).export()
-                    linears[name].weight.copy_(dense.to(scale_dtype))
-                continue
-            weight = torch.cat([linears[name].weight.detach() for name in names])
-            weight = weight[ranks.rows(len(weight))]
-            quantizers.append((names, plan.closed_form.build(weight, plan.scheme, scale_dtype)))
-        watching = [quantizer for _, quantizer in quantizers if quantizer.needs_inputs]
-        correcting = [quantizer for names, quantizer in quantizers if layers[names[0]].needs_reference]
-        if watching:
-            seen = partial(_inputs_of, block, linears[stage[0]], inputs)
-            wanted = partial(_inputs_of, teacher, teacher.linears()[stage[0]], reference)
-            observe_halves(watching, partial(_show, watching, seen, correcting, wanted), ranks)
-        for names, quantizer in quantizers:
-            quantizer.solve()
-            sizes = [linears[name].out_features for name in names]
-            exported, latent = _whole(quantizer, names, sum(sizes), ranks)
-            parts = zip(exported.split(sizes), latent.split(sizes), strict=True)
-            for name, (quantized, latent) in zip(names, parts, strict=True):
-                solutions[name] = Solution(quantized, latent if layers[name].learned else None)
-                linears[name].weight.copy_(quantized.dequantize())
+        seen = partial(_inputs_of, block, block.linears()[stage[0]], inputs)
+        wanted = partial(_inputs_of, teacher, teacher.linears()[stage[0]], reference)
+        solutions |= _solve_stage(block.linears(), list(groups.values()), layers, seen, wanted, scale_dtype, ranks)
+        return_freed_memory()  # of a stage: several times its weights
+    return solutions
+
+
+def _solve_stage(
+    linears: dict[str, nn.Linear],
+    groups: list[list[str]],
+    layers: dict[str, LayerPlan],
+    seen: Callable[[int], Iterator[Tensor]],
+    wanted: Callable[[int], Iterator[Tensor]],
+    scale_dtype: torch.dtype,
+    ranks: Ranks,
+) -> dict[str, Solution]:
+    """Quantise layers that read one tensor; those of a group have one plan and are stacked."""
+    quantizers: list[tuple[list[str], ClosedFormQuantizer]] = []
+    for names in groups:
+        plan = layers[names[0]]
+        if issubclass(plan.closed_form.cls, DenseQuantizer):
+            for name in names:
+                dense = plan.closed_form.build(linears[name].weight.detach(), plan.scheme).export()
+                linears[name].weight.copy_(dense.to(scale_dtype))
+            continue
+        weight = torch.cat([linears[name].weight.detach() for name in names])
+        weight = weight[ranks.rows(len(weight))]
+        quantizers.append((names, plan.closed_form.build(weight, plan.scheme, scale_dtype)))
+    watching = [quantizer for _, quantizer in quantizers if quantizer.needs_inputs]
+    correcting = [quantizer for names, quantizer in quantizers if layers[names[0]].needs_reference]
+    if watching:
+        observe_halves(watching, partial(_show, watching, seen, correcting, wanted), ranks)
+    solutions: dict[str, Solution] = {}
+    for names, quantizer in quantizers:
+        quantizer.solve()
+        sizes = [linears[name].out_features for name in names]
+        exported, latent = _whole(quantizer, names, sum(sizes), ranks)
+        parts = zip(exported.split(sizes), latent.split(sizes), strict=True)
+        for name, (quantized, part) in zip(names, parts, strict=True):
+            solutions[name] = Solution(quantized, part if layers[name].learned else None)
+            linears[name].weight.copy_(quantized.dequantize())
     return solutions
 
 

@@ -1,5 +1,6 @@
 """A run that ends early goes on where it was: the same bytes as an uninterrupted one; what does not fit is refused."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from lfq_lightning.errors import StoppedError, UserError
 from lfq_lightning.fingerprint import _sample_digest
 from lfq_lightning.plan import Rule
 from lfq_lightning.trainer import Trainer
+from tests.conftest import save_tiny
 
 FLEXROUND = {"name": "flexround", "bits": 3, "group_size": 16, "init": "gptq", "offset": True}
 RULES = [
@@ -124,6 +126,20 @@ def test_under_lightnings_settings(llama, text_file, tmp_path, trainer):
         calibrate(llama, text_file, tmp_path / "run", KillAt(6 * trainer.get("accumulate_grad_batches", 1)), **trainer)
     calibrate(llama, text_file, tmp_path / "run", **trainer)
     same_bytes(tmp_path / "whole", tmp_path / "run")
+
+
+@pytest.mark.parametrize("training", [{"optimizer": "adamw8bit"}, {"activation_checkpointing": True}], ids=str)
+def test_under_memory_savers(text_file, tmp_path, training):
+    model = save_tiny(tmp_path / "model", hidden_size=128, intermediate_size=256, head_dim=32)  # 8 bits begin at 4096
+    rules = [dataclasses.replace(rule, **training) for rule in RULES]
+    calibrate(model, text_file, tmp_path / "whole", rules=rules)
+    with pytest.raises(KilledError):
+        calibrate(model, text_file, tmp_path / "run", KillAt(6), rules=rules)
+    calibrate(model, text_file, tmp_path / "run", rules=rules)
+    same_bytes(tmp_path / "whole", tmp_path / "run")
+    calibrate(model, text_file, tmp_path / "plain")
+    shards = [(tmp_path / run / "model-00004-of-00004.safetensors").read_bytes() for run in ("plain", "whole")]
+    assert (shards[0] == shards[1]) == ("activation_checkpointing" in training)
 
 
 def test_between_saves_an_interval_is_lost(whole, llama, text_file, tmp_path):

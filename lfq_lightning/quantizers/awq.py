@@ -47,6 +47,10 @@ class AWQ(NearestQuantizer):
         self.activation += inputs.abs().sum(0)
         self.tokens += len(inputs)
 
+    @classmethod
+    def solve_bytes(cls, rows: int, columns: int) -> int:
+        return 4 * (columns**2 + 5 * rows * columns)
+
     def statistics(self) -> list[Tensor]:
         return [self.hessian, self.activation, self.tokens]
 

@@ -114,7 +114,11 @@ class GPTQ(ClosedFormQuantizer):
         )
         self.codes = codes[back].T.contiguous()
         self._latent = latent[back].T.contiguous()
-        del self.hessian, self.shift
+        del self.shift
+
+    @classmethod
+    def solve_bytes(cls, rows: int, columns: int) -> int:
+        return 4 * (7 * columns**2 + 11 * rows * columns)
 
     def _corrected(self, factor: Tensor, back: Tensor) -> Tensor:
         """Return the weight (O, I) to round; `factor` is in processing order, which `back` undoes."""
@@ -136,14 +140,20 @@ class GPTQ(ClosedFormQuantizer):
         return self.quantized(self.codes, self.scale, self.zero_point)
 
     def _inverse_factor(self, order: Tensor) -> Tensor:
-        """Return the upper Cholesky factor U of the inverse Hessian (I, I), H⁻¹ = UᵀU, in processing order."""
+        """Return the upper Cholesky factor U of the inverse Hessian (I, I), H⁻¹ = UᵀU, in processing order.
+
+        The Hessian is let go of: five matrices of its size are held at once.
+        """
         hessian = self.hessian[order][:, order]
+        del self.hessian
         diagonal = hessian.diagonal()
         diagonal[diagonal == 0] = 1.0  # an input that is always 0: its column is rounded to nearest, alone
         mean, damp = diagonal.mean(), self.damp
         while damp <= _MOST_DAMPING:
-            damped = hessian + torch.eye(len(order), device=hessian.device) * (damp * mean)
+            damped = hessian.clone()
+            damped.diagonal().add_(damp * mean)
             lower, failed = torch.linalg.cholesky_ex(damped)
+            del damped
             if not failed:
                 upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
                 if not failed and bool(upper.isfinite().all()):

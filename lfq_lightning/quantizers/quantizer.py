@@ -69,6 +69,11 @@ class ClosedFormQuantizer(Quantizer):
         """Tell whether, with these options, it also wants the inputs that the layer has in the full-precision model."""
         return False
 
+    @classmethod
+    def solve_bytes(cls, rows: int, columns: int) -> int:
+        """Return about how much memory `solve` takes for a weight of this shape, itself included, for `lfq plan`."""
+        return 4 * 3 * rows * columns
+
     def observe(self, inputs: Tensor) -> None:
         """Take in a batch of the weight's inputs (tokens, I), pads removed. Called only if `needs_inputs`."""
 

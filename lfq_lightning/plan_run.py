@@ -1,0 +1,212 @@
+"""Plan a run: what it will hold, write and compute, and whether it fits, from config and shapes alone."""
+
+import re
+import time
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from lfq_lightning.block_flops import block_flops
+from lfq_lightning.checkpoints.shape_checkpoint import ShapeCheckpoint
+from lfq_lightning.data import CalibrationData
+from lfq_lightning.errors import UserError
+from lfq_lightning.memory_estimate import (
+    BlockMemory,
+    Setting,
+    block_memory,
+    outer_bytes,
+    process_bytes,
+    state_bytes,
+    stream_bytes,
+)
+from lfq_lightning.model_skeleton import ModelSkeleton
+from lfq_lightning.peak_memory import host_bytes
+from lfq_lightning.plan import BlockPlan, Plan, Rule
+from lfq_lightning.precision import compute_dtype, stream_dtype
+from lfq_lightning.preflight import check_shares, check_training, output_bytes
+
+_GPU_RATE = 300e12  # FLOP/s of bf16 products that an H100 sustains in such work; stated, not measured
+_PRODUCT_SIZE = 1024
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a run is to happen.
+
+    Args:
+        nodes: machines.
+        devices: processes on each.
+        device_bytes: memory of each device; on a CPU, of the machine.
+        on_gpu: devices are GPUs.
+        rate: FLOP/s of each device's matrix products.
+        rate_source: where that number is from.
+    """
+
+    nodes: int
+    devices: int
+    device_bytes: int
+    on_gpu: bool
+    rate: float
+    rate_source: str
+
+    @property
+    def ranks(self) -> int:
+        return self.nodes * self.devices
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What a run takes. Bytes, FLOP, seconds; memory is each rank's."""
+
+    blocks: dict[str, BlockMemory]
+    process: int
+    outer: int
+    streams: int
+    streams_on_device: int
+    output: int
+    state: int
+    flop: float
+    seconds: float
+
+    @property
+    def device_peak(self) -> int:
+        """Return the most memory a GPU holds."""
+        return max(block.peak for block in self.blocks.values()) + self.streams_on_device + self.process
+
+    @property
+    def cpu_peak(self) -> int:
+        """Return the most memory a process holds whose blocks run on the CPU."""
+        return max(block.peak for block in self.blocks.values()) + self.outer + self.streams + self.process
+
+
+def parse_machine(gpus: str | None, nodes: int, tflops: float | None, precision: str) -> Machine:
+    """Read `8x80GB`, or take this machine's CPU for None. Raises UserError."""
+    if nodes < 1:
+        raise UserError(f"--nodes: {nodes} must be at least 1.")
+    if tflops is not None and not tflops > 0:
+        raise UserError(f"--tflops: {tflops} must be positive.")
+    if gpus is None:
+        rate, source = (tflops * 1e12, "stated") if tflops else (_measured_rate(precision), "measured here")
+        return Machine(nodes, 1, host_bytes(), False, rate, source)
+    match = re.fullmatch(r"(?:(\d+)\s*x\s*)?(\d+(?:\.\d+)?)\s*GB", gpus, re.IGNORECASE)
+    if match is None or match[1] == "0":
+        raise UserError(f"--gpus: {gpus!r} is not understood; write the number and memory of a node's GPUs, as 8x80GB.")
+    rate = tflops * 1e12 if tflops else _GPU_RATE
+    return Machine(nodes, int(match[1] or 1), int(float(match[2]) * 1e9), True, rate, "stated")
+
+
+def plan_run(model: str, rules: list[Rule], data: CalibrationData, precision: str, machine: Machine) -> RunPlan:
+    """Return what a run takes on each rank. Raises UserError for what `lfq run` would refuse."""
+    checkpoint = ShapeCheckpoint(model)
+    skeleton = ModelSkeleton(checkpoint)
+    plans = Plan(rules).resolve(skeleton)
+    check_shares(machine.ranks, data)
+    check_training(machine.ranks, plans)
+    setting = Setting(
+        ranks=machine.ranks,
+        on_gpu=machine.on_gpu,
+        samples=data.num_samples,
+        held_out=data.num_held_out,
+        seq_len=data.seq_len,
+        compute_bytes=compute_dtype(precision).itemsize,
+        stream_bytes=stream_dtype(precision).itemsize,
+    )
+    different: dict[str, list[BlockPlan]] = {}
+    for plan in plans:
+        different.setdefault(_kind(plan), []).append(plan)
+    blocks = {_range(same): block_memory(same[0], skeleton, setting) for same in different.values()}
+    tokens, held_out = data.num_samples * data.seq_len, data.num_held_out * data.seq_len
+    flop = sum(block_flops(plan, skeleton, tokens, held_out, data.seq_len) for plan in plans)
+    streams = stream_bytes(skeleton, plans, setting)
+    return RunPlan(
+        blocks=blocks,
+        process=process_bytes(machine.on_gpu),
+        outer=outer_bytes(skeleton),
+        streams=streams,
+        streams_on_device=min(streams, data.budgets()[0]) if machine.on_gpu else 0,
+        output=output_bytes(skeleton, plans),
+        state=max(state_bytes(plan, skeleton) for plan in plans),
+        flop=flop,
+        seconds=flop / (machine.rate * machine.ranks),
+    )
+
+
+def print_plan(model: str, plan: RunPlan, machine: Machine) -> bool:
+    """Print a plan; return whether it fits."""
+    console = Console(highlight=False, soft_wrap=True)
+    where = f"{machine.devices} GPU(s) of {_gb(machine.device_bytes)}" if machine.on_gpu else "this machine's CPU"
+    nodes = f"{machine.nodes} x " if machine.nodes > 1 else ""
+    console.print(f"{model} on {nodes}{where}: {machine.ranks} process(es)")
+    table = Table(title="memory of each process" + (", on its GPU" if machine.on_gpu else ""), title_justify="left")
+    for column in ("blocks", "reading", "solving", "training"):
+        table.add_column(column, justify="left" if column == "blocks" else "right")
+    for name, block in plan.blocks.items():
+        table.add_row(name, _gb(block.read), _gb(block.solve), _gb(block.train) if block.train else "-")
+    console.print(table)
+    held = plan.device_peak if machine.on_gpu else plan.cpu_peak
+    streams = f"activations {_gb(plan.streams)}"
+    if machine.on_gpu:
+        console.print(
+            f"host memory of each process: embedding and head {_gb(plan.outer)}, {streams}"
+            f" ({_gb(plan.streams_on_device)} of it on the GPU)"
+        )
+        console.print(
+            f"with {_gb(plan.process)} for CUDA, the most at once: {_gb(held)} of {_gb(machine.device_bytes)}"
+        )
+    else:
+        console.print(
+            f"beside them: process {_gb(plan.process)}, embedding and head {_gb(plan.outer)}, {streams}; the most at "
+            f"once: {_gb(held)} of {_gb(machine.device_bytes)}"
+        )
+    console.print(f"disk: result {_gb(plan.output)}, a block's saved training up to {_gb(plan.state)}")
+    console.print(
+        f"work: {plan.flop:.2e} FLOP, about {_time(plan.seconds)} at {machine.rate / 1e12:.3g} TFLOP/s a process "
+        f"({machine.rate_source}; --tflops states another)"
+    )
+    fits = held <= machine.device_bytes
+    console.print("it fits" if fits else f"it does not fit: {_cure(plan, machine)}")
+    return fits
+
+
+def _cure(plan: RunPlan, machine: Machine) -> str:
+    worst = max(plan.blocks.values(), key=lambda block: block.peak)
+    if worst.train < worst.peak:
+        return "solving in closed form is the largest; use more processes, or `rtn` as init."
+    ways = ["activation_checkpointing: true", "flexround with a `rank`", "more processes"]
+    if machine.ranks == 1:
+        ways.insert(1, "optimizer: adamw8bit")
+    return f"training is the largest; try {', '.join(ways)}."
+
+
+def _kind(plan: BlockPlan) -> str:
+    rules = [(name.rpartition(f"{plan.index}.")[2], repr(layer)) for name, layer in plan.layers.items()]
+    return repr((len(plan.indices), sorted(rules), plan.objective, plan.batch_size, plan.optimizer, plan.learned))
+
+
+def _range(same: list[BlockPlan]) -> str:
+    indices = [index for plan in same for index in plan.indices]
+    span = f"{indices[0]} … {indices[-1]}" if len(indices) > 1 else str(indices[0])
+    quantizers = sorted({(layer.learned or layer.closed_form).name for layer in same[0].layers.values()})
+    return f"{span}  {'+'.join(quantizers) or 'full precision'}  {same[0].objective.name}"
+
+
+def _measured_rate(precision: str) -> float:
+    matrix = torch.randn(_PRODUCT_SIZE, _PRODUCT_SIZE, dtype=compute_dtype(precision))
+    best = float("inf")
+    for _ in range(5):
+        started = time.perf_counter()
+        matrix @ matrix
+        best = min(best, time.perf_counter() - started)
+    return 2.0 * _PRODUCT_SIZE**3 / best
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.2f} GB" if size < 1e10 else f"{size / 1e9:.1f} GB"
+
+
+def _time(seconds: float) -> str:
+    if seconds < 600:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
