@@ -9,8 +9,10 @@ from rich.console import Console
 from rich.table import Table
 
 from lfq_lightning.block_flops import block_flops
+from lfq_lightning.checkpoints import open_checkpoint
 from lfq_lightning.checkpoints.shape_checkpoint import ShapeCheckpoint
 from lfq_lightning.data import CalibrationData
+from lfq_lightning.data.calibration_data import SELF_GENERATED
 from lfq_lightning.errors import UserError
 from lfq_lightning.memory_estimate import (
     BlockMemory,
@@ -58,7 +60,20 @@ class Machine:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What a run takes. Bytes, FLOP, seconds; memory is each rank's."""
+    """What a run takes; memory is each rank's.
+
+    Args:
+        blocks: bytes of the phases of each kind of block.
+        process: bytes before any weights.
+        outer: bytes of embedding and head.
+        streams: bytes of the activations.
+        streams_on_device: how many of them lie on the GPU.
+        output: bytes of the result.
+        state: bytes of a block's saved training, at most.
+        flop: of all blocks.
+        seconds: of all blocks.
+        writing: bytes of the whole model, if it writes its own calibration data; else 0.
+    """
 
     blocks: dict[str, BlockMemory]
     process: int
@@ -69,16 +84,19 @@ class RunPlan:
     state: int
     flop: float
     seconds: float
+    writing: int
 
     @property
     def device_peak(self) -> int:
         """Return the most memory a GPU holds."""
-        return max(block.peak for block in self.blocks.values()) + self.streams_on_device + self.process
+        calibrating = max(block.peak for block in self.blocks.values()) + self.streams_on_device
+        return max(calibrating, self.writing) + self.process
 
     @property
     def cpu_peak(self) -> int:
         """Return the most memory a process holds whose blocks run on the CPU."""
-        return max(block.peak for block in self.blocks.values()) + self.outer + self.streams + self.process
+        calibrating = max(block.peak for block in self.blocks.values()) + self.outer + self.streams
+        return max(calibrating, self.writing) + self.process
 
 
 def parse_machine(gpus: str | None, nodes: int, tflops: float | None, precision: str) -> Machine:
@@ -99,7 +117,7 @@ def parse_machine(gpus: str | None, nodes: int, tflops: float | None, precision:
 
 def plan_run(model: str, rules: list[Rule], data: CalibrationData, precision: str, machine: Machine) -> RunPlan:
     """Return what a run takes on each rank. Raises UserError for what `lfq run` would refuse."""
-    checkpoint = ShapeCheckpoint(model)
+    checkpoint = open_checkpoint(model) if model.endswith(".gguf") else ShapeCheckpoint(model)
     skeleton = ModelSkeleton(checkpoint)
     plans = Plan(rules).resolve(skeleton)
     check_shares(machine.ranks, data)
@@ -130,7 +148,13 @@ def plan_run(model: str, rules: list[Rule], data: CalibrationData, precision: st
         state=max(state_bytes(plan, skeleton) for plan in plans),
         flop=flop,
         seconds=flop / (machine.rate * machine.ranks),
+        writing=_all_weights(skeleton) if data.dataset == SELF_GENERATED else 0,
     )
+
+
+def _all_weights(skeleton: ModelSkeleton) -> int:
+    values = sum(o * i for index in range(len(skeleton)) for o, i in skeleton.linear_shapes(index).values())
+    return values * skeleton.checkpoint.dtype.itemsize + outer_bytes(skeleton)
 
 
 def print_plan(model: str, plan: RunPlan, machine: Machine) -> bool:
@@ -145,6 +169,8 @@ def print_plan(model: str, plan: RunPlan, machine: Machine) -> bool:
     for name, block in plan.blocks.items():
         table.add_row(name, _gb(block.read), _gb(block.solve), _gb(block.train) if block.train else "-")
     console.print(table)
+    if plan.writing:
+        console.print(f"before: the whole model writes the calibration data, {_gb(plan.writing)} of weights")
     held = plan.device_peak if machine.on_gpu else plan.cpu_peak
     streams = f"activations {_gb(plan.streams)}"
     if machine.on_gpu:
@@ -171,6 +197,8 @@ def print_plan(model: str, plan: RunPlan, machine: Machine) -> bool:
 
 
 def _cure(plan: RunPlan, machine: Machine) -> str:
+    if plan.writing + plan.process > machine.device_bytes:
+        return "the whole model cannot write its own calibration data here; give data.dataset."
     worst = max(plan.blocks.values(), key=lambda block: block.peak)
     if worst.train < worst.peak:
         return "solving in closed form is the largest; use more processes, or `rtn` as init."

@@ -76,11 +76,10 @@ def test_large_models_from_their_shapes(capsys):
     assert ModelSkeleton(ShapeCheckpoint(LLAMA_8B)).checkpoint.dtype == torch.bfloat16
     main([*SMALL, "--model", LLAMA_8B, "--gpus", "1x24GB"])
     assert "it fits" in capsys.readouterr().out
-    main([*SMALL, "--model", LLAMA_70B, "--gpus", "80 gb"])
+    preset = str(ROOT / "configs" / "llama-3.1-70b-w4-fsdp2.yaml")
+    main(["plan", "--config", preset, "--gpus", "80 gb"])
     one = capsys.readouterr().out
-    main(
-        ["plan", "--config", str(ROOT / "configs" / "llama-3.1-70b-w4-fsdp2.yaml"), "--gpus", "8x80GB", "--nodes", "2"]
-    )
+    main(["plan", "--config", preset, "--gpus", "8x80GB", "--nodes", "2"])
     sixteen = capsys.readouterr().out
     assert "1 process(es)" in one and "16 process(es)" in sixteen
     assert "0 … 78  flexround  mse" in sixteen
@@ -88,7 +87,13 @@ def test_large_models_from_their_shapes(capsys):
 
 def test_what_does_not_fit_or_cannot_be(capsys, tmp_path):
     with pytest.raises(SystemExit) as ended:
-        main([*SMALL, "--model", LLAMA_70B, "--gpus", "24GB"])
+        main([*SMALL, "--model", LLAMA_70B, "--gpus", "80GB"])
+    assert ended.value.code == 1
+    assert "the whole model cannot write its own calibration data here; give data.dataset" in capsys.readouterr().out
+    text = tmp_path / "text.txt"
+    text.write_text("any")
+    with pytest.raises(SystemExit) as ended:
+        main([*SMALL, "--model", LLAMA_70B, "--gpus", "24GB", "--data.dataset", str(text)])
     assert ended.value.code == 1
     assert "it does not fit: training is the largest; try activation_checkpointing: true" in capsys.readouterr().out
     for arguments, message in [

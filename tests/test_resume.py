@@ -142,6 +142,17 @@ def test_under_memory_savers(text_file, tmp_path, training):
     assert (shards[0] == shards[1]) == ("activation_checkpointing" in training)
 
 
+def test_activations_in_files(whole, llama, text_file, tmp_path, caplog):
+    with caplog.at_level("INFO"):
+        calibrate(llama, text_file, tmp_path / "run", data={"host_gb": 0})
+    assert "train.student, 0.00 GB, in a file below" in caplog.text
+    same_bytes(whole, tmp_path / "run")
+    calibrate(llama, text_file, tmp_path / "part", data={"host_gb": 30e-6})  # some fit
+    same_bytes(whole, tmp_path / "part")
+    with pytest.raises(UserError, match=r"data.host_gb: -1 is negative"):
+        calibrate(llama, text_file, tmp_path / "bad", data={"host_gb": -1})
+
+
 def test_between_saves_an_interval_is_lost(whole, llama, text_file, tmp_path):
     with pytest.raises(KilledError):
         calibrate(llama, text_file, tmp_path / "run", KillAt(5), save_seconds=1e9)
