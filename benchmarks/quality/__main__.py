@@ -13,7 +13,6 @@ import argparse
 import csv
 import fcntl
 import json
-import os
 import subprocess
 import sys
 import time
@@ -31,6 +30,12 @@ from lfq_lightning.data import CalibrationData
 
 RESULTS = Path(__file__).parents[1] / "results" / "quality.csv"
 PEERS = {"autoround": 1, "autoround-best": 5}  # times the setting's steps
+_STARTER = """
+import os, subprocess, sys
+_, status, usage = os.wait4(subprocess.Popen(sys.argv[2:]).pid, 0)
+open(sys.argv[1], "w").write(str(usage.ru_maxrss * 1024))
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
 SEQUENCES, SELECTION, HELD_OUT = 136, 8, 32
 
 
@@ -163,14 +168,17 @@ def _dense(checkpoint: str, work: Path) -> str:
 
 
 def _timed(command: list[str], log: Path) -> tuple[float, int]:
-    """Run a command with its output in a log; return wall seconds and its peak resident bytes."""
+    """Run a command with its output in a log; return wall seconds and its peak resident bytes.
+
+    The system counts as a child's the memory of whoever started it; so a small process does.
+    """
+    peak = log.with_suffix(".peak")
     started = time.perf_counter()
     with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
-        _, status, usage = os.wait4(process.pid, 0)
-    if status != 0:
+        status = subprocess.run([sys.executable, "-c", _STARTER, peak, *command], stdout=output, stderr=output)
+    if status.returncode != 0:
         raise SystemExit(f"{' '.join(command)} failed; see {log}.")
-    return time.perf_counter() - started, usage.ru_maxrss * 1024
+    return time.perf_counter() - started, int(peak.read_text())
 
 
 def _seconds_taken_over(folder: Path, base: Path) -> float:
