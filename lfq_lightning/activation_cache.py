@@ -116,6 +116,7 @@ class ActivationCache:
 
     def in_order(self, batch_size: int) -> "BatchLoader":
         """Return a loader over all sequences, for validation."""
+        batch_size = self._shared_out(batch_size)
         everything = list(range(len(self)))
         return BatchLoader(self, [everything[i : i + batch_size] for i in range(0, len(self), batch_size)])
 
@@ -126,6 +127,7 @@ class ActivationCache:
         a seeded permutation of it: any number of ranks that divides both has its share of every batch at home, and the
         batches are the same for all of them.
         """
+        batch_size = self._shared_out(batch_size)
         generator = torch.Generator().manual_seed(seed)
         classes = math.gcd(len(self), batch_size)
         each = batch_size // classes
@@ -141,6 +143,11 @@ class ActivationCache:
                 del waiting[:each]
             batches.append(batch)
         return BatchLoader(self, batches[skip:])
+
+    def _shared_out(self, batch_size: int) -> int:
+        """Return the nearest batch size that gives each rank a sequence; preflight has checked those that matter."""
+        size = self.ranks.size
+        return max(size, batch_size // size * size)
 
     def _some(self, stream: Tensor, half: int) -> tuple[Tensor, ...]:
         """Return views of this rank's even or odd sequences, some at a time; writing to them writes the stream."""

@@ -77,13 +77,14 @@ class BlockState:
             "schedulers": [config.scheduler.state_dict() for config in trainer.strategy.lr_scheduler_configs],
             "precision": trainer.precision_plugin.state_dict(),
         }
-        whole = {name: self.ranks.whole(tensor).contiguous() for name, tensor in tensors.items()}
+        whole: dict[str, Tensor] = {}
         seen: set[int] = set()
-        for name, tensor in whole.items():  # bitsandbytes gives all parameters one table; a file wants each its own
-            whole[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
-            seen.add(tensor.data_ptr())
-        if self.ranks.first:
-            write_tensors(file, whole, {"state": json.dumps(facts)})
+        for name, tensor in tensors.items():
+            found = self.ranks.whole(tensor)
+            if found is not None:  # bitsandbytes gives all parameters one table; a file wants each its own
+                whole[name] = found.clone() if found.data_ptr() in seen else found.contiguous()
+                seen.add(found.data_ptr())
+        self.ranks.once(lambda: write_tensors(file, whole, {"state": json.dumps(facts)}))
 
     def load(self, file: Path, trainer: Trainer) -> None:
         """Go on from a file; its trainer has this block's optimizer already."""

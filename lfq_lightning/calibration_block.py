@@ -3,7 +3,6 @@
 from abc import ABC, abstractmethod
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
@@ -52,10 +51,7 @@ class CalibrationBlock(LightningModule, ABC):
         return hidden, self.loss(hidden, batch)
 
     def training_step(self, batch: Batch, step: int = 0) -> Tensor:
-        """Return the loss at an optimizer step, whose mean over ranks is that of the whole batch; 0 if there is nothing
-        to train: several processes may skip no step."""
-        if not self.plan.learned:
-            return torch.zeros((), requires_grad=True)
+        """Return the loss at an optimizer step; its mean over ranks is that of the whole batch."""
         for quantizer in self.quantizers():
             quantizer.anneal(step / self.plan.steps)
         return self(batch)[1] * batch["weight"]

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
@@ -28,11 +29,12 @@ class CalibrationModule(LightningModule):
         assert self.block is not None, "the BlockScheduler callback places a block before each epoch"
         return self.block
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
+        if not self.current.plan.learned:  # Lightning skips None, which several processes may not do
+            return None if self.trainer.world_size == 1 else torch.zeros((), device=self.device, requires_grad=True)
         step = self.first_step + batch_idx // self.trainer.accumulate_grad_batches
         loss = self.current.training_step(batch, step)
-        if self.current.plan.learned:
-            self.log("train/loss", loss.detach(), sync_dist=True)
+        self.log("train/loss", loss.detach(), sync_dist=True)
         return loss
 
     def configure_model(self) -> None:

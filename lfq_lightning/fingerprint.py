@@ -2,6 +2,7 @@
 
 import hashlib
 import inspect
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from lfq_lightning.plan import BlockPlan
 from lfq_lightning.registry import Plugin
 from lfq_lightning.token_set import TokenSet
 
-_VERSIONS = ("lfq-lightning", "torch", "transformers")
+_VERSIONS = ("lfq-lightning", "torch", "transformers", "lightning")
 _TRAINER = (
     "precision",
     "accumulate_grad_batches",
@@ -44,6 +45,7 @@ def own_facts(plans: list[BlockPlan], data: CalibrationData, checkpoint: Checkpo
     for plan in plans:
         where = f"of block {plan.index}"
         facts |= {f"{name} {where}": getattr(plan, name) for name in ("steps", "lr", "batch_size", "optimizer")}
+        facts[f"decoder layers {where}"] = list(plan.indices)
         facts[f"objective {where}"] = repr(plan.objective)
         facts |= {f"quantizer of {name}": repr(layer) for name, layer in plan.layers.items()}
         facts |= {f"source of {plugin.name}": _digest([], _source(plugin)) for plugin in _plugins(plan)}
@@ -53,7 +55,8 @@ def own_facts(plans: list[BlockPlan], data: CalibrationData, checkpoint: Checkpo
 def block_fingerprint(before: str, plan: BlockPlan, tensors: dict[str, Tensor]) -> str:
     """Return the fingerprint of a block: its plan, its full-precision tensors, the fingerprint of the block before."""
     sources = {_source(plugin) for plugin in _plugins(plan)}
-    return _digest([tensors[name] for name in sorted(tensors)], before, repr(plan), *sorted(sources))
+    what = repr(replace(plan, activation_checkpointing=False))  # which changes memory, and no result
+    return _digest([tensors[name] for name in sorted(tensors)], before, what, *sorted(sources))
 
 
 def _plugins(plan: BlockPlan) -> list[Plugin[Any]]:

@@ -1,6 +1,7 @@
 """FSDP2: the strategy of several processes: each block's parameters, gradients and optimizer state are sharded."""
 
 import os
+from datetime import timedelta
 from typing import final
 
 from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
@@ -12,6 +13,9 @@ from lfq_lightning.errors import UserError
 @final
 class FSDP2(ModelParallelStrategy):
     """Lightning's ModelParallelStrategy with all ranks, of all nodes, in one group that shards a block."""
+
+    def __init__(self) -> None:
+        super().__init__(timeout=timedelta(hours=12))  # the others wait while the first reads, or makes, the data
 
     def setup_environment(self) -> None:
         self._data_parallel_size = self.num_nodes * self.num_processes  # Lightning's own default is the nodes alone
@@ -31,7 +35,10 @@ def launched() -> tuple[int, int] | None:
         world, here = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
     elif SLURMEnvironment.detect():
         world = int(os.environ["SLURM_NTASKS"])
-        here = world // int(os.environ["SLURM_NNODES"])
+        nodes = int(os.environ["SLURM_NNODES"])
+        if world % nodes:
+            raise UserError(f"{world} processes do not divide among {nodes} nodes; start equally many on each node.")
+        here = world // nodes
     else:
         return None
     if world % here:

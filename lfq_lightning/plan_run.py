@@ -120,6 +120,7 @@ def plan_run(model: str, rules: list[Rule], data: CalibrationData, precision: st
     checkpoint = open_checkpoint(model) if model.endswith(".gguf") else ShapeCheckpoint(model)
     skeleton = ModelSkeleton(checkpoint)
     plans = Plan(rules).resolve(skeleton)
+    data.check_sizes(checkpoint)
     check_shares(machine.ranks, data)
     check_training(machine.ranks, plans)
     setting = Setting(
@@ -143,7 +144,7 @@ def plan_run(model: str, rules: list[Rule], data: CalibrationData, precision: st
         process=process_bytes(machine.on_gpu),
         outer=outer_bytes(skeleton),
         streams=streams,
-        streams_on_device=min(streams, data.budgets()[0]) if machine.on_gpu else 0,
+        streams_on_device=min(streams, data.budgets(machine.devices)[0]) if machine.on_gpu else 0,
         output=output_bytes(skeleton, plans),
         state=max(state_bytes(plan, skeleton) for plan in plans),
         flop=flop,

@@ -35,6 +35,12 @@ def check_trainer(
             "the best step is chosen on all held-out sequences; leave trainer.limit_val_batches, overfit_batches and "
             "fast_dev_run alone, and lower data.num_held_out for a quick run."
         )
+    whole = isinstance(trainer.limit_train_batches, float) and trainer.limit_train_batches == 1.0
+    if not whole or trainer.check_val_every_n_epoch != 1:
+        raise UserError(
+            "a block's steps are the plan's, and each block is checked; leave trainer.limit_train_batches and "
+            "check_val_every_n_epoch alone, and change `steps`."
+        )
     if trainer.min_epochs or trainer.min_steps:
         raise UserError("a run ends with its last block; leave trainer.min_epochs and trainer.min_steps alone.")
     schedulers = [c for c in trainer.callbacks if isinstance(c, GradientAccumulationScheduler)]  # type: ignore[attr-defined]

@@ -1,5 +1,6 @@
 """Ranks: the processes of a run, and what they tell each other. One process is one rank, and nothing is sent."""
 
+import gc
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -13,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from lfq_lightning.errors import UserError
+from lfq_lightning.errors import UserError, one_line
 
 T = TypeVar("T")
 
@@ -89,19 +90,27 @@ class Ranks:
         return tensor
 
     def once(self, make: Callable[[], T]) -> T:
-        """Let the first rank make a value, and return it everywhere; its UserError is raised everywhere."""
+        """Let the first rank make a value, and return it everywhere, when it is made; what it raises ends all ranks."""
         if self.size == 1:
             return make()
         sent: list[Any] = [None, None]
+        failed: BaseException | None = None
         if self.first:
             try:
                 sent[0] = make()
-            except UserError as error:
-                sent[1] = str(error)
+            except Exception as error:
+                failed, sent[1] = error, one_line(error)
         dist.broadcast_object_list(sent, 0, device=self.device)
+        if failed is not None:
+            raise failed
         if sent[1] is not None:
             raise UserError(sent[1])
         return sent[0]
+
+    def let_go(self) -> None:
+        """Free modules that were sharded: FSDP2 ties them to themselves, and nothing else would look for them soon."""
+        if self.size > 1:
+            gc.collect()
 
     def shard(self, module: nn.Module) -> None:
         """Keep of each parameter of `module` a share per rank; it is whole while the module runs (FSDP2)."""
@@ -113,9 +122,10 @@ class Ranks:
         if isinstance(module, FSDPModule):
             module.unshard()
 
-    def whole(self, tensor: Tensor) -> Tensor:
-        """Return all of a tensor of which each rank may hold a share, on the CPU."""
-        return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu()
+    def whole(self, tensor: Tensor) -> Tensor | None:
+        """Return all of a tensor of which each rank may hold a share, on the first rank's CPU; None on the others."""
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        return whole.detach().cpu() if self.first else None
 
     def like(self, tensor: Tensor, whole: Tensor) -> Tensor:
         """Return of `whole` what this rank has of `tensor`, on its device."""

@@ -97,7 +97,7 @@ class CommandLine(LightningCLI):
             kwargs["logger"] = CSVLogger(config.output, name=LOGS, version="")
         try:
             return super().instantiate_trainer(**kwargs)
-        except (MisconfigurationException, ValueError, TypeError) as error:
+        except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
             raise UserError(f"trainer: {one_line(error)}") from error
 
 

@@ -20,8 +20,9 @@ from lfq_lightning.formats.compressed_tensors import CompressedTensors
 from lfq_lightning.model_card import CARD, model_card
 from lfq_lightning.packed_folder import CHECKSUMS, INDEX, sha256
 from lfq_lightning.quant_scheme import QuantScheme
+from lfq_lightning.stream_store import STREAM
 from lfq_lightning.token_set import TokenSet
-from lfq_lightning.write_file import write_tensors, write_text
+from lfq_lightning.write_file import to_disk, write_tensors, write_text, writing
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +72,6 @@ class RunFolder:
         self.path = Path(path).expanduser()
         self.shards = shards
         self.overwrite = overwrite
-        self.writes = True  # on one rank only
         self._weight_map: dict[str, str] = {}
         self._checksums: dict[str, str] = {}
         self._total_bytes = 0
@@ -104,6 +104,8 @@ class RunFolder:
             raise UserError(f"output: {existing} is a file, so {self.path} cannot be a folder; give another one.")
         if not os.access(existing, os.W_OK):
             raise UserError(f"output: {existing} cannot be written to; give another folder.")
+        there = sum(shard.stat().st_size for shard in self.path.glob("*.safetensors")) if self.unfinished else 0
+        bytes_needed -= there
         free = shutil.disk_usage(existing).free
         if free < bytes_needed:
             raise UserError(
@@ -111,10 +113,16 @@ class RunFolder:
                 "free; free some or give a folder on another disk."
             )
 
-    def open(self, resolved_config: str | None, facts: dict[str, Any]) -> None:
-        """Empty the folder of an earlier run, start the journal, and note what the run depends on."""
-        if not self.writes:
-            return
+    def open(
+        self, resolved_config: str | None, facts: dict[str, Any], tokens: tuple[TokenSet, TokenSet] | None
+    ) -> None:
+        """Empty the folder of an earlier run, start the journal, and note what the run depends on.
+
+        Args:
+            resolved_config: YAML text to keep.
+            facts: what a run must agree in to go on from here; written last.
+            tokens: the calibration data, where making it again is dear.
+        """
         # Config first: what is left is no model then. The journal last: until then the folder is known as a run's.
         for old in sorted(self._content(), key=lambda entry: (entry.name == JOURNAL, entry.name != "config.json")):
             old.unlink()
@@ -123,13 +131,19 @@ class RunFolder:
         if resolved_config is not None:
             self.write_text("lfq.yaml", resolved_config)
         self.write_json("versions.json", {name: found for name in _VERSIONS if (found := _version(name))})
+        if tokens is not None:
+            self._write_tokens(tokens)
         self.write_json(FACTS, facts)
 
-    def reopen(self) -> None:
-        """Keep of the journal what can be gone on from: its whole lines, up to the first whose shard is not intact."""
+    def reopen(self, blocks: int) -> None:
+        """Keep of the journal what can be gone on from: its whole lines, up to the first whose shard is not intact.
+
+        Args:
+            blocks: how many at most.
+        """
         kept: list[str] = []
         text = (self.path / JOURNAL).read_text(encoding="utf-8")
-        for line in text.splitlines(keepends=True):
+        for line in text.splitlines(keepends=True)[:blocks]:
             broken = self._broken(line)
             if broken is not None:
                 log.warning("%s: %s; going on from there", self.path, broken)
@@ -151,18 +165,14 @@ class RunFolder:
     def write_shard(self, number: int, tensors: dict[str, Tensor]) -> None:
         """Write shard `number` whole or not at all."""
         name = shard_name(number, self.shards)
-        if self.writes:
-            write_tensors(self.path / name, tensors, {"format": "pt"})
-            self._checksums[name] = sha256(self.path / name)
-        self._note(name, tensors)
+        write_tensors(self.path / name, tensors, {"format": "pt"})
+        self._checksums[name] = sha256(self.path / name)
 
-    def take_shard(self, number: int, tensors: dict[str, Tensor], digest: str) -> None:
-        """Count in a shard that an earlier run has written here."""
+    def note_shard(self, number: int, tensors: dict[str, Tensor], digest: str | None = None) -> None:
+        """Count a shard in, whoever has written it; its digest is known if it was written here."""
         name = shard_name(number, self.shards)
-        self._checksums[name] = digest
-        self._note(name, tensors)
-
-    def _note(self, name: str, tensors: dict[str, Tensor]) -> None:
+        if digest is not None:
+            self._checksums[name] = digest
         self._weight_map |= dict.fromkeys(tensors, name)
         self._total_bytes += sum(tensor.nbytes for tensor in tensors.values())
 
@@ -173,9 +183,7 @@ class RunFolder:
 
     def append_journal(self, line: dict[str, Any]) -> None:
         """Add one JSON line to the journal and bring it to the disk."""
-        if not self.writes:
-            return
-        with (self.path / JOURNAL).open("a", encoding="utf-8") as journal:
+        with writing(self.path / JOURNAL), (self.path / JOURNAL).open("a", encoding="utf-8") as journal:
             journal.write(json.dumps(line) + "\n")
             journal.flush()
             os.fsync(journal.fileno())
@@ -189,13 +197,14 @@ class RunFolder:
         metrics: dict[str, Any],
     ) -> None:
         """Write metrics, tokenizer, index and, last of all, config.json: from here on it is a model."""
-        if not self.writes:
-            return
         self.write_json("metrics.json", metrics)
-        checkpoint.tokenizer().save_pretrained(self.path)
-        generation = checkpoint.generation_config()
-        if generation is not None:
-            generation.save_pretrained(self.path)
+        with writing(self.path):
+            checkpoint.tokenizer().save_pretrained(self.path)
+            generation = checkpoint.generation_config()
+            if generation is not None:
+                generation.save_pretrained(self.path)
+            for file in checkpoint.licences():
+                shutil.copyfile(file, self.path / file.name)
         metadata = {"total_size": self._total_bytes, CHECKSUMS: self._checksums}
         self.write_json(INDEX, {"metadata": metadata, "weight_map": dict(sorted(self._weight_map.items()))})
         config = _model_config(checkpoint, architecture)
@@ -203,14 +212,15 @@ class RunFolder:
             config["quantization_config"] = CompressedTensors().config(schemes, ignore)
             loads = engines(CompressedTensors(), schemes, ignore)
             self.write_text(CARD, model_card(config, schemes, loads, metrics))
-        for file in checkpoint.licences():
-            shutil.copyfile(file, self.path / file.name)
-        for left in [self.path / STATE, self.path / TOKENS, *self.path.glob("*.partial")]:
-            left.unlink(missing_ok=True)
+        for left in self.path.glob("*.partial"):
+            left.unlink()
+        for file in self._content():
+            to_disk(file)
         self.write_json("config.json", config)
+        for left in (self.path / STATE, self.path / TOKENS):  # last: they are what to go on from
+            left.unlink(missing_ok=True)
 
-    def write_tokens(self, sets: tuple[TokenSet, TokenSet]) -> None:
-        """Keep the calibration data, where making it again is dear."""
+    def _write_tokens(self, sets: tuple[TokenSet, TokenSet]) -> None:
         named = zip(("train", "held_out"), sets, strict=True)
         tensors = {f"{name}.{part}": vars(tokens)[part] for name, tokens in named for part in ("input_ids", "mask")}
         write_tensors(self.path / TOKENS, tensors, {})
@@ -232,7 +242,9 @@ class RunFolder:
         return self._total_bytes
 
     def _content(self) -> list[Path]:
-        return [entry for entry in self.path.iterdir() if entry.name != LOGS] if self.path.is_dir() else []
+        if not self.path.is_dir():
+            return []
+        return [entry for entry in self.path.iterdir() if entry.name != LOGS and not _passes(entry.name)]
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         self.write_text(name, json.dumps(content, indent=2) + "\n")
@@ -249,6 +261,11 @@ def _model_config(checkpoint: Checkpoint, architecture: str) -> dict[str, Any]:
     config["architectures"] = [architecture]
     config["dtype"] = str(checkpoint.dtype).removeprefix("torch.")
     return config
+
+
+def _passes(name: str) -> bool:
+    """Tell whether a file goes by itself: activations, which have no name but for a moment, or on NFS until the end."""
+    return name.endswith(STREAM) or name.startswith(".nfs")
 
 
 def _is_ours(entry: Path) -> bool:

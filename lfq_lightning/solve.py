@@ -136,10 +136,10 @@ def _whole(quantizer: ClosedFormQuantizer, names: list[str], rows: int, ranks: R
             f"quantizer {plugin_name(type(quantizer))}: codes and latent are {tuple(exported.codes.shape)} and "
             f"{tuple(quantizer.latent.shape)} for {' + '.join(names)}; both must be {tuple(shape)}, as the weight."
         )
-    if not exported.scale.isfinite().all():
-        raise UserError(f"quantizer {plugin_name(type(quantizer))}: NaN or infinite scale in {names[0]}.")
     parts = (exported.codes, exported.scale, exported.zero_point, quantizer.latent)
     codes, scale, zero_point, latent = (ranks.gather_rows(part, rows) for part in parts)
+    if not scale.isfinite().all():
+        raise UserError(f"quantizer {plugin_name(type(quantizer))}: NaN or infinite scale in {names[0]}.")
     return QuantizedTensor(codes, scale, zero_point, exported.scheme), latent
 
 

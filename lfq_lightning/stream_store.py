@@ -1,12 +1,17 @@
 """StreamStore: where activation streams live: on the device, in host memory, or in files of the output folder."""
 
 import logging
+import os
 import uuid
 from math import prod
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from lfq_lightning.errors import UserError, one_line
+
+STREAM = ".stream"
 
 log = logging.getLogger(__name__)
 
@@ -38,16 +43,25 @@ class StreamStore:
         self._held[name] = (kind, needed)
         if kind == "disk":
             log.info("activations: %s, %.2f GB, in a file below %s", name, needed / 1e9, self.folder)
-            file = self.folder / f"{name}.{uuid.uuid4().hex}.stream"
-            try:
-                return torch.from_file(str(file), shared=True, size=prod(shape), dtype=dtype).view(shape)
-            finally:
-                file.unlink(missing_ok=True)
+            return self._mapped(self.folder / f"{name}.{uuid.uuid4().hex}{STREAM}", shape, dtype)
         return torch.empty(shape, dtype=dtype, device=self.device if kind == "device" else "cpu")
 
     def release(self, name: str) -> None:
         """Give the budget of a tensor back; the caller lets go of the tensor."""
         self._held.pop(name, None)
+
+    def _mapped(self, file: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        try:
+            with file.open("wb") as opened:  # all of it now: a full disk would end the process when it is written to
+                os.posix_fallocate(opened.fileno(), 0, max(1, prod(shape) * dtype.itemsize))
+            return torch.from_file(str(file), shared=True, size=prod(shape), dtype=dtype).view(shape)
+        except (OSError, RuntimeError) as error:
+            raise UserError(
+                f"activations: {file} cannot be written ({one_line(error)}); free some space, raise data.host_gb, or "
+                "lower data.num_samples or seq_len."
+            ) from error
+        finally:
+            file.unlink(missing_ok=True)
 
     @property
     def reads_ahead(self) -> bool:

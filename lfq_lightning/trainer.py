@@ -1,5 +1,6 @@
 """Trainer: Lightning's Trainer with the defaults that one fit through all blocks needs."""
 
+import signal
 from typing import Any
 
 import lightning.pytorch as pl
@@ -66,7 +67,15 @@ class Trainer(pl.Trainer):
         schedulers = [callback for callback in everyone if isinstance(callback, BlockScheduler)]
         for scheduler in schedulers:
             scheduler.prepare(self, model, datamodule)
-        self.fit(model, datamodule=datamodule)
+        try:
+            self.fit(model, datamodule=datamodule)
+        except Exception:
+            if self.strategy.launcher is not None:
+                self.strategy.launcher.kill(signal.SIGKILL)  # or they would wait for this process
+            raise
+        finally:
+            for scheduler in schedulers:
+                scheduler.saving.unlisten()
         if not all(scheduler.finished for scheduler in schedulers):
             raise UserError(
                 f"the run was stopped before its last block; finished shards are in {schedulers[0].folder.path}, but "

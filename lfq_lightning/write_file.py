@@ -1,7 +1,8 @@
 """Write files whole or not at all: aside, to the disk, then under their name. A full disk is a UserError."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -33,19 +34,30 @@ def write_text(file: Path, text: str) -> None:
 def _whole(file: Path, write: Callable[[Path], object]) -> None:
     aside = file.with_name(file.name + _ASIDE)
     try:
-        write(aside)
-        _to_disk(aside)
-        aside.replace(file)
-        _to_disk(file.parent)
-    except (OSError, SafetensorError) as error:
+        with writing(file):
+            write(aside)
+            to_disk(aside)
+            aside.replace(file)
+            to_disk(file.parent)
+    except UserError:
         aside.unlink(missing_ok=True)  # a full disk: let go of what was taken
+        raise
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what goes wrong in writing `path` into a UserError."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
         raise UserError(
-            f"{file} cannot be written ({one_line(error)}); free some space and run the same command again, it goes on "
-            "from here."
+            f"{path} cannot be written ({one_line(error)}); free some space and run the same command again, without "
+            "--overwrite: it goes on from here."
         ) from error
 
 
-def _to_disk(path: Path) -> None:
+def to_disk(path: Path) -> None:
+    """Bring a file, or a folder's list of files, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -107,6 +107,21 @@ def test_killed_anywhere_the_bytes_are_the_same(whole, llama, text_file, tmp_pat
     assert count.blocks == [0, 1, 2][0 if batch == 1 else 1 if batch <= 8 else 2 :]
 
 
+class KillAfterBlock(BlockCallback):
+    def on_block_end(self, trainer, report):
+        if report.index == 2:
+            raise KilledError
+
+
+def test_killed_between_the_last_block_and_the_end(whole, llama, text_file, tmp_path):
+    for _ in range(2):
+        with pytest.raises(KilledError):
+            calibrate(llama, text_file, tmp_path / "run", KillAfterBlock())
+    assert not (tmp_path / "run" / "config.json").exists()
+    calibrate(llama, text_file, tmp_path / "run")
+    same_bytes(whole, tmp_path / "run")
+
+
 def test_killed_again_and_again(whole, llama, text_file, tmp_path):
     for _ in range(20):
         try:

@@ -81,6 +81,7 @@ class BlockScheduler(BlockCallback):
         self.overwrite = overwrite
         self.reuse = reuse
         self.save_seconds = save_seconds
+        self.saving = Saving(save_seconds)
         self.resolved_config = resolved_config
         self.prepared = False
         self.finished = False
@@ -113,28 +114,27 @@ class BlockScheduler(BlockCallback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.trainer, self.device = trainer, trainer.strategy.root_device
         self.ranks = ranks_of(trainer)
-        self.saving = Saving(self.ranks, self.save_seconds)
-        self.store = StreamStore(self.device, self.folder.path, *self.data.budgets())
-        self.folder.writes = self.ranks.first
+        self.saving.listen(self.ranks, trainer.strategy.launcher)
+        self.store = StreamStore(self.device, self.folder.path, *self.data.budgets(trainer.num_devices))
         log.info("quantise-dequantise, logit loss and GPTQ on %s: %s", self.device, describe(self.device))
-        (train, self.held_out_tokens), self.earlier = self.ranks.once(self._open)
+        (train, self.held_out_tokens), sources = self.ranks.once(self._open)
         self.splits = Splits(self._embed("train", train), self._embed("held_out", self.held_out_tokens))
-        self.folder.write_shard(0, self.skeleton.checkpoint.tensors(self.skeleton.outer_names()))
+        self._write_shard(0, self.skeleton.checkpoint.tensors(self.skeleton.outer_names()))
         self.schemes: dict[str, QuantScheme] = {}
         self.peak_bytes = peak_bytes(self.device)
         for listener in self._listeners():
             listener.on_run_start(self.trainer, self.plans)
         self.fingerprint = ""
         self.taken = 0
-        if self.earlier is not None:
-            self.taken = self._take_over(self.earlier)
-            log.info("%d of %d blocks taken over from %s", self.taken, len(self.plans), self.earlier.path)
+        for earlier in sources:
+            before, self.taken = self.taken, self._take_over(earlier, self.taken)
+            log.info("%d of %d blocks taken over from %s", self.taken - before, len(self.plans), earlier.path)
         self.blocks_started = time.perf_counter()
         self._begin(self.plans[self.taken])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # in place of Lightning's own handler, which saves nothing; at the end it restores what was before
-        self.saving.listen(trainer.strategy.launcher)
+        # again: Lightning has put its own handler in place, which saves nothing
+        self.saving.listen(self.ranks, trainer.strategy.launcher)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         trainer.strategy.setup_optimizers(trainer)  # a new block: its own parameters, its own schedule
@@ -194,8 +194,11 @@ class BlockScheduler(BlockCallback):
     def _begin(self, plan: BlockPlan) -> None:
         """Run the teacher, solve in closed form, and put the block on the bench."""
         self.saving.stop_at_once = True
+        if self.saving.stopping():
+            self.saving.stop(f"the beginning of block {plan.index}")
         self.block_started = time.perf_counter()
         reset_peak(self.device)
+        torch.manual_seed(self.data.seed * 1_000_003 + plan.index)  # a run that goes on here draws what it would have
         for listener in self._listeners():
             listener.on_block_start(self.trainer, plan)
         self.block = self.skeleton.block(plan.indices, plan.activation_checkpointing).to(self.device)
@@ -253,7 +256,8 @@ class BlockScheduler(BlockCallback):
         self.peak_bytes = max(self.peak_bytes, report.peak_bytes)
         self._let_go()
         written = self.folder.checksums(range(plan.indices.start + 1, plan.indices.stop + 1))
-        self.folder.append_journal(vars(report) | {"fingerprint": self.fingerprint, "shards": written})
+        line = vars(report) | {"fingerprint": self.fingerprint, "shards": written}
+        self.ranks.once(lambda: self.folder.append_journal(line))
         for listener in self._listeners():
             listener.on_block_end(self.trainer, report)
 
@@ -263,10 +267,11 @@ class BlockScheduler(BlockCallback):
         self.module.block = None
         strategy = self.trainer.strategy
         strategy.optimizers, strategy.lr_scheduler_configs = [], []
+        self.ranks.let_go()
 
-    def _take_over(self, earlier: EarlierRun) -> int:
-        """Take an earlier run's first blocks, as far as plan and weights agree; return the first block to calibrate."""
-        for plan in self.plans[:-1]:
+    def _take_over(self, earlier: EarlierRun, first: int) -> int:
+        """Take an earlier run's blocks from `first` on, as far as plan and weights agree; return the next one."""
+        for plan in self.plans[first:-1]:
             block = self.skeleton.block(plan.indices).to(self.device)
             fingerprint = block_fingerprint(self.fingerprint, plan, block.tensors())
             report = earlier.report(plan.index, fingerprint)
@@ -284,10 +289,11 @@ class BlockScheduler(BlockCallback):
                     split.advance_student(block, self.device)
             number = plan.index + 1
             if earlier.goes_on:
-                self.folder.take_shard(number, stored, *report["shards"].values())
+                self.folder.note_shard(number, stored, *report["shards"].values())
             else:
-                self.folder.write_shard(number, stored)
-                self.folder.append_journal(report | {"shards": self.folder.checksums(range(number, number + 1))})
+                self._write_shard(number, stored)
+                line = report | {"shards": self.folder.checksums(range(number, number + 1))}
+                self.ranks.once(partial(self.folder.append_journal, line))
             self.schemes |= schemes
             self.fingerprint = fingerprint
         return self.plans[-1].index
@@ -315,7 +321,8 @@ class BlockScheduler(BlockCallback):
             "peak_bytes": max(self.peak_bytes, peak_bytes(self.device)),
         }
         dense = [name for name in self.skeleton.all_linears() if name not in self.schemes]
-        self.folder.finish(self.skeleton.checkpoint, self.skeleton.architecture, self.schemes, dense, metrics)
+        checkpoint, architecture = self.skeleton.checkpoint, self.skeleton.architecture
+        self.ranks.once(lambda: self.folder.finish(checkpoint, architecture, self.schemes, dense, metrics))
         self.finished = True
         for listener in self._listeners():
             listener.on_run_end(self.trainer, metrics, self.folder.path)
@@ -337,26 +344,26 @@ class BlockScheduler(BlockCallback):
         except ArithmeticError as error:
             raise UserError(f"block {plan.index}: {error}; try trainer.precision 32-true or more samples.") from error
 
-    def _open(self) -> tuple[tuple[TokenSet, TokenSet], EarlierRun | None]:
-        """Open the folder, or what an earlier run has left in it; return the data and the run to take blocks from."""
-        goes_on, checkpoint, earlier = self.folder.unfinished, self.module.checkpoint, self.earlier
+    def _open(self) -> tuple[tuple[TokenSet, TokenSet], list[EarlierRun]]:
+        """Open the folder, or what an earlier run has left in it; return the data and the runs to take blocks from."""
+        goes_on, checkpoint, sources = self.folder.unfinished, self.module.checkpoint, [self.earlier]
         dear = self.data.dataset == SELF_GENERATED
         own = own_facts(self.plans, self.data, checkpoint)
         if goes_on:
-            earlier = EarlierRun(self.folder.path, goes_on=True)
-            earlier.check({"own": own})
+            begun = EarlierRun(self.folder.path, goes_on=True)
+            begun.check({"own": own})
+            sources = [begun, self.earlier]
         kept = self.folder.read_tokens() if goes_on and dear else None
         tokens = kept or self.data.token_sets(checkpoint, self.device)
         facts = {"shared": shared_facts(self.trainer, self.data.seed, tokens), "own": own}
-        if earlier is not None:
+        for earlier in filter(None, sources):
             earlier.check(facts)
         if goes_on:
-            self.folder.reopen()
-            return tokens, EarlierRun(self.folder.path, goes_on=True)
-        self.folder.open(self.resolved_config, facts)
-        if dear:
-            self.folder.write_tokens(tokens)
-        return tokens, earlier
+            self.folder.reopen(blocks=len(self.plans) - 1)  # with the last one comes what is measured of the whole
+            sources[0] = EarlierRun(self.folder.path, goes_on=True)
+        else:
+            self.folder.open(self.resolved_config, facts, tokens if dear else None)
+        return tokens, [earlier for earlier in sources if earlier is not None]
 
     def _embed(self, name: str, tokens: TokenSet) -> ActivationCache:
         dtype = stream_dtype(self.trainer.precision)
@@ -404,7 +411,11 @@ class BlockScheduler(BlockCallback):
                 if name.startswith(prefix):
                     tensors |= CompressedTensors().pack(name, quantized)
                     self.schemes[name] = quantized.scheme
-            self.folder.write_shard(index + 1, tensors)
+            self._write_shard(index + 1, tensors)
+
+    def _write_shard(self, number: int, tensors: dict[str, Tensor]) -> None:
+        self.ranks.once(lambda: self.folder.write_shard(number, tensors))
+        self.folder.note_shard(number, tensors)
 
     def _lens_kl(self, outputs: Tensor) -> float:
         """Return KL(teacher ‖ student) of what the head reads from the block's outputs, on some held-out tokens."""

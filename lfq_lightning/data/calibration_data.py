@@ -38,7 +38,8 @@ class CalibrationData(LightningDataModule):
         subset: configuration of a hub dataset.
         seed: of shuffling and sampling.
         device_gb: how much of a GPU's memory the activations may take, 10^9 bytes; what is more lies in host memory.
-        host_gb: how much host memory they may take; what is more lies in files. Half of the machine's if not said.
+        host_gb: how much host memory those of a process may take; what is more lies in files. If not said, half of the
+            machine's, divided among its processes.
     """
 
     def __init__(
@@ -72,9 +73,9 @@ class CalibrationData(LightningDataModule):
         names = ("dataset", "num_samples", "seq_len", "num_held_out", "split", "subset")
         return {name: vars(self)[name] for name in names}
 
-    def budgets(self) -> tuple[int, int]:
-        """Return how many bytes of activations may lie on the device, and in host memory."""
-        host = host_bytes() // 2 if self.host_gb is None else int(self.host_gb * 1e9)
+    def budgets(self, processes: int) -> tuple[int, int]:
+        """Return how many bytes of a process's activations may lie on its device, and in host memory."""
+        host = host_bytes() // 2 // processes if self.host_gb is None else int(self.host_gb * 1e9)
         return int(self.device_gb * 1e9), host
 
     def place(self, splits: Splits, plan: BlockPlan, first_step: int) -> None:
@@ -95,6 +96,12 @@ class CalibrationData(LightningDataModule):
 
     def check(self, checkpoint: Checkpoint) -> None:
         """Raise UserError for what cannot work; reads no data."""
+        self.check_sizes(checkpoint)
+        if self.dataset != SELF_GENERATED:
+            check_documents(self.dataset)
+
+    def check_sizes(self, checkpoint: Checkpoint) -> None:
+        """Raise UserError for numbers that cannot be."""
         for name in ("num_samples", "seq_len", "num_held_out"):
             if vars(self)[name] < (2 if name == "seq_len" else 1):
                 raise UserError(f"data.{name}: {vars(self)[name]} is too small; give a larger number.")
@@ -104,8 +111,6 @@ class CalibrationData(LightningDataModule):
         context = checkpoint.config.max_position_embeddings
         if self.seq_len > context:
             raise UserError(f"data.seq_len: {self.seq_len} is longer than the model's context; give at most {context}.")
-        if self.dataset != SELF_GENERATED:
-            check_documents(self.dataset)
 
     def token_sets(self, checkpoint: Checkpoint, device: torch.device) -> tuple[TokenSet, TokenSet]:
         """Return the calibration and the held-out sequences. Raises UserError if there is too little data."""
