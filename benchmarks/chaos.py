@@ -97,17 +97,21 @@ class Case:
 
 def kill(process: subprocess.Popen[str], chance: random.Random) -> str:
     """Send SIGKILL to the whole run, or to one of its ranks; return which."""
-    family = _family(process.pid)
-    ranks = family[1:]
+    ranks = _family(process.pid)[1:]
     if ranks and chance.random() < 0.5:
         victim = chance.choice(ranks)
         _send(victim)
         process.communicate()
         return "one rank"
-    for pid in family:
+    kill_all(process)
+    return "whole run"
+
+
+def kill_all(process: subprocess.Popen[str]) -> None:
+    """Send SIGKILL to a run and all it has started."""
+    for pid in _family(process.pid):
         _send(pid)
     process.communicate()
-    return "whole run"
 
 
 def _family(pid: int) -> list[int]:
@@ -162,9 +166,7 @@ def _startup(case: Case) -> float:
     while not (folder / "facts.json").exists() and process.poll() is None:
         time.sleep(0.02)
     took = time.monotonic() - started
-    for pid in _family(process.pid):
-        _send(pid)
-    process.communicate()
+    kill_all(process)
     shutil.rmtree(folder)
     return took
 
@@ -178,9 +180,7 @@ def until_block(case: Case, number: int) -> None:
         if process.poll() is not None:
             raise SystemExit(process.communicate()[0])
         time.sleep(0.02)
-    for pid in _family(process.pid):
-        _send(pid)
-    process.communicate()
+    kill_all(process)
 
 
 def disk_full(case: Case) -> str:

@@ -13,7 +13,7 @@ from lfq_lightning.ranks import Ranks
 from lfq_lightning.stream_store import StreamStore
 from lfq_lightning.token_set import TokenSet
 
-_TOKENS_AT_ONCE = 2048  # in a forward when nothing is trained: below 1024 a CPU's bf16 products take twice as long
+TOKENS_AT_ONCE = 2048  # in a forward when nothing is trained: below 1024 a CPU's bf16 products take twice as long
 
 Batch = dict[str, Any]  # inputs (B, T, D), target {name: (B, T, …)}, mask (B, T), weight: see `ActivationCache.batch`
 
@@ -154,7 +154,7 @@ class ActivationCache:
         rank, size = self.ranks.rank, self.ranks.size
         first = (half - rank) % 2  # of an even number of ranks, each has only even ones, or only odd ones
         mine = stream[first::2] if size % 2 else stream[first * len(stream) :]
-        return mine.split(max(1, _TOKENS_AT_ONCE // stream.shape[1])) if len(mine) else ()
+        return mine.split(max(1, TOKENS_AT_ONCE // stream.shape[1])) if len(mine) else ()
 
     def _moved(self, stream: Tensor, device: torch.device, half: int) -> Iterator[tuple[Tensor, Tensor]]:
         for inputs, mask in zip(self._some(stream, half), self._some(self.mask, half), strict=True):

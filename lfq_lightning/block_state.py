@@ -17,6 +17,8 @@ from lfq_lightning.write_file import write_tensors
 
 _NOW, _BEST, _OPTIMIZER, _RANDOM = "now.", "best.", "optimizer.", "random"
 
+_PROGRESS = ("step", "checked_step", "best_step", "best_loss")
+
 
 class BlockState:
     """The step a block is at, and the step with the least held-out loss so far with its parameters.
@@ -69,10 +71,7 @@ class BlockState:
                 plain[name] = value
         facts = {
             "fingerprint": self.fingerprint,
-            "step": self.step,
-            "checked_step": self.checked_step,
-            "best_step": self.best_step,
-            "best_loss": self.best_loss,
+            **{name: vars(self)[name] for name in _PROGRESS},
             "optimizer": {"param_groups": optimizer["param_groups"], "state": plain},
             "schedulers": [config.scheduler.state_dict() for config in trainer.strategy.lr_scheduler_configs],
             "precision": trainer.precision_plugin.state_dict(),
@@ -91,8 +90,7 @@ class BlockState:
         facts = read_facts(file)
         with safe_open(file, "pt") as stored:
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}
-        for name in ("step", "checked_step", "best_step", "best_loss"):
-            setattr(self, name, facts[name])
+        self.step, self.checked_step, self.best_step, self.best_loss = (facts[name] for name in _PROGRESS)
         for name, parameter in self._trained():
             self.best[name] = self.ranks.like(parameter, tensors[_BEST + name])
             with torch.no_grad():

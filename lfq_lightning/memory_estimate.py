@@ -5,13 +5,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from lfq_lightning.activation_cache import TOKENS_AT_ONCE
 from lfq_lightning.model_skeleton import ModelSkeleton
 from lfq_lightning.peak_memory import resident_bytes
 from lfq_lightning.plan import BlockPlan, LayerPlan
 from lfq_lightning.quantized_tensor import QuantizedTensor
 from lfq_lightning.quantizers import ClosedFormQuantizer
 
-_TOKENS_AT_ONCE = 2048  # as in ActivationCache
 _STATE_BYTES = {"adam": 8, "adamw8bit": 2, "sign_sgd": 0}  # per trained parameter
 _LOSS_TILES = 3 * 4 * 1024**2  # of the logit loss, which makes no whole logits
 _SLACK = {True: 1.1, False: 1.25}  # on a GPU or not: what allocators hold beyond what was asked for
@@ -68,7 +68,7 @@ def state_bytes(plan: BlockPlan, skeleton: ModelSkeleton) -> int:
             layer = plan.layers.get(name)
             if layer is not None and layer.learned is not None:
                 trained += sum(p.numel() for p in _parameters(layer, o, i) if p.requires_grad)
-    return trained * (4 + 4 + _STATE_BYTES[plan.optimizer])
+    return _kept_in_training(plan, trained)
 
 
 def outer_bytes(skeleton: ModelSkeleton) -> int:
@@ -96,7 +96,7 @@ def block_memory(plan: BlockPlan, skeleton: ModelSkeleton, setting: Setting) -> 
     if not setting.on_gpu and setting.compute_bytes == width:
         head = 0  # the same memory as the outer weights
     here = max(1, setting.samples // setting.ranks // 2)
-    tokens = min(max(setting.seq_len, _TOKENS_AT_ONCE), here * setting.seq_len)
+    tokens = min(max(setting.seq_len, TOKENS_AT_ONCE), here * setting.seq_len)
     forward = tokens * (3 * widest + 6 * config.hidden_size) * max(setting.compute_bytes, setting.stream_bytes)
     read = block + (width * weights // len(plan.indices) if width != 4 else 0)
     solve = block + forward + head
@@ -135,11 +135,16 @@ def _train(plan: BlockPlan, shapes: dict[str, tuple[int, int]], setting: Setting
     activations = layers * tokens * (5 * width + 12 * min(min(shape) for shape in shapes.values())) * 4
     loss = head + tokens * width * 4 + _LOSS_TILES if plan.logit_space else 0
     # parameters, their best values and their optimizer's state are shared out; a gradient is as large as a parameter
-    shared = (trained * (4 + 4 + _STATE_BYTES[plan.optimizer]) + frozen) // setting.ranks
+    shared = (_kept_in_training(plan, trained) + frozen) // setting.ranks
     whole = (4 * trained + frozen) if setting.ranks > 1 else 0  # gathered while the block runs
     # gradients grow while what was kept for them shrinks
     backward = max(saved + activations, 4 * trained) + (12 if setting.on_gpu else 24) * largest
     return shared + whole + codes + backward + loss
+
+
+def _kept_in_training(plan: BlockPlan, trained: int) -> int:
+    """Return the bytes of that many trained parameters, their best values and their optimizer's state."""
+    return trained * (4 + 4 + _STATE_BYTES[plan.optimizer])
 
 
 def _stacks(shapes: dict[str, tuple[int, int]], layers: dict[str, LayerPlan]) -> list[tuple[list[str], LayerPlan]]:

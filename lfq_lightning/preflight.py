@@ -8,6 +8,7 @@ from lfq_lightning.calibration_module import CalibrationModule
 from lfq_lightning.data import CalibrationData
 from lfq_lightning.errors import UserError
 from lfq_lightning.fsdp2 import FSDP2
+from lfq_lightning.memory_estimate import outer_bytes
 from lfq_lightning.model_skeleton import ModelSkeleton
 from lfq_lightning.plan import BlockPlan
 from lfq_lightning.precision import compute_dtype
@@ -80,8 +81,7 @@ def check_training(ranks: int, plans: list[BlockPlan]) -> None:
 
 def output_bytes(skeleton: ModelSkeleton, plans: list[BlockPlan]) -> int:
     """Return about how many bytes the packed model takes on disk."""
-    config, width = skeleton.checkpoint.config, skeleton.checkpoint.dtype.itemsize
-    total = width * config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
+    width, total = skeleton.checkpoint.dtype.itemsize, outer_bytes(skeleton)
     for plan in plans:
         for index in plan.indices:
             for name, (o, i) in skeleton.linear_shapes(index).items():

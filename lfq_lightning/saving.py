@@ -6,7 +6,7 @@ import time
 from types import FrameType
 from typing import Any, NoReturn
 
-from lfq_lightning.errors import StoppedError
+from lfq_lightning.errors import StoppedError, UserError
 from lfq_lightning.ranks import Ranks
 
 
@@ -23,6 +23,8 @@ class Saving:
     ranks: Ranks
 
     def __init__(self, interval_seconds: float) -> None:
+        if interval_seconds < 0:
+            raise UserError(f"save_seconds: {interval_seconds} is negative; give how much time may be lost, or 0.")
         self.interval_seconds = interval_seconds
         self.stop_at_once = True
         self._asked = False

@@ -80,7 +80,6 @@ class BlockScheduler(BlockCallback):
         self.output = output
         self.overwrite = overwrite
         self.reuse = reuse
-        self.save_seconds = save_seconds
         self.saving = Saving(save_seconds)
         self.resolved_config = resolved_config
         self.prepared = False
@@ -93,8 +92,6 @@ class BlockScheduler(BlockCallback):
     def prepare(self, trainer: Trainer, module: LightningModule, data: LightningDataModule | None) -> None:
         """Check everything that can be checked without weights and data. Raises UserError; changes nothing on disk."""
         self.run_started = time.perf_counter()
-        if self.save_seconds < 0:
-            raise UserError(f"save_seconds: {self.save_seconds} is negative; give how much time may be lost, or 0.")
         self.module, self.data = check_trainer(trainer, module, data)
         self.skeleton = ModelSkeleton(self.module.checkpoint)
         self.plans = self.plan.resolve(self.skeleton)
