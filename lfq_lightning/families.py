@@ -1,6 +1,7 @@
 """What differs between model families: names of the parts. A new family is a row here; the contract tests cover it."""
 
 from dataclasses import dataclass
+from typing import Any
 
 # (module whose output can be divided by a vector, linear layers that read it), names inside a block
 Folds = tuple[tuple[str, tuple[str, ...]], ...]
@@ -31,6 +32,12 @@ class Family:
     logit_factor: str | None = None
     logit_divisor: str | None = None
     softcap: str | None = None
+
+    def logit_terms(self, settings: dict[str, Any]) -> tuple[float, float | None]:
+        """Return the factor on the logits and their bound, None without one, by a model's config."""
+        scale = float(settings[self.logit_factor]) if self.logit_factor else 1.0
+        scale /= float(settings[self.logit_divisor]) if self.logit_divisor else 1.0
+        return scale, settings[self.softcap] if self.softcap else None
 
 
 _GEMMA = Family(

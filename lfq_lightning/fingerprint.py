@@ -41,7 +41,7 @@ def own_facts(plans: list[BlockPlan], data: CalibrationData, checkpoint: Checkpo
     Of each file of weights a sample is digested; each block's own tensors are in its fingerprint.
     """
     facts: dict[str, Any] = {f"data.{name}": value for name, value in data.settings().items()}
-    facts |= {f"model file {file.name}": _sample_digest(file) for file in checkpoint.weight_files()}
+    facts |= {f"model file {file.name}": sample_digest(file) for file in checkpoint.weight_files()}
     for plan in plans:
         where = f"of block {plan.index}"
         facts |= {f"{name} {where}": getattr(plan, name) for name in ("steps", "lr", "batch_size", "optimizer")}
@@ -68,7 +68,8 @@ def _source(plugin: Plugin[Any]) -> str:
     return Path(inspect.getfile(plugin.cls)).read_text(encoding="utf-8")
 
 
-def _sample_digest(file: Path) -> str:
+def sample_digest(file: Path) -> str:
+    """Return a digest of a file's size and of windows of it: it tells models apart without reading them whole."""
     size = file.stat().st_size
     found = hashlib.sha256(str(size).encode())
     with file.open("rb") as stream:

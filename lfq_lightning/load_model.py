@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from lfq_lightning.checkpoints import Checkpoint
 from lfq_lightning.meta_model import assign_weights, meta_model
 from lfq_lightning.packed_folder import PackedFolder
 from lfq_lightning.packed_linear import PackedLinear
@@ -50,3 +51,11 @@ def load(
     if (packed.path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(packed.path, local_files_only=True)
     return model, AutoTokenizer.from_pretrained(packed.path, local_files_only=True, trust_remote_code=False)
+
+
+def load_full_precision(checkpoint: Checkpoint, device: torch.device) -> PreTrainedModel:
+    """Return the whole model of a checkpoint, in the dtype it is stored in."""
+    model = meta_model(checkpoint.config)
+    assign_weights(model, checkpoint.tensors(checkpoint.names()), checkpoint.path)
+    model.to(device=device)  # type: ignore[call-arg]
+    return model

@@ -121,11 +121,8 @@ class ModelSkeleton:
         assert isinstance(linear, nn.Linear)
         bias = linear.bias.to(dtype) if linear.bias is not None else None
         norm = copy.deepcopy(self._model.get_submodule(family.norm)).float()
-        settings = self.checkpoint.config.to_dict()
-        scale = float(settings[family.logit_factor]) if family.logit_factor else 1.0
-        scale /= float(settings[family.logit_divisor]) if family.logit_divisor else 1.0
-        softcap = settings[family.softcap] if family.softcap else None
-        return Head(norm, linear.weight.detach().to(dtype), bias, scale, softcap)
+        terms = family.logit_terms(self.checkpoint.config.to_dict())
+        return Head(norm, linear.weight.detach().to(dtype), bias, *terms)
 
     def _materialise_outer(self) -> None:
         if self._ready:

@@ -9,6 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from lfq_lightning.callbacks import CALLBACKS, BlockCallback, BlockReport
+from lfq_lightning.clock import clock
 from lfq_lightning.plan import BlockPlan
 
 _ROWS = {
@@ -61,7 +62,7 @@ class Console(BlockCallback):
         self.console.print(
             f"block {report.index + 1:>{len(str(self.total))}}/{self.total}  "
             f"{'+'.join(report.quantizers) or 'full precision'}  {report.objective} {loss}  kl {kl}  "
-            f"{report.seconds:.1f} s  peak {report.peak_bytes / 2**30:.2f} GiB  eta {_clock(report.eta_seconds)}"
+            f"{report.seconds:.1f} s  peak {report.peak_bytes / 2**30:.2f} GiB  eta {clock(report.eta_seconds)}"
         )
 
     def on_run_end(self, trainer: Trainer, metrics: dict[str, Any], folder: Path) -> None:
@@ -80,7 +81,7 @@ class Console(BlockCallback):
                 f"{row['perplexity']:.2f}",
             )
         self.console.print(table)
-        size, minutes = f"{metrics['model_bytes'] / 1e6:.1f} MB of weights", _clock(metrics["seconds"])
+        size, minutes = f"{metrics['model_bytes'] / 1e6:.1f} MB of weights", clock(metrics["seconds"])
         self.console.print(f"{folder}: {size}, made in {minutes}, peak {metrics['peak_bytes'] / 2**30:.2f} GiB")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -93,9 +94,3 @@ class Console(BlockCallback):
         if self.progress is not None:
             self.progress.stop()
             self.progress = None
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -5,7 +5,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lfq_lightning.checkpoints import Checkpoint
 from lfq_lightning.errors import UserError
-from lfq_lightning.meta_model import assign_weights, meta_model
+from lfq_lightning.load_model import load_full_precision
 
 _BATCH = 40
 _LONGEST_QUESTION = 64
@@ -34,9 +34,7 @@ def self_generate(
         raise UserError("data.dataset: self_generated needs a chat template or a BOS token; give a text file instead.")
     if tokens is not None and seq_len <= (least := len(tokens[0]) + len(tokens[1]) + 1):
         raise UserError(f"data.seq_len: {seq_len} leaves no room beside the chat template; give more than {least}.")
-    model = meta_model(checkpoint.config)
-    assign_weights(model, checkpoint.tensors(checkpoint.names()), checkpoint.path)
-    model.to(device=device)  # type: ignore[call-arg]
+    model = load_full_precision(checkpoint, device)
     ends = _end_ids(checkpoint, tokenizer)
     kept: list[list[int]] = []
     short = 0

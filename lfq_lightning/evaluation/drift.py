@@ -1,0 +1,150 @@
+"""Generation drift: how long a model's greedy answers stay those of full precision, whether they end, and repeat."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from lfq_lightning.errors import UserError
+from lfq_lightning.evaluation.batches import batch_size, in_batches
+from lfq_lightning.evaluation.evaluated_model import EvaluatedModel
+from lfq_lightning.evaluation.score import Measure, Score
+
+_GRAM = 4
+_BETTER = {"tokens_before_difference": True, "same_answer": True, "finished": None, "repetition": None}
+_OWN_PROMPTS = Path(__file__).parent / "prompts.txt"
+
+
+def read_prompts(file: Path | None) -> list[str]:
+    """Return prompts: the lines of a .txt, or of a .jsonl the field `prompt` or `question`; else a few of our own.
+
+    Raises UserError if the file cannot be read or a row has no prompt.
+    """
+    path = file or _OWN_PROMPTS
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompts: {path} cannot be read ({error}); give a .txt or a .jsonl.") from error
+    if path.suffix != ".jsonl":
+        return lines
+    prompts = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            prompts.append(row["prompt"] if "prompt" in row else row["question"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"--prompts: {path} line {number} has no `prompt` or `question`; mend the row.") from error
+    return prompts
+
+
+def as_tokens(prompts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Return each prompt's tokens, put through the chat template if there is one."""
+    if not tokenizer.chat_template:
+        return [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    texts = (
+        str(
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+            )
+        )
+        for prompt in prompts
+    )
+    return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+
+
+def greedy_answers(model: EvaluatedModel, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
+    """Return each prompt's greedy answer in tokens; one that has ended ends with its end token.
+
+    Answers are kept as they come. Prompts of like length run together, padded on the left.
+    """
+    questions: list[list[Any]] = [["greedy", prompt, max_new_tokens] for prompt in prompts]
+    open_ones = [question for question in questions if question not in model.answers]
+    if open_ones:
+        open_ones.sort(key=lambda question: -len(question[1]))
+        size = batch_size(model.config, len(open_ones[0][1]) + max_new_tokens, model.device)
+        for batch, answers in in_batches(
+            f"greedy answers of {model.source}",
+            open_ones,
+            size,
+            lambda some: _generate(model, [prompt for _, prompt, _ in some], max_new_tokens),
+        ):
+            model.answers.add(batch, answers)
+    return [model.answers[question] for question in questions]
+
+
+class Drift(Measure):
+    """Greedy answers against those of full precision.
+
+    Args:
+        prompts: a file of them, see `read_prompts`.
+        max_new_tokens: how long an answer can get.
+    """
+
+    def __init__(self, prompts: Path | None, max_new_tokens: int) -> None:
+        self.prompts, self.max_new_tokens = read_prompts(prompts), max_new_tokens
+
+    def begin(self, reference: EvaluatedModel, others: list[EvaluatedModel]) -> None:
+        self._reference = reference
+        self._asked = as_tokens(self.prompts, reference.tokenizer)
+
+    def scores(self, model: EvaluatedModel) -> dict[str, dict[str, Score]]:
+        answers = greedy_answers(model, self._asked, self.max_new_tokens)
+        if model is self._reference:
+            self._expected = answers
+        values = drift_values(answers, self._expected, model.end_tokens())
+        return {"greedy answers": {name: Score.mean(column, _BETTER[name]) for name, column in values.items()}}
+
+
+def drift_values(answers: list[list[int]], reference: list[list[int]], ends: set[int]) -> dict[str, list[float]]:
+    """Return one value per prompt: tokens before the first difference, finished or not, share of repeated 4-grams.
+
+    Args:
+        answers: of the model.
+        reference: of the full-precision model.
+        ends: tokens that end an answer.
+    """
+    return {
+        "tokens_before_difference": [float(_shared(a, b)) for a, b in zip(answers, reference, strict=True)],
+        "same_answer": [float(a == b) for a, b in zip(answers, reference, strict=True)],
+        "finished": [float(bool(a) and a[-1] in ends) for a in answers],
+        "repetition": [repetition(a) for a in answers],
+    }
+
+
+def repetition(answer: list[int]) -> float:
+    """Return the share of an answer's 4-grams that have occurred in it before (seq-rep-4 of arXiv 1908.04319)."""
+    grams = [tuple(answer[i : i + _GRAM]) for i in range(len(answer) - _GRAM + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def _shared(a: list[int], b: list[int]) -> int:
+    for position, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            return position
+    return min(len(a), len(b))
+
+
+@torch.no_grad()
+def _generate(model: EvaluatedModel, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
+    width, ends = max(map(len, prompts)), model.end_tokens()
+    pad = min(ends) if ends else 0
+    ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    output = model.model.generate(  # type: ignore[operator]
+        input_ids=ids,
+        attention_mask=mask,
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=sorted(ends) or None,
+        pad_token_id=pad,
+    )
+    return [_until_end(row[width:], ends) for row in output.tolist()]
+
+
+def _until_end(row: list[int], ends: set[int]) -> list[int]:
+    for position, token in enumerate(row):
+        if token in ends:
+            return row[: position + 1]
+    return row

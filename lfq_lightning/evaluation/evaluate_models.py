@@ -1,0 +1,120 @@
+"""`lfq eval`: measure models against full precision, and each against the first; as a table and as JSON."""
+
+import json
+import math
+from collections import defaultdict
+from dataclasses import asdict
+from pathlib import Path
+from string import ascii_uppercase
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from lfq_lightning.errors import UserError
+from lfq_lightning.evaluation.evaluated_model import EvaluatedModel
+from lfq_lightning.evaluation.paired import compare
+from lfq_lightning.evaluation.score import Measure, Score
+from lfq_lightning.ops.path import best_device
+from lfq_lightning.write_file import write_text
+
+RESULTS = "evaluation.json"
+REFERENCE = "full precision"
+
+
+def reference_of(folder: str) -> str:
+    """Return the model that a run's folder was made from. Raises UserError if it does not say."""
+    try:
+        settings = yaml.safe_load((Path(folder).expanduser() / "lfq.yaml").read_text(encoding="utf-8"))
+        return str(settings["model"]["checkpoint"])
+    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        raise UserError(f"{folder} does not say which model it was made from; give --reference.") from error
+
+
+def evaluate_models(
+    sources: list[str], reference: str, measures: list[Measure], output: Path, packed: bool
+) -> dict[str, Any]:
+    """Measure models and return what `output`/evaluation.json then holds.
+
+    The full-precision model runs first, then each other, one in memory at a time. Answers are kept as they come: the
+    same command goes on where it was stopped, and what one call has measured the next does not measure again.
+
+    Args:
+        sources: the models; the first is what the others are compared with.
+        reference: the full-precision model.
+        measures: what to measure.
+        output: folder for answers and results.
+        packed: keep layers packed in memory.
+
+    Raises UserError for what is not there or does not fit together, before a model is run.
+    """
+    device = best_device()
+    teacher = EvaluatedModel(reference, device, output)
+    others = {source: EvaluatedModel(source, device, output, packed) for source in sources}
+    for source, model in others.items():
+        if model.config.vocab_size != teacher.config.vocab_size:
+            raise UserError(
+                f"{source} has {model.config.vocab_size} words and {reference} {teacher.config.vocab_size}, so one was "
+                "not made from the other; give the right --reference."
+            )
+    for measure in measures:
+        measure.begin(teacher, list(others.values()))
+    parts: dict[str, dict[str, dict[str, Score]]] = defaultdict(lambda: defaultdict(dict))
+    for name, model in [(REFERENCE, teacher), *others.items()]:
+        for measure in measures:
+            for part, scores in measure.scores(model).items():
+                for metric, score in scores.items():
+                    parts[part][metric][name] = score
+        model.let_go()
+    compared = {part: {name: _compared(by) for name, by in metrics.items()} for part, metrics in parts.items()}
+    results = {"models": sources, "reference": reference, "parts": compared}
+    output.mkdir(parents=True, exist_ok=True)
+    write_text(output / RESULTS, json.dumps(results, indent=2) + "\n")
+    return results
+
+
+def _compared(by_model: dict[str, Score]) -> dict[str, Any]:
+    """Return each model's score, with its difference from full precision and from the first model."""
+    first = next(name for name in by_model if name != REFERENCE)
+    rows: dict[str, Any] = {}
+    for name, score in by_model.items():
+        rows[name] = {
+            "value": score.value,
+            "stderr": None if math.isnan(score.stderr) else score.stderr,
+            "examples": len(score.per_example),
+            "higher_is_better": score.higher_is_better,
+            "per_example": score.per_example,
+        }
+        for key, other in (("against_full_precision", REFERENCE), ("against_first", first)):
+            if name not in {REFERENCE, other}:
+                rows[name][key] = asdict(compare(score.per_example, by_model[other].per_example))
+    return rows
+
+
+def print_results(results: dict[str, Any]) -> None:
+    """Print a table for each part: a row per metric, a column per model, and the p of what may be chance."""
+    console = Console(highlight=False, soft_wrap=True)
+    letters = dict(zip(results["models"], ascii_uppercase, strict=False))
+    for source, letter in letters.items():
+        console.print(f"{letter}: {source}")
+    for part, metrics in results["parts"].items():
+        table = Table(title=part, title_justify="left")
+        table.add_column("± standard error")
+        table.add_column("full precision", justify="right")
+        for letter in letters.values():
+            table.add_column(letter, justify="right")
+            table.add_column(f"p of {letter} - FP", justify="right")
+            if letter != "A":
+                table.add_column(f"p of {letter} - A", justify="right")
+        for metric, rows in metrics.items():
+            cells = [_value(rows[REFERENCE])]
+            for source in letters:
+                tests = ("against_full_precision", "against_first")
+                cells += [_value(rows[source]), *(f"{rows[source][t]['p']:.4f}" for t in tests if t in rows[source])]
+            table.add_row(metric, *cells)
+        console.print(table)
+
+
+def _value(row: dict[str, Any]) -> str:
+    return f"{row['value']:.4g}" + ("" if row["stderr"] is None else f" ± {row['stderr']:.2g}")

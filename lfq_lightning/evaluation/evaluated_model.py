@@ -1,0 +1,112 @@
+"""EvaluatedModel: a model under evaluation, packed or in full precision, in memory only while it is needed."""
+
+import gc
+import hashlib
+import json
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from lfq_lightning.checkpoints import open_checkpoint
+from lfq_lightning.errors import UserError, one_line
+from lfq_lightning.evaluation.answers import Answers
+from lfq_lightning.families import FAMILIES
+from lfq_lightning.fingerprint import sample_digest
+from lfq_lightning.head import Head
+from lfq_lightning.load_model import load, load_full_precision
+from lfq_lightning.packed_folder import PackedFolder
+
+
+class EvaluatedModel:
+    """A model and what it has answered.
+
+    Args:
+        source: a packed folder, or a full-precision model: a folder, a hub id, a GGUF file.
+        device: where it runs.
+        folder: where its answers are kept, in a file named by a digest of the model.
+        packed: keep a packed model's layers packed in memory; else they are dense, bit for bit the weights that ship.
+
+    Raises UserError if there is no such model; reads no weights.
+    """
+
+    def __init__(self, source: str, device: torch.device, folder: Path, packed: bool = False) -> None:
+        self.source, self.device, self.packed = source, device, packed
+        path = Path(source).expanduser()
+        if _quantised(path):
+            self.checkpoint = None
+            opened = PackedFolder(path)
+            self.config, files = opened.config, [path / file for file in opened.files]
+        else:
+            self.checkpoint = open_checkpoint(source)
+            self.config, files = self.checkpoint.config, self.checkpoint.weight_files()
+        if self.config.model_type not in FAMILIES:
+            raise UserError(f"{source}: model type {self.config.model_type!r} is not known here.")
+        parts = [sample_digest(file) for file in files] + [str(device.type), str(packed)]
+        self.digest = hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
+        self.answers = Answers(folder / f"answers-{self.digest}.jsonl")
+        self._model: PreTrainedModel | None = None
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model, read when it is first asked for."""
+        if self._model is None:
+            if self.checkpoint is None:
+                self._model, _ = load(self.source, dequantize=not self.packed, device=self.device)
+            else:
+                self._model = load_full_precision(self.checkpoint, self.device)
+                generation = self.checkpoint.generation_config()
+                if generation is not None:
+                    self._model.generation_config = generation
+        return self._model
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        if self.checkpoint is not None:
+            return self.checkpoint.tokenizer()
+        return AutoTokenizer.from_pretrained(
+            Path(self.source).expanduser(), local_files_only=True, trust_remote_code=False
+        )
+
+    def end_tokens(self) -> set[int]:
+        """Return the tokens that end an answer."""
+        generation = self.checkpoint.generation_config() if self.checkpoint is not None else None
+        folder = Path(self.source).expanduser()
+        if generation is None and (folder / "generation_config.json").is_file():
+            generation = GenerationConfig.from_pretrained(folder, local_files_only=True)
+        ends = generation.eos_token_id if generation is not None else self.config.eos_token_id
+        listed = ends if isinstance(ends, list) else [ends]
+        return {end for end in [*listed, self.tokenizer.eos_token_id] if end is not None}
+
+    def let_go(self) -> None:
+        """Free the model."""
+        self._model = None
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def head(self) -> Head:
+        """Return the model's head in fp32, for hidden states that its own final norm has left."""
+        linear = self.model.get_output_embeddings()
+        if not isinstance(linear, nn.Linear):
+            raise UserError(f"{self.source} has a packed LM head, which is not measured here; leave --packed away.")
+        terms = FAMILIES[self.config.model_type].logit_terms(self.config.to_dict())
+        bias = None if linear.bias is None else linear.bias.float()
+        return Head(nn.Identity(), linear.weight.float(), bias, *terms)
+
+    @torch.no_grad()
+    def hidden(self, token_ids: list[int]) -> torch.Tensor:
+        """Return the hidden states (T, D) that the head reads, for one sequence."""
+        ids = torch.tensor([token_ids], device=self.device)
+        return self.model.base_model(input_ids=ids).last_hidden_state[0]
+
+
+def _quantised(path: Path) -> bool:
+    if not (path / "config.json").is_file():
+        return False
+    try:
+        return "quantization_config" in json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}/config.json cannot be read ({one_line(error)}); copy the model again.") from error

@@ -1,0 +1,144 @@
+"""Run lm-eval's tasks on a model; values per example, so that models can be paired."""
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lm_eval.evaluator import evaluate
+
+from lfq_lightning.evaluation.answering_lm import AnsweringLM
+from lfq_lightning.evaluation.evaluated_model import EvaluatedModel
+from lfq_lightning.evaluation.score import Measure, Score
+from lfq_lightning.evaluation.task_list import TaskList
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn.
+
+    Args:
+        draws: per question, with seeds 0 … draws - 1; one greedy answer if 0.
+        temperature: of the softmax.
+        top_p: share of the probability that is drawn from.
+    """
+
+    draws: int = 0
+    temperature: float = 0.6
+    top_p: float = 0.95
+
+
+class TaskScores(Measure):
+    """lm-eval's tasks.
+
+    Args:
+        names: of tasks, groups or tags.
+        data_dir: local copies of their data; None takes the hub.
+        limit: the first examples only, of each task.
+        limit_tokens: the longest answer, where it is to be shorter than the task's.
+        chat: put questions through the chat template if the model has one.
+        sampling: how answers are drawn.
+        batch: sequences at once; found by the memory there is if None.
+    """
+
+    def __init__(
+        self,
+        names: list[str],
+        data_dir: Path | None,
+        limit: int | None,
+        limit_tokens: int | None,
+        chat: bool,
+        sampling: Sampling,
+        batch: int | None,
+    ) -> None:
+        self.tasks = TaskList(names, data_dir)
+        self.limit, self.limit_tokens, self.chat, self.sampling, self.batch = limit, limit_tokens, chat, sampling, batch
+
+    def begin(self, reference: EvaluatedModel, others: list[EvaluatedModel]) -> None:
+        self.chat = self.chat and bool(reference.tokenizer.chat_template)
+        for name in self.tasks.names:
+            self.tasks.load(name, self.limit_tokens)
+
+    def scores(self, model: EvaluatedModel) -> dict[str, dict[str, Score]]:
+        lm = AnsweringLM(model, self.batch)
+        return {name: self._drawn(lm, name) for name in self.tasks.names}
+
+    def _drawn(self, lm: AnsweringLM, name: str) -> dict[str, Score]:
+        if not self.sampling.draws:
+            return self._once(lm, name, {})
+        options = {"do_sample": True, "temperature": self.sampling.temperature, "top_p": self.sampling.top_p}
+        drawn = []
+        for seed in range(self.sampling.draws):
+            lm.seed = seed
+            drawn.append(self._once(lm, name, options))
+        return {
+            f"{metric} {what}": score
+            for metric in drawn[0]
+            for what, score in over_draws([scores[metric] for scores in drawn]).items()
+        }
+
+    def _once(self, lm: AnsweringLM, name: str, generation: dict[str, Any]) -> dict[str, Score]:
+        loaded = self.tasks.load(name, self.limit_tokens)
+        for task in loaded.values():
+            if task.OUTPUT_TYPE == "generate_until":
+                task.config.generation_kwargs |= generation
+        found = evaluate(
+            lm,
+            {"tasks": loaded, "groups": {}, "group_map": {}},
+            limit=self.limit,
+            apply_chat_template=self.chat,
+            fewshot_as_multiturn=self.chat,
+        )
+        values: dict[tuple[str, str], list[float]] = defaultdict(list)
+        for leaf in loaded:
+            for sample in found["samples"][leaf]:
+                for metric in sample["metrics"]:
+                    value = _one_value(sample[metric])
+                    if value is not None:
+                        values[metric, sample["filter"]].append(value)
+        scores = {}
+        for (metric, kind), examples in values.items():
+            better = all(task.higher_is_better().get(metric, True) for task in loaded.values())
+            name = metric if kind == "none" else f"{metric} {kind}"
+            scores[name] = _score(found["results"], metric, kind, examples, better)
+        return scores
+
+
+def _score(results: dict[str, Any], metric: str, kind: str, examples: list[float], better: bool) -> Score:
+    """Take lm-eval's own value of a task; of a group, the mean over all examples."""
+    own = next(iter(results.values()))
+    if len(results) > 1 or f"{metric},{kind}" not in own:
+        return Score.mean(examples, better)
+    stderr = own.get(f"{metric}_stderr,{kind}")
+    return Score(float(own[f"{metric},{kind}"]), stderr if isinstance(stderr, float) else math.nan, examples, better)
+
+
+def over_draws(draws: list[Score]) -> dict[str, Score]:
+    """Return avg@n over n draws, and pass@k for k = 1, 2, 4 … n where answers are right or wrong."""
+    n, better = len(draws), draws[0].higher_is_better
+    columns = list(zip(*(draw.per_example for draw in draws), strict=True))
+    found = {f"avg@{n}": Score.mean([math.fsum(values) / n for values in columns], better)}
+    if {value for values in columns for value in values} <= {0.0, 1.0}:
+        k = 1
+        while k <= n:
+            found[f"pass@{k}"] = Score.mean([pass_at_k(n, int(sum(values)), k) for values in columns], better)
+            k *= 2
+    return found
+
+
+def pass_at_k(n: int, right: int, k: int) -> float:
+    """Return the chance that one of k answers drawn from n, of which `right` are right, is right (arXiv 2107.03374,
+    section 2.1)."""
+    return 1.0 - math.comb(n - right, k) / math.comb(n, k)
+
+
+def _one_value(value: Any) -> float | None:
+    """Return an example's value: of several instructions the share, of (log-likelihood, words) the loss per word."""
+    if isinstance(value, bool | int | float):
+        return float(value)
+    if isinstance(value, list) and value and all(isinstance(part, bool | int | float) for part in value):
+        return sum(value) / len(value)
+    if isinstance(value, tuple) and len(value) == 2 and value[1]:
+        return -value[0] / value[1]
+    return None
