@@ -17,6 +17,7 @@ _HELP = """usage: lfq COMMAND …
   lfq sensitivity MODEL --dataset TEXT --average-bits 3.5
                                                     rank layers by what they lose; propose a plan of mixed widths
   lfq eval MODEL_DIR … --text FILE --tasks gsm8k …  what was lost: texts, long answers, lm-eval's tasks; paired tests
+  lfq report RUN … [--output FILE.html]             a page about a run, or several side by side
   lfq list                                          every objective, quantizer, callback and format with its options
   lfq generate MODEL_DIR "PROMPT"                   let a packed model answer
   lfq chat MODEL_DIR                                talk with it
@@ -27,7 +28,7 @@ _HELP = """usage: lfq COMMAND …
 
 `lightning run …` is `lfq run …`. `lfq COMMAND --help` says more."""
 
-_COMMANDS = ("run", "plan", "sensitivity", "list", "generate", "chat", "inspect", "export", "bench", "eval")
+_COMMANDS = ("run", "plan", "sensitivity", "list", "generate", "chat", "inspect", "export", "bench", "eval", "report")
 
 
 _MODEL_DIR = "a packed model: output folder of `lfq run` or `lfq export`, or another tool's"
@@ -228,6 +229,7 @@ def _eval(arguments: list[str]) -> None:
     from lfq_lightning.evaluation.evaluate_models import evaluate_models, print_results, reference_of
     from lfq_lightning.evaluation.score import Measure
     from lfq_lightning.evaluation.text_loss import TextLoss
+    from lfq_lightning.run_folder import EVALUATION
 
     _log_to_stderr()
     measures: list[Measure] = []
@@ -245,7 +247,7 @@ def _eval(arguments: list[str]) -> None:
                 given.tasks, given.data_dir, given.limit, given.task_tokens, given.chat, sampling, given.batch_size
             )
         )
-    output = given.output or Path(given.models[0]) / "evaluation"
+    output = given.output or Path(given.models[0]) / EVALUATION
     reference = given.reference or reference_of(given.models[0])
     print_results(evaluate_models(given.models, reference, measures, output, given.packed))
     print(f"all values: {output / 'evaluation.json'}")
@@ -256,7 +258,19 @@ def _check_installed(module: str, option: str, extra: str) -> None:
         raise UserError(f"{option} needs more packages: pip install 'lfq-lightning[{extra}]'.")
 
 
+def _report(arguments: list[str]) -> None:
+    parser = _parser("report", "Write a page about a finished run, or about several side by side.")
+    parser.add_argument("runs", nargs="+", help="output folders of `lfq run`")
+    parser.add_argument("--output", type=Path, help="the page; RUN/report.html, or comparison.html for several")
+    given = parser.parse_args(arguments)
+    from lfq_lightning.report.write_report import REPORT, write_report
+
+    alone = Path(given.runs[0]) / REPORT if len(given.runs) == 1 else Path("comparison.html")
+    print(write_report(given.runs, given.output or alone))
+
+
 _PARSED = {
+    "report": _report,
     "eval": _eval,
     "plan": _plan,
     "sensitivity": _sensitivity,

@@ -1,6 +1,7 @@
 """What was lost on held-out tokens: KL, top-1 agreement, flip rate, perplexity, as torchmetrics."""
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,6 +9,7 @@ from torchmetrics import Metric, MetricCollection
 
 from lfq_lightning.head import Head
 from lfq_lightning.ranks import Ranks
+from lfq_lightning.token_profile import TokenProfile
 from lfq_lightning.token_set import NO_NEXT, TokenSet
 
 _ROWS = 32  # of the vocabulary's width worked on at once: three temporaries of a whole sequence are a lot
@@ -96,7 +98,7 @@ def held_out_metrics() -> MetricCollection:
 
 
 def evaluate(
-    student: Tensor, teacher: Tensor, head: Head, tokens: TokenSet, ranks: Ranks
+    student: Tensor, teacher: Tensor, head: Head, tokens: TokenSet, ranks: Ranks, profile: TokenProfile | None = None
 ) -> tuple[dict[str, float], dict[str, list[float]]]:
     """Return the metrics over all held-out tokens, and the same per sequence (for paired tests), over all ranks.
 
@@ -108,6 +110,7 @@ def evaluate(
         head: in fp32.
         tokens: what the hidden states of all ranks were made from.
         ranks: who has the other sequences.
+        profile: takes each sequence too.
     """
     metrics = held_out_metrics()
     per_sequence: dict[str, list[float]] = {str(name): [] for name in metrics}
@@ -117,9 +120,37 @@ def evaluate(
         log_p = [head.logits(h[row][keep]).log_softmax(-1) for h in (student, teacher)]
         for name, value in metrics(*log_p, next_token[number][keep].to(log_p[0].device)).items():
             per_sequence[name].append(float(value))
+        if profile is not None:
+            following = next_token[number][keep].to(log_p[0].device)
+            seq_len = tokens.input_ids.shape[1]
+            profile.update(log_p[0], log_p[1], tokens.input_ids[number][keep], following, seq_len)
     for metric in metrics.values():
         assert isinstance(metric, TokenMean)
         total, count = ranks.total(float(metric.total), int(metric.count))
         metric.total, metric.count = torch.tensor(total, dtype=torch.float64), torch.tensor(count)
     whole = {name: ranks.interleave(values) for name, values in per_sequence.items()}
     return {name: float(value) for name, value in metrics.compute().items()}, whole
+
+
+@torch.no_grad()
+def final_metrics(
+    streams: dict[str, Tensor], head: Head, tokens: TokenSet, frequency: Tensor, ranks: Ranks
+) -> dict[str, Any]:
+    """Return what metrics.json says of a run's held-out tokens.
+
+    Args:
+        streams: what leaves the last block, (N, T, D) of this rank, of `full_precision`, of the model as it was
+            `before_last_training`, and `quantized`.
+        head: in fp32.
+        tokens: of all ranks.
+        frequency: (V,), how often each token occurs in the calibration data.
+        ranks: who has the other sequences.
+    """
+    device = head.weight.device
+    h = {name: head.readout(hidden.float().to(device)) for name, hidden in streams.items()}
+    profile, metrics = TokenProfile(frequency), {}
+    for name in streams:
+        watching = profile if name == "quantized" else None
+        found, per_sequence = evaluate(h[name], h["full_precision"], head, tokens, ranks, watching)
+        metrics[name] = {"held_out": found, "per_sequence": per_sequence}
+    return {"held_out": metrics["quantized"]["held_out"], **metrics, "profile": profile.result(ranks)}

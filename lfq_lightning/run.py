@@ -28,6 +28,7 @@ from lfq_lightning.calibration_module import CalibrationModule  # noqa: E402
 from lfq_lightning.callbacks import CALLBACKS  # noqa: E402
 from lfq_lightning.callbacks.block_scheduler import BlockScheduler  # noqa: E402
 from lfq_lightning.callbacks.console import Console  # noqa: E402
+from lfq_lightning.callbacks.report import Report  # noqa: E402
 from lfq_lightning.data import CalibrationData  # noqa: E402
 from lfq_lightning.plan import Rule  # noqa: E402
 from lfq_lightning.ranks import launched_rank  # noqa: E402
@@ -85,11 +86,12 @@ class CommandLine(LightningCLI):
         given = config.trainer.callbacks or []
         foreign = [CALLBACKS.parse(value) for value in config.callbacks]
         for plugin in foreign:
-            if issubclass(plugin.cls, (BlockScheduler, Console)):
+            if issubclass(plugin.cls, (BlockScheduler, Console, Report)):
                 raise UserError(f"callbacks: {plugin.name} is always there; remove it.")
         kwargs["callbacks"] = [
             scheduler,
             Console(),
+            Report(),
             *(p.build() for p in foreign),
             *(given if isinstance(given, list) else [given]),
         ]

@@ -31,6 +31,7 @@ FACTS = "facts.json"
 STATE = "state.safetensors"
 TOKENS = "tokens.safetensors"
 LOGS = "logs"  # Lightning's loggers may write here before the run does
+EVALUATION = "evaluation"  # what `lfq eval` measured
 _OURS = (  # all that a run may leave in its folder
     "model-?????-of-?????.safetensors*",
     f"{INDEX}*",
@@ -39,6 +40,7 @@ _OURS = (  # all that a run may leave in its folder
     "*config.json*",
     "metrics.json*",
     "versions.json*",
+    "report.html*",
     f"{FACTS}*",
     f"{STATE}*",
     f"{TOKENS}*",
@@ -125,7 +127,7 @@ class RunFolder:
         """
         # Config first: what is left is no model then. The journal last: until then the folder is known as a run's.
         for old in sorted(self._content(), key=lambda entry: (entry.name == JOURNAL, entry.name != "config.json")):
-            old.unlink()
+            shutil.rmtree(old) if old.is_dir() else old.unlink()
         self.path.mkdir(parents=True, exist_ok=True)
         (self.path / JOURNAL).touch()
         if resolved_config is not None:
@@ -269,7 +271,9 @@ def _passes(name: str) -> bool:
 
 
 def _is_ours(entry: Path) -> bool:
-    return not entry.is_dir() and any(fnmatch.fnmatch(entry.name, pattern) for pattern in _OURS)
+    if entry.is_dir():
+        return entry.name == EVALUATION
+    return any(fnmatch.fnmatch(entry.name, pattern) for pattern in _OURS)
 
 
 def _version(distribution: str) -> str | None:

@@ -12,6 +12,7 @@ from lfq_lightning.held_out import evaluate
 from lfq_lightning.load_model import load
 from lfq_lightning.meta_model import assign_weights, meta_model
 from lfq_lightning.model_skeleton import ModelSkeleton
+from lfq_lightning.ranks import Ranks
 from lfq_lightning.token_set import TokenSet
 
 PROMPT_TOKENS, NEW_TOKENS, PROMPTS = 16, 48, 100
@@ -54,7 +55,7 @@ class Reference:
         row: dict[str, Any] = {}
         for number, (name, tokens) in enumerate(self.domains.items()):
             student, teacher = (self.head.readout(h) for h in (_hidden(model, tokens), self.hidden[name]))
-            values, per_sequence = evaluate(student, teacher, self.head, tokens)
+            values, per_sequence = evaluate(student, teacher, self.head, tokens, Ranks(torch.device("cpu")))
             suffix = "" if number == 0 else f"_{name}"
             row |= {f"{metric}{suffix}": value for metric, value in values.items() if metric != "perplexity_fp"}
             if number == 0:

@@ -14,7 +14,8 @@ class BlockReport:
     """What calibrating one block did.
 
     Losses are those of its objective on the held-out split, before and after training; `kl_…` is the KL to full
-    precision (nats per token) of what the head reads after the block. `index` is its first decoder layer.
+    precision (nats per token) of what the head reads after the block. `index` is its first decoder layer; `weights` has
+    for each layer that ships packed what `weight_statistics` says of it.
     """
 
     index: int
@@ -28,6 +29,7 @@ class BlockReport:
     kl_after: float
     seconds: float
     peak_bytes: int
+    weights: dict[str, dict[str, float]]
     eta_seconds: float
 
 

@@ -25,9 +25,9 @@ from lfq_lightning.fingerprint import block_fingerprint, own_facts, shared_facts
 from lfq_lightning.fold_scales import fold_scales
 from lfq_lightning.formats.compressed_tensors import CompressedTensors
 from lfq_lightning.head import Head
-from lfq_lightning.held_out import evaluate
+from lfq_lightning.held_out import final_metrics
+from lfq_lightning.lens_kl import lens_kl
 from lfq_lightning.model_skeleton import ModelSkeleton
-from lfq_lightning.objectives.kl import KL
 from lfq_lightning.ops.path import describe
 from lfq_lightning.peak_memory import peak_bytes, reset_peak
 from lfq_lightning.plan import BlockPlan, Plan, Rule
@@ -36,6 +36,7 @@ from lfq_lightning.preflight import check_trainer, check_training, output_bytes
 from lfq_lightning.quant_scheme import QuantScheme
 from lfq_lightning.quantized_tensor import QuantizedTensor
 from lfq_lightning.ranks import launched_rank, ranks_of
+from lfq_lightning.report.weight_statistics import weight_statistics
 from lfq_lightning.run_folder import RunFolder
 from lfq_lightning.saving import Saving
 from lfq_lightning.solve import Solution, solve
@@ -44,8 +45,6 @@ from lfq_lightning.token_set import TokenSet
 from lfq_lightning.weighted_mean import WeightedMean
 
 log = logging.getLogger(__name__)
-
-_LENS_TOKENS = 1024  # held-out tokens on which each block's KL is read
 
 
 @CALLBACKS.register
@@ -115,6 +114,9 @@ class BlockScheduler(BlockCallback):
         self.store = StreamStore(self.device, self.folder.path, *self.data.budgets(trainer.num_devices))
         log.info("quantise-dequantise, logit loss and GPTQ on %s: %s", self.device, describe(self.device))
         (train, self.held_out_tokens), sources = self.ranks.once(self._open)
+        self.frequency = torch.bincount(
+            train.input_ids[train.mask], minlength=self.skeleton.checkpoint.config.vocab_size
+        )
         self.splits = Splits(self._embed("train", train), self._embed("held_out", self.held_out_tokens))
         self._write_shard(0, self.skeleton.checkpoint.tensors(self.skeleton.outer_names()))
         self.schemes: dict[str, QuantScheme] = {}
@@ -249,7 +251,7 @@ class BlockScheduler(BlockCallback):
             for split in self.splits.each():
                 split.advance_student(self.block, self.device)
             self._check_finite(plan.index, "quantised", [split.student for split in self.splits.each()])
-            report = self._report(plan, self.start_kl, self._lens_kl(self.splits.held_out.student))
+            report = self._report(plan, shipped, self._lens_kl(self.splits.held_out.student))
         self.peak_bytes = max(self.peak_bytes, report.peak_bytes)
         self._let_go()
         written = self.folder.checksums(range(plan.indices.start + 1, plan.indices.stop + 1))
@@ -303,16 +305,9 @@ class BlockScheduler(BlockCallback):
             "before_last_training": self.start_hidden,
             "quantized": held_out.student,
         }
-        metrics: dict[str, Any] = {}
         head = self.skeleton.head(torch.float32).to(self.device)  # the exact one, whatever the products ran in
-        with torch.no_grad():
-            h = {name: head.readout(hidden.float().to(self.device)) for name, hidden in streams.items()}
-            for name in streams:
-                found = evaluate(h[name], h["full_precision"], head, tokens, self.ranks)
-                metrics[name] = {"held_out": found[0], "per_sequence": found[1]}
-        metrics = {
-            "held_out": metrics["quantized"]["held_out"],
-            **metrics,
+        metrics = final_metrics(streams, head, tokens, self.frequency, self.ranks)
+        metrics |= {
             "model_bytes": self.folder.total_bytes,
             "seconds": time.perf_counter() - self.run_started,
             "peak_bytes": max(self.peak_bytes, peak_bytes(self.device)),
@@ -415,21 +410,9 @@ class BlockScheduler(BlockCallback):
         self.folder.note_shard(number, tensors)
 
     def _lens_kl(self, outputs: Tensor) -> float:
-        """Return KL(teacher ‖ student) of what the head reads from the block's outputs, on some held-out tokens."""
-        held_out, lens, head = self.splits.held_out, KL(), self._head()
-        wanted = range(min(len(held_out), max(1, _LENS_TOKENS // held_out.mask.shape[1])))
-        some = slice(len(self.ranks.share(len(wanted))))
-        mask = held_out.mask[some]
-        teacher, student = (
-            head.readout(stream[some].to(self.device)[mask.to(self.device)].float())
-            for stream in (held_out.teacher, outputs)
-        )
-        mean = WeightedMean(self.ranks)
-        if mask.any():
-            mean.add(lens.token_loss(student, lens.target(teacher, head), head).mean(), mask)
-        return mean.value()
+        return lens_kl(outputs, self.splits.held_out, self._head(), self.ranks, self.device)
 
-    def _report(self, plan: BlockPlan, kl_before: float, kl_after: float) -> BlockReport:
+    def _report(self, plan: BlockPlan, shipped: dict[str, QuantizedTensor], kl_after: float) -> BlockReport:
         tokens, held_out = (self.data.seq_len * len(split) for split in self.splits.each())
         flops = [block_flops(p, self.skeleton, tokens, held_out, self.data.seq_len) for p in self.plans]
         now = time.perf_counter()
@@ -442,10 +425,11 @@ class BlockScheduler(BlockCallback):
             loss_before=self.start_loss,
             loss_after=self.state.best_loss,
             best_step=self.state.best_step,
-            kl_before=kl_before,
+            kl_before=self.start_kl,
             kl_after=kl_after,
             seconds=now - self.block_started,
             peak_bytes=peak_bytes(self.device),
+            weights={name: weight_statistics(quantized) for name, quantized in shipped.items()},
             eta_seconds=(now - self.blocks_started) * todo / done,
         )
 
