@@ -4,6 +4,7 @@ import os
 from datetime import timedelta
 from typing import final
 
+import torch.distributed as dist
 from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 
@@ -21,6 +22,11 @@ class FSDP2(ModelParallelStrategy):
         self._data_parallel_size = self.num_nodes * self.num_processes  # Lightning's own default is the nodes alone
         self._tensor_parallel_size = 1
         super().setup_environment()
+
+    def disconnect(self) -> None:
+        """End the connection of the ranks: a process that ends with gloo's threads still alive may abort."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 StrategyRegistry.register("fsdp2", FSDP2, description="fully sharded data parallel, per block")

@@ -10,7 +10,7 @@ from lfq_lightning.calibration_module import CalibrationModule
 from lfq_lightning.callbacks.block_scheduler import BlockScheduler
 from lfq_lightning.data import CalibrationData
 from lfq_lightning.errors import UserError
-from lfq_lightning.fsdp2 import launched
+from lfq_lightning.fsdp2 import FSDP2, launched
 
 
 class Trainer(pl.Trainer):
@@ -73,6 +73,9 @@ class Trainer(pl.Trainer):
             if self.strategy.launcher is not None:
                 self.strategy.launcher.kill(signal.SIGKILL)  # or they would wait for this process
             raise
+        else:
+            if isinstance(self.strategy, FSDP2):
+                self.strategy.disconnect()
         finally:
             for scheduler in schedulers:
                 scheduler.saving.unlisten()
