@@ -37,6 +37,7 @@ class BlockState:
         self.checked_step = 0
         self.best_step = 0
         self.best_loss = float("inf")
+        self.last_loss = float("inf")  # of the last check
         self.best: dict[str, Tensor] = {}
 
     def keep_if_best(self, loss: float) -> None:
@@ -46,7 +47,7 @@ class BlockState:
                 f"block {self.module.plan.index}: the held-out loss is {loss} at step {self.step}; lower its lr, or "
                 "look for broken values in the model."
             )
-        self.checked_step = self.step
+        self.checked_step, self.last_loss = self.step, loss
         if loss < self.best_loss:
             self.best_loss, self.best_step = loss, self.step
             self.best = {name: parameter.detach().clone() for name, parameter in self._trained()}

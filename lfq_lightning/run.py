@@ -22,12 +22,13 @@ warnings.filterwarnings("ignore", category=DeprecationWarning, module="jsonargpa
 from jsonargparse import ArgumentError, Namespace  # noqa: E402
 from lightning.fabric.utilities.exceptions import MisconfigurationException  # noqa: E402
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI  # noqa: E402
-from lightning.pytorch.loggers import CSVLogger  # noqa: E402
+from lightning.pytorch.loggers import CSVLogger, Logger  # noqa: E402
 
 from lfq_lightning.calibration_module import CalibrationModule  # noqa: E402
 from lfq_lightning.callbacks import CALLBACKS  # noqa: E402
 from lfq_lightning.callbacks.block_scheduler import BlockScheduler  # noqa: E402
 from lfq_lightning.callbacks.console import Console  # noqa: E402
+from lfq_lightning.callbacks.live_metrics import LiveMetrics  # noqa: E402
 from lfq_lightning.callbacks.report import Report  # noqa: E402
 from lfq_lightning.data import CalibrationData  # noqa: E402
 from lfq_lightning.plan import Rule  # noqa: E402
@@ -86,17 +87,17 @@ class CommandLine(LightningCLI):
         given = config.trainer.callbacks or []
         foreign = [CALLBACKS.parse(value) for value in config.callbacks]
         for plugin in foreign:
-            if issubclass(plugin.cls, (BlockScheduler, Console, Report)):
+            if issubclass(plugin.cls, (BlockScheduler, Console, Report, LiveMetrics)):
                 raise UserError(f"callbacks: {plugin.name} is always there; remove it.")
         kwargs["callbacks"] = [
             scheduler,
             Console(),
             Report(),
+            LiveMetrics(),
             *(p.build() for p in foreign),
             *(given if isinstance(given, list) else [given]),
         ]
-        if config.trainer.logger is None:
-            kwargs["logger"] = CSVLogger(config.output, name=LOGS, version="")
+        kwargs["logger"] = _loggers(config.trainer.logger, config.output)
         try:
             return super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
@@ -133,6 +134,15 @@ def read_config(arguments: list[str]) -> Namespace:
     with contextlib.suppress(_ReadError):
         reader.__init__(arguments)  # type: ignore[misc]
     return reader.config.run
+
+
+def _loggers(given: Any, output: str) -> Any:
+    """Return the loggers asked for, and the one that writes metrics.csv; `logger: false` is none at all."""
+    if given is False:
+        return False
+    asked = given if isinstance(given, list) else [given] if isinstance(given, Logger) else []
+    csv = [] if any(isinstance(logger, CSVLogger) for logger in asked) else [CSVLogger(output, name=LOGS, version="")]
+    return [*asked, *csv]
 
 
 def _load_plugins(arguments: list[str]) -> None:

@@ -9,10 +9,9 @@ import statistics
 from collections import defaultdict
 from pathlib import Path
 
-import torch
-
 from benchmarks.quality.__main__ import PEERS, RESULTS
 from benchmarks.quality.methods import ABLATIONS, METHODS, RECIPE
+from lfq_lightning.evaluation.paired import compare
 
 ROOT = Path(__file__).parents[2]
 BEGIN, END = "<!-- quality: begin -->", "<!-- quality: end -->"
@@ -26,7 +25,6 @@ COLUMNS = {
     "seconds": ("seconds", 0),
     "peak_rss_gb": ("peak RSS, GB", 2),
 }
-FLIPS = 20_000  # random sign changes in the paired test
 
 Rows = list[dict[str, str]]
 
@@ -117,21 +115,13 @@ def _lfq_table(rows: Rows) -> tuple[str, int, int]:
             if not seeds:
                 continue
             off, on = ([float(v) for s in seeds for v in side[s]["kl_per_sequence"].split()] for side in sides)
-            difference, p = paired_test(on, off)
-            won, cells = won + (difference < 0 and p < 0.01), cells + 1
+            found = compare(on, off)
+            won, cells = won + (found.difference < 0 and found.p < 0.01), cells + 1
             lines.append(
-                f"| {title} | {method} | {statistics.mean(off):.4f} | {statistics.mean(on):.4f} | {difference:+.4f} | "
-                f"{'< .0001' if p < 1e-4 else f'{p:.4f}'} |"
+                f"| {title} | {method} | {statistics.mean(off):.4f} | {statistics.mean(on):.4f} | "
+                f"{found.difference:+.4f} | {'< .0001' if found.p < 1e-4 else f'{found.p:.4f}'} |"
             )
     return "\n".join(lines), won, cells
-
-
-def paired_test(a: list[float], b: list[float]) -> tuple[float, float]:
-    """Return the mean of a - b and its two-sided p by random sign changes of the differences."""
-    differences = torch.tensor(a, dtype=torch.float64) - torch.tensor(b, dtype=torch.float64)
-    signs = torch.randint(0, 2, (FLIPS, len(differences)), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
-    chance = (signs.double() @ differences).abs() >= differences.sum().abs() * (1 - 1e-12)
-    return float(differences.mean()), (float(chance.sum()) + 1) / (FLIPS + 1)
 
 
 def _replace(file: Path, text: str, content: str) -> None:

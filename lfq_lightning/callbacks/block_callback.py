@@ -13,9 +13,9 @@ from lfq_lightning.plan import BlockPlan
 class BlockReport:
     """What calibrating one block did.
 
-    Losses are those of its objective on the held-out split, before and after training; `kl_…` is the KL to full
-    precision (nats per token) of what the head reads after the block. `index` is its first decoder layer; `weights` has
-    for each layer that ships packed what `weight_statistics` says of it.
+    Losses are those of its objective on the held-out split: before training, as it ships, and of the last step; `kl_…`
+    is the KL to full precision (nats per token) of what the head reads after the block. `index` is its first decoder
+    layer; `weights` has for each layer that ships packed what `weight_statistics` says of it.
     """
 
     index: int
@@ -24,6 +24,7 @@ class BlockReport:
     quantizers: list[str]
     loss_before: float
     loss_after: float
+    loss_last: float
     best_step: int
     kl_before: float
     kl_after: float

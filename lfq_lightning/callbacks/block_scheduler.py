@@ -424,6 +424,7 @@ class BlockScheduler(BlockCallback):
             quantizers=sorted({(layer.learned or layer.closed_form).name for layer in plan.layers.values()}),
             loss_before=self.start_loss,
             loss_after=self.state.best_loss,
+            loss_last=self.state.last_loss,
             best_step=self.state.best_step,
             kl_before=self.start_kl,
             kl_after=kl_after,

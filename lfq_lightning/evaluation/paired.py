@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-_DRAWS = 10_000
+_DRAWS = 20_000
 _SEED = 0
 
 
