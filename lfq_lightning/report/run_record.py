@@ -67,6 +67,12 @@ class RunRecord:
         named = self.settings.get("model", {}).get("checkpoint")
         return str(named) if named else str(self.config["architectures"][0])
 
+    @property
+    def model_name(self) -> str:
+        """What was quantised, without the folders it lies in; a hub id is whole."""
+        path = Path(self.model).expanduser()
+        return path.name if path.is_absolute() or path.exists() else self.model
+
     def held_out(self, which: str) -> dict[str, float]:
         """Return the metrics of `full_precision`, `before_last_training` or `quantized`."""
         return self.metrics[which]["held_out"]

@@ -38,7 +38,8 @@ def depth(runs: Runs) -> dict[str, Any] | None:
             _chart(
                 "KL along depth",
                 line_chart(kl, "block", "KL to FP"),
-                "What the head reads after each block (the logit lens); exact at the last block, a profile before it.",
+                "What the head reads after each block (the logit lens), on up to 1024 tokens; exact at the last block, "
+                "a profile before it.",
             ),
             _chart(
                 "Loss of each block",

@@ -55,8 +55,8 @@ def _content(runs: Runs) -> dict[str, Any]:
     name, first = runs[0]
     alone = len(runs) == 1
     return {
-        "title": f"{first.model}, quantised" if alone else f"{len(runs)} runs side by side",
-        "subtitle": _said(first) if alone else ", ".join(f"{name}: {run.model}" for name, run in runs),
+        "title": f"{first.model_name}, quantised" if alone else f"{len(runs)} runs side by side",
+        "subtitle": _said(first) if alone else ", ".join(f"{name}: {run.model_name}" for name, run in runs),
         "numbers": _numbers(first) if alone else [],
         "lost": _lost(runs),
         "sections": [s for s in (depth(runs), flips(runs), confidence(runs), weights(runs), cost(runs)) if s],
@@ -168,7 +168,7 @@ def _evaluations(name: str, run: RunRecord) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _settings(runs: Runs) -> dict[str, Any]:
-    rows = [["quantised as", *(_said(run) for _, run in runs)]]
+    rows = [["model", *(run.model for _, run in runs)], ["quantised as", *(_said(run) for _, run in runs)]]
     rules = max(len(run.settings.get("plan", [])) for _, run in runs)
     for number in range(rules):
         rows.append([f"rule {number + 1}", *(_rule(run.settings.get("plan", []), number) for _, run in runs)])
