@@ -52,7 +52,9 @@ _OURS = (  # all that a run may leave in its folder
     "vocab.json",
     "merges.txt",
     f"{JOURNAL}*",
+    ".tmp??????",
 )
+_ASIDE = ("*.partial", ".tmp??????")  # being written when a run was killed: by us, by safetensors and tokenizers
 _VERSIONS = ("lfq-lightning", "torch", "lightning", "transformers", "safetensors", "triton")
 
 
@@ -214,7 +216,7 @@ class RunFolder:
             config["quantization_config"] = CompressedTensors().config(schemes, ignore)
             loads = engines(CompressedTensors(), schemes, ignore)
             self.write_text(CARD, model_card(config, schemes, loads, metrics))
-        for left in self.path.glob("*.partial"):
+        for left in (file for pattern in _ASIDE for file in self.path.glob(pattern)):
             left.unlink()
         for file in self._content():
             to_disk(file)

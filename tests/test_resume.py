@@ -209,6 +209,7 @@ def test_damage_between_runs(whole, llama, text_file, tmp_path, damage, caplog):
         state.write_bytes(state.read_bytes()[:100])
     else:
         (run / "model-00004-of-00004.safetensors.partial").write_bytes(b"half")
+        (run / ".tmpcAjhZh").write_bytes(b"what safetensors leaves when it is killed")
     with caplog.at_level("WARNING"):
         calibrate(llama, text_file, run)
     same_bytes(whole, run)
