@@ -16,7 +16,7 @@ from lfq_lightning.callbacks import BlockCallback
 from lfq_lightning.callbacks.block_scheduler import BlockScheduler
 from lfq_lightning.data import CalibrationData
 from lfq_lightning.errors import StoppedError, UserError
-from lfq_lightning.fingerprint import _sample_digest
+from lfq_lightning.fingerprint import sample_digest
 from lfq_lightning.plan import Rule
 from lfq_lightning.trainer import Trainer
 from tests.conftest import save_tiny
@@ -269,7 +269,7 @@ def test_changed_weights_are_refused(left, llama, text_file, tmp_path):
     with pytest.raises(UserError, match=r"another model file model.safetensors"):
         calibrate(model, text_file, left)
     facts = json.loads((left / "facts.json").read_text())
-    facts["own"]["model file model.safetensors"] = _sample_digest(model / "model.safetensors")
+    facts["own"]["model file model.safetensors"] = sample_digest(model / "model.safetensors")
     (left / "facts.json").write_text(json.dumps(facts))  # as if no sample had met that weight
     with pytest.raises(UserError, match=r"other weights in block 0"):
         calibrate(model, text_file, left)
