@@ -1,5 +1,6 @@
 """Count the floating-point work of a block's calibration, for the ETA."""
 
+from lfq_lightning.experts import chosen_share
 from lfq_lightning.model_skeleton import ModelSkeleton
 from lfq_lightning.plan import BlockPlan
 
@@ -11,15 +12,17 @@ def block_flops(plan: BlockPlan, skeleton: ModelSkeleton, tokens: int, held_out_
 
     Matrix products only; a few percent of scale searches and attention are left out.
     """
-    shapes = [shape for index in plan.indices for shape in skeleton.linear_shapes(index).values()]
-    forward = 2.0 * sum(o * i for o, i in shapes)  # per token
     config = skeleton.checkpoint.config
+    shapes = {name: shape for index in plan.indices for name, shape in skeleton.linear_shapes(index).items()}
+    forward = sum(2.0 * o * i * chosen_share(name, config) for name, (o, i) in shapes.items())  # per token
     readout = 4.0 * config.hidden_size * config.vocab_size if plan.logit_space else 0.0
     everything = tokens + held_out_tokens
     work = 2 * forward * everything + 2 * forward * held_out_tokens
     if any(layer.closed_form.cls.needs_inputs for layer in plan.layers.values()):
-        inputs = {i for _, i in shapes}
-        work += tokens * (1.7 * forward + 4 * 2.0 * sum(i * i for i in inputs))  # fp32 products count four times
+        # each input is summed once, and gate and up of an expert read one; fp32 products count four times
+        inputs = {(i, name.rpartition(".")[0] if ".experts." in name else ""): name for name, (_, i) in shapes.items()}
+        sums = sum(2.0 * i * i * chosen_share(name, config) for (i, _), name in inputs.items())
+        work += tokens * (1.7 * forward + 4 * sums)
     if plan.learned:
         work += plan.steps * plan.batch_size * seq_len * (3 * forward + readout)
         work += _CHECKS * held_out_tokens * (forward + readout)

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lfq_lightning.errors import UserError
+from lfq_lightning.families import Family
 from lfq_lightning.run_folder import FACTS, JOURNAL, shard_name
 
 Facts = dict[str, dict[str, Any]]
@@ -59,11 +60,11 @@ class EarlierRun:
             raise UserError(f"{self._named} was made with other weights in block {number}; {self._cure}")
         return None
 
-    def shard(self, number: int, shards: int) -> dict[str, Tensor]:
-        """Return the tensors of a shard. Raises UserError if it cannot be read."""
+    def shard(self, number: int, shards: int, family: Family) -> dict[str, Tensor]:
+        """Return the tensors of a shard, as the model names them. Raises UserError if it cannot be read."""
         file = self.path / shard_name(number, shards)
         try:
-            return load_file(file)
+            return {family.model_name(name): tensor for name, tensor in load_file(file).items()}
         except (SafetensorError, OSError) as error:
             raise UserError(f"reuse: {file} cannot be read ({error}); calibrate from the start.") from error
 

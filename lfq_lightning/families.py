@@ -9,6 +9,7 @@ Folds = tuple[tuple[str, tuple[str, ...]], ...]
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
 _INNER: Folds = (("self_attn.v_proj", ("self_attn.o_proj",)), ("mlp.up_proj", ("mlp.down_proj",)))
+_ATTENTION: Folds = (("input_layernorm", _QKV), ("self_attn.v_proj", ("self_attn.o_proj",)))
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,8 @@ class Family:
         logit_factor: key in the config of a factor on the logits.
         logit_divisor: key in the config of a divisor of the logits.
         softcap: key in the config of a bound on the logits.
+        experts: an expert's linear layers gate, up and down, if the family is a mixture.
+        stored: (in the model, on disk): parts of names that differ there.
     """
 
     decoder: str = "model"
@@ -32,6 +35,20 @@ class Family:
     logit_factor: str | None = None
     logit_divisor: str | None = None
     softcap: str | None = None
+    experts: tuple[str, str, str] | None = None
+    stored: tuple[tuple[str, str], ...] = ()
+
+    def stored_name(self, name: str) -> str:
+        """Return the name on disk of a tensor or layer of the model."""
+        for here, there in self.stored:
+            name = name.replace(here, there)
+        return name
+
+    def model_name(self, name: str) -> str:
+        """Return the name in the model of what has this name on disk."""
+        for here, there in self.stored:
+            name = name.replace(there, here)
+        return name
 
     def logit_terms(self, settings: dict[str, Any]) -> tuple[float, float | None]:
         """Return the factor on the logits and their bound, None without one, by a model's config."""
@@ -40,6 +57,7 @@ class Family:
         return scale, settings[self.softcap] if self.softcap else None
 
 
+PLAIN = Family()
 _GEMMA = Family(
     folds=(("input_layernorm", _QKV), ("pre_feedforward_layernorm", _GATE_UP), *_INNER),
     unit_offset=True,
@@ -51,12 +69,14 @@ FAMILIES: dict[str, Family] = {
     "gemma2": _GEMMA,
     "gemma3_text": _GEMMA,
     "granite": Family(logit_divisor="logits_scaling"),
-    "llama": Family(),
-    "mistral": Family(),
+    "llama": PLAIN,
+    "mistral": PLAIN,
+    "mixtral": Family(folds=_ATTENTION, experts=("w1", "w3", "w2"), stored=((".mlp.", ".block_sparse_moe."),)),
     "phi": Family(
         norm="model.final_layernorm",
         folds=(("input_layernorm", (*_QKV, "mlp.fc1")), ("self_attn.v_proj", ("self_attn.dense",))),
     ),
-    "qwen2": Family(),
-    "qwen3": Family(),
+    "qwen2": PLAIN,
+    "qwen3": PLAIN,
+    "qwen3_moe": Family(folds=_ATTENTION, experts=("gate_proj", "up_proj", "down_proj")),
 }

@@ -100,14 +100,17 @@ def block_memory(plan: BlockPlan, skeleton: ModelSkeleton, setting: Setting) -> 
     forward = tokens * (3 * widest + 6 * config.hidden_size) * max(setting.compute_bytes, setting.stream_bytes)
     read = block + (width * weights // len(plan.indices) if width != 4 else 0)
     solve = block + forward + head
-    solved = 0
+    solved, beside = 0, dict[int, int]()  # what the other experts' stacks hold, observed in the same pass
     for names, layer in _stacks(shapes, plan.layers):
         columns, rows = shapes[names[0]][1], sum(shapes[name][0] for name in names)
         kind = layer.closed_form.cls
         observed = 2 * 4 * columns**2 if kind.needs_inputs else 0
         own = kind.solve_bytes(rows // setting.ranks, columns) if issubclass(kind, ClosedFormQuantizer) else 0
         solved += rows * columns * (5 if layer.learned else 1)
-        solve = max(solve, block + solved + 4 * rows * columns + max(observed + forward, own))
+        others = beside.get(columns, 0)
+        solve = max(solve, block + solved + others + 4 * rows * columns + max(observed + forward, own))
+        if ".experts." in names[0]:
+            beside[columns] = others + observed // 2 + 4 * rows * columns
     sizes = (read, solve, _train(plan, shapes, setting, head))
     return BlockMemory(*(int(size * _SLACK[setting.on_gpu]) for size in sizes))
 

@@ -5,12 +5,20 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from lfq_lightning.errors import UserError
+from lfq_lightning.experts import split_experts
+from lfq_lightning.families import FAMILIES
 
 
 def meta_model(config: PretrainedConfig) -> PreTrainedModel:
-    """Return the model on the meta device, frozen and in eval mode; the tables no checkpoint stores are real."""
+    """Return the model on the meta device, frozen and in eval mode; the tables no checkpoint stores are real.
+
+    Experts of a mixture are linear layers of their own, as in checkpoints, not one tensor for all.
+    """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+        family = FAMILIES.get(config.model_type)
+        if family is not None and family.experts:
+            split_experts(model, family.experts, config)
     for module in model.modules():
         if any(True for _ in module.buffers(recurse=False)):
             module.to_empty(device="cpu", recurse=False)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lfq_lightning.checkpoints import Checkpoint
 from lfq_lightning.decoder_block import DecoderBlock
 from lfq_lightning.errors import UserError
+from lfq_lightning.experts import router_names
 from lfq_lightning.head import Head
 from lfq_lightning.meta_model import assign_weights, check_shapes, meta_model
 
@@ -69,6 +70,11 @@ class ModelSkeleton:
         """Return the full names of all linear layers, the head included."""
         names = [name for index in range(len(self)) for name in self.linear_shapes(index)]
         return [*names, self.checkpoint.family.head]
+
+    def routers(self) -> list[str]:
+        """Return the names of what chooses experts."""
+        parts = zip(self._block_prefixes, self._meta_blocks, strict=True)
+        return [prefix + name for prefix, block in parts for name in router_names(block)]
 
     def outer_names(self) -> list[str]:
         """Return the names of the stored tensors outside all blocks; a tied head is not among them."""

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig
 
 from lfq_lightning.errors import UserError, one_line
+from lfq_lightning.experts import router_names
+from lfq_lightning.families import FAMILIES, PLAIN
 from lfq_lightning.formats import FORMATS, PackFormat, check_layout
 from lfq_lightning.meta_model import meta_model
 from lfq_lightning.quant_scheme import QuantScheme
@@ -68,8 +70,10 @@ class PackedFolder:
                 f"{self.path} is not packed (its config has no quantization_config); load it with transformers."
             )
         del self.config.quantization_config
+        self.family = FAMILIES.get(self.config.model_type, PLAIN)
         self.format_name, self.format = _format_of(self.quantization, self.path)
-        self.shapes = _linear_shapes(self.config)
+        model = meta_model(self.config)
+        self.shapes, self.routers = _linear_shapes(model), router_names(model)
         self.schemes = self._schemes()
         self._parts = {
             layer: [f"{layer}.{last}" for last in self.format.layout(scheme, self.shapes[layer])]
@@ -107,7 +111,7 @@ class PackedFolder:
         """Read the parts of a layer that other tools have put into another shard than its codes."""
         found: dict[str, Tensor] = {}
         for other, names in self.files.items():
-            wanted = set(names) & set(self._parts[layer])
+            wanted = set(map(self.family.model_name, names)) & set(self._parts[layer])
             if other != file and wanted:
                 found |= {name: tensor for name, tensor in self._read(other).items() if name in wanted}
         return found
@@ -133,13 +137,15 @@ class PackedFolder:
         names = [name for file in self.files.values() for name in file]
         layers = [layer for name in names if (layer := self.format.packed_name(name)) is not None]
         try:
-            schemes = self.format.schemes(self.quantization, layers)
+            found = self.format.schemes(self.quantization, layers)
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{self.path}: quantization_config lacks {one_line(error)}; copy the model again."
             ) from error
         except UserError as error:
             raise UserError(f"{self.path}: {error}") from error
+        schemes = {self.family.model_name(layer): scheme for layer, scheme in found.items()}
+        layers = [self.family.model_name(layer) for layer in layers]
         for layer in layers:
             if layer not in self.shapes:
                 raise UserError(f"{self.path} packs {layer}, which its config knows nothing of; the two do not match.")
@@ -166,7 +172,7 @@ class PackedFolder:
         absent = set(self.files[file]) - set(tensors)
         if absent:
             raise UserError(f"{path} has no tensor {min(absent)}, but the index names it; copy the model again.")
-        return tensors
+        return {self.family.model_name(name): tensor for name, tensor in tensors.items()}
 
 
 def sha256(path: Path) -> str:
@@ -186,9 +192,9 @@ def _format_of(quantization: dict[str, Any], path: Path) -> tuple[str, PackForma
     raise UserError(f"{path} is quantised by {named}, which is not read here; known: {', '.join(FORMATS.names())}.")
 
 
-def _linear_shapes(config: PretrainedConfig) -> dict[str, tuple[int, int]]:
+def _linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
     return {
         name: (module.out_features, module.in_features)
-        for name, module in meta_model(config).named_modules()
+        for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
     }

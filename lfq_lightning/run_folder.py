@@ -16,6 +16,7 @@ from torch import Tensor
 from lfq_lightning.checkpoints import LICENCES, Checkpoint
 from lfq_lightning.engines import engines
 from lfq_lightning.errors import UserError
+from lfq_lightning.families import PLAIN, Family
 from lfq_lightning.formats.compressed_tensors import CompressedTensors
 from lfq_lightning.model_card import CARD, model_card
 from lfq_lightning.packed_folder import CHECKSUMS, INDEX, sha256
@@ -70,9 +71,11 @@ class RunFolder:
         path: the folder.
         shards: how many there will be: one for what is outside the blocks, one per block.
         overwrite: replace an earlier run's folder; never a folder of anything else.
+        family: how the model's names are written on disk.
     """
 
-    def __init__(self, path: str | Path, shards: int, overwrite: bool = False) -> None:
+    def __init__(self, path: str | Path, shards: int, overwrite: bool = False, family: Family = PLAIN) -> None:
+        self.family = family
         self.path = Path(path).expanduser()
         self.shards = shards
         self.overwrite = overwrite
@@ -169,7 +172,8 @@ class RunFolder:
     def write_shard(self, number: int, tensors: dict[str, Tensor]) -> None:
         """Write shard `number` whole or not at all."""
         name = shard_name(number, self.shards)
-        write_tensors(self.path / name, tensors, {"format": "pt"})
+        named = {self.family.stored_name(tensor): value for tensor, value in tensors.items()}
+        write_tensors(self.path / name, named, {"format": "pt"})
         self._checksums[name] = sha256(self.path / name)
 
     def note_shard(self, number: int, tensors: dict[str, Tensor], digest: str | None = None) -> None:
@@ -177,7 +181,7 @@ class RunFolder:
         name = shard_name(number, self.shards)
         if digest is not None:
             self._checksums[name] = digest
-        self._weight_map |= dict.fromkeys(tensors, name)
+        self._weight_map |= dict.fromkeys(map(self.family.stored_name, tensors), name)
         self._total_bytes += sum(tensor.nbytes for tensor in tensors.values())
 
     def checksums(self, numbers: range) -> dict[str, str]:
@@ -212,6 +216,8 @@ class RunFolder:
         metadata = {"total_size": self._total_bytes, CHECKSUMS: self._checksums}
         self.write_json(INDEX, {"metadata": metadata, "weight_map": dict(sorted(self._weight_map.items()))})
         config = _model_config(checkpoint, architecture)
+        schemes = {self.family.stored_name(layer): scheme for layer, scheme in schemes.items()}
+        ignore = [self.family.stored_name(layer) for layer in ignore]
         if schemes:
             config["quantization_config"] = CompressedTensors().config(schemes, ignore)
             loads = engines(CompressedTensors(), schemes, ignore)

@@ -2,7 +2,9 @@
 
 import copy
 import itertools
+import logging
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,13 +13,17 @@ from torch import Tensor, nn
 
 from lfq_lightning.decoder_block import DecoderBlock
 from lfq_lightning.errors import UserError
+from lfq_lightning.experts import seeing
 from lfq_lightning.observe import observe_halves
 from lfq_lightning.peak_memory import return_freed_memory
 from lfq_lightning.plan import LayerPlan
 from lfq_lightning.quantized_tensor import QuantizedTensor
 from lfq_lightning.quantizers import ClosedFormQuantizer, DenseQuantizer
+from lfq_lightning.quantizers.rtn import RTN
 from lfq_lightning.ranks import Ranks
 from lfq_lightning.registry import plugin_name
+
+log = logging.getLogger(__name__)
 
 # Yields hidden states (B, T, D) and masks (B, T) of this rank's even (0) or odd (1) sequences, each time anew.
 Inputs = Callable[[int], Iterator[tuple[Tensor, Tensor]]]
@@ -48,8 +54,9 @@ def solve(
     Layers with a DenseQuantizer get its weight and no solution.
 
     True-sequential (GPTQ, section 4): a layer's quantizer sees inputs made by the already quantised layers before it.
-    Layers that read the same tensor and have the same plan (q, k, v; gate, up) share one pass and one solve. Each rank
-    shows the quantizers its own sequences, and solves its share of the rows.
+    Layers that read the same tensor and have the same plan (q, k, v; gate, up) share one solve, and what reads the
+    same tensor one pass; so do all experts' gate and up, and all experts' down. An expert that no token chose is
+    rounded to nearest. Each rank shows the quantizers its own sequences, and solves its share of the rows.
 
     Args:
         block: in full precision.
@@ -62,44 +69,78 @@ def solve(
     teacher = copy.deepcopy(block) if any(layer.needs_reference for layer in layers.values()) else block
     solutions: dict[str, Solution] = {}
     for stage in _stages(block, inputs):
-        groups: dict[tuple[str, str], list[str]] = {}
-        for name in stage:
-            if name in layers:
-                groups.setdefault(_key(layers[name]), []).append(name)
-        seen = partial(_inputs_of, block, block.linears()[stage[0]], inputs)
-        wanted = partial(_inputs_of, teacher, teacher.linears()[stage[0]], reference)
-        solutions |= _solve_stage(block.linears(), list(groups.values()), layers, seen, wanted, scale_dtype, ranks)
+        groups: list[list[list[str]]] = []  # by the tensor they read, then by their plan
+        for names in stage:
+            by_plan: dict[tuple[str, str], list[str]] = {}
+            for name in names:
+                if name in layers:
+                    by_plan.setdefault(_key(layers[name]), []).append(name)
+            groups.append(list(by_plan.values()))
+        firsts = [names[0] for names in stage]
+        seen = partial(_inputs_of, block, firsts, inputs)
+        wanted = partial(_inputs_of, teacher, firsts, reference)
+        solutions |= _solve_stage(block.linears(), groups, layers, seen, wanted, scale_dtype, ranks)
         return_freed_memory()  # of a stage: several times its weights
     return solutions
 
 
+@dataclass
+class _Stacked:
+    """Layers of one plan that read tensor number `reads` of a stage, and the quantizer of their rows."""
+
+    names: list[str]
+    reads: int
+    quantizer: ClosedFormQuantizer
+    corrects: bool
+    tokens: int = 0
+
+    def observe(self, rows: Tensor, wanted: Tensor | None) -> None:
+        self.tokens += len(rows)
+        if self.quantizer.needs_inputs and len(rows):
+            self.quantizer.observe(rows)
+            if self.corrects and wanted is not None:
+                self.quantizer.observe_reference(rows, wanted)
+
+
 def _solve_stage(
     linears: dict[str, nn.Linear],
-    groups: list[list[str]],
+    groups: list[list[list[str]]],
     layers: dict[str, LayerPlan],
-    seen: Callable[[int], Iterator[Tensor]],
-    wanted: Callable[[int], Iterator[Tensor]],
+    seen: Callable[[int], Iterator[list[Tensor]]],
+    wanted: Callable[[int], Iterator[list[Tensor]]],
     scale_dtype: torch.dtype,
     ranks: Ranks,
 ) -> dict[str, Solution]:
-    """Quantise layers that read one tensor; those of a group have one plan and are stacked."""
-    quantizers: list[tuple[list[str], ClosedFormQuantizer]] = []
-    for names in groups:
+    """Quantise layers that read one tensor, or each expert's own; those of a group have one plan and are stacked."""
+    stacks: list[_Stacked] = []
+    for reads, names in ((reads, names) for reads, of_one in enumerate(groups) for names in of_one):
         plan = layers[names[0]]
         if issubclass(plan.closed_form.cls, DenseQuantizer):
             for name in names:
                 dense = plan.closed_form.build(linears[name].weight.detach(), plan.scheme).export()
                 linears[name].weight.copy_(dense.to(scale_dtype))
             continue
+        if plan.needs_reference and ".experts." in names[0]:
+            raise UserError(
+                f"{names[0]} sees the tokens that its router sends it, and full precision sends others, so nothing can "
+                "be corrected towards it; leave `correct` away for experts."
+            )
         weight = torch.cat([linears[name].weight.detach() for name in names])
         weight = weight[ranks.rows(len(weight))]
-        quantizers.append((names, plan.closed_form.build(weight, plan.scheme, scale_dtype)))
-    watching = [quantizer for _, quantizer in quantizers if quantizer.needs_inputs]
-    correcting = [quantizer for names, quantizer in quantizers if layers[names[0]].needs_reference]
+        quantizer = plan.closed_form.build(weight, plan.scheme, scale_dtype)
+        stacks.append(_Stacked(names, reads, quantizer, plan.needs_reference))
+    watching = [stack.quantizer for stack in stacks if stack.quantizer.needs_inputs]
     if watching:
-        observe_halves(watching, partial(_show, watching, seen, correcting, wanted), ranks)
+        observe_halves(watching, partial(_show, stacks, seen, wanted), ranks)
+        counts = [int(count) for count in ranks.total(*(stack.tokens for stack in stacks))]
+        _report_experts(stacks, counts)
+        for stack, count in zip(stacks, counts, strict=True):
+            if stack.quantizer.needs_inputs and count == 0:
+                plan, weight = layers[stack.names[0]], stack.quantizer.weight
+                stack.quantizer = RTN(weight, plan.scheme, scale_dtype)
     solutions: dict[str, Solution] = {}
-    for names, quantizer in quantizers:
+    for stack in stacks:
+        names, quantizer = stack.names, stack.quantizer
         quantizer.solve()
         sizes = [linears[name].out_features for name in names]
         exported, latent = _whole(quantizer, names, sum(sizes), ranks)
@@ -110,22 +151,38 @@ def _solve_stage(
     return solutions
 
 
+def _report_experts(stacks: list[_Stacked], counts: list[int]) -> None:
+    """Say how the tokens were shared among experts, and which had too few for what closed-form quantizers estimate."""
+    experts = [(stack, count) for stack, count in zip(stacks, counts, strict=True) if ".experts." in stack.names[0]]
+    if not experts:
+        return
+    seen = sorted(count for _, count in experts)
+    few = sum(count < stack.quantizer.weight.shape[1] for stack, count in experts)
+    log.log(
+        logging.WARNING if few else logging.INFO,
+        "%s and %d more experts: %d … %d tokens, median %d; %d saw fewer than they have inputs%s",
+        experts[0][0].names[0],
+        len(experts) - 1,
+        seen[0],
+        seen[-1],
+        seen[len(seen) // 2],
+        few,
+        f", of which {seen.count(0)} none: rounded to nearest" if 0 in seen else "",
+    )
+
+
 def _show(
-    watching: list[ClosedFormQuantizer],
-    seen: Callable[[int], Iterator[Tensor]],
-    correcting: list[ClosedFormQuantizer],
-    wanted: Callable[[int], Iterator[Tensor]],
+    stacks: list[_Stacked],
+    seen: Callable[[int], Iterator[list[Tensor]]],
+    wanted: Callable[[int], Iterator[list[Tensor]]],
     half: int,
 ) -> None:
     """Show quantizers the inputs of their layers, and those that correct also what the teacher has there."""
-    reference = wanted(half) if correcting else None
-    for rows in seen(half):
-        for quantizer in watching:
-            quantizer.observe(rows)
-        if reference is not None:
-            wanted_rows = next(reference)
-            for quantizer in correcting:
-                quantizer.observe_reference(rows, wanted_rows)
+    reference = wanted(half) if any(stack.corrects for stack in stacks) else None
+    for tensors in seen(half):
+        beside = next(reference) if reference is not None else None
+        for stack in stacks:
+            stack.observe(tensors[stack.reads], None if beside is None else beside[stack.reads])
 
 
 def _whole(quantizer: ClosedFormQuantizer, names: list[str], rows: int, ranks: Ranks) -> tuple[QuantizedTensor, Tensor]:
@@ -147,8 +204,8 @@ def _key(plan: LayerPlan) -> tuple[str, str]:
     return repr(plan.scheme), repr(plan.closed_form)
 
 
-def _stages(block: DecoderBlock, inputs: Inputs) -> list[list[str]]:
-    """Return the linear layers grouped by the tensor they read, in the order of the forward."""
+def _stages(block: DecoderBlock, inputs: Inputs) -> list[list[list[str]]]:
+    """Return the linear layers by the tensor they read, in the order of the forward; a layer's experts at once."""
     seen: list[tuple[Tensor, list[str]]] = []
 
     def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -163,26 +220,36 @@ def _stages(block: DecoderBlock, inputs: Inputs) -> list[list[str]]:
 
     hooks = [linear.register_forward_pre_hook(note(name)) for name, linear in block.linears().items()]
     hidden, _ = next(itertools.chain(inputs(0), inputs(1)))
-    block(hidden[:1])
+    with seeing(block, None):
+        block(hidden[:1])
     for hook in hooks:
         hook.remove()
-    return [names for _, names in seen]
+    stages: dict[str, list[list[str]]] = {}
+    for _, names in seen:
+        before, experts, after = names[0].partition(".experts.")
+        stages.setdefault(before + experts + after.partition(".")[2], []).append(names)
+    return list(stages.values())
 
 
-def _inputs_of(block: DecoderBlock, linear: nn.Linear, inputs: Inputs, half: int) -> Iterator[Tensor]:
-    """Yield the inputs (tokens, I) of one layer, pads removed, for each batch."""
-    caught: list[Tensor] = []
+def _inputs_of(block: DecoderBlock, names: list[str], inputs: Inputs, half: int) -> Iterator[list[Tensor]]:
+    """Yield the inputs (tokens, I) of some layers, pads removed, for each batch; the last of them is reached last."""
+    linears, caught = block.linears(), dict[str, Tensor]()
 
-    def leave(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        caught.append(arguments[0])
-        raise _ReachedError
+    def catch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            caught[name] = arguments[0]
+            if name == names[-1]:
+                raise _ReachedError
 
-    hook = linear.register_forward_pre_hook(leave)
+        return hook
+
+    hooks = [linears[name].register_forward_pre_hook(catch(name)) for name in names]
     try:
         for hidden, mask in inputs(half):
-            try:
+            with suppress(_ReachedError), seeing(block, mask):
                 block(hidden)
-            except _ReachedError:
-                yield caught.pop()[mask]
+            found = (caught.pop(name) for name in names)
+            yield [rows[mask] if rows.dim() == mask.dim() + 1 else rows for rows in found]
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()

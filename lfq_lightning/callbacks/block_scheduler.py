@@ -95,7 +95,7 @@ class BlockScheduler(BlockCallback):
         self.skeleton = ModelSkeleton(self.module.checkpoint)
         self.plans = self.plan.resolve(self.skeleton)
         check_training(trainer.num_devices * trainer.num_nodes, self.plans)
-        self.folder = RunFolder(self.output, shards=len(self.skeleton) + 1, overwrite=self.overwrite)
+        self.folder = RunFolder(self.output, len(self.skeleton) + 1, self.overwrite, self.module.checkpoint.family)
         if launched_rank() == 0:
             self.folder.check(output_bytes(self.skeleton, self.plans))
         self.earlier = EarlierRun(self.reuse, goes_on=False) if self.reuse else None
@@ -278,7 +278,7 @@ class BlockScheduler(BlockCallback):
                 raise UserError(f"reuse: {earlier.path} did not begin with this model and plan; leave reuse away.")
             if report is None:
                 return plan.index
-            stored = earlier.shard(plan.index + 1, self.folder.shards)
+            stored = earlier.shard(plan.index + 1, self.folder.shards, self.folder.family)
             schemes = {name: p.scheme for name, p in plan.layers.items() if f"{name}.weight_packed" in stored}
             with self._forward_only():
                 for split in self.splits.each():
@@ -313,6 +313,7 @@ class BlockScheduler(BlockCallback):
             "peak_bytes": max(self.peak_bytes, peak_bytes(self.device)),
         }
         dense = [name for name in self.skeleton.all_linears() if name not in self.schemes]
+        dense += self.skeleton.routers()
         checkpoint, architecture = self.skeleton.checkpoint, self.skeleton.architecture
         self.ranks.once(lambda: self.folder.finish(checkpoint, architecture, self.schemes, dense, metrics))
         self.finished = True

@@ -51,7 +51,7 @@ class HFCheckpoint(Checkpoint):
                 weight_map = json.loads(index.read_text())["weight_map"]
             except (ValueError, KeyError) as error:
                 raise UserError(f"{index} cannot be read ({error}); fetch the model again.") from error
-            files = {name: self.path / file for name, file in weight_map.items()}
+            files = {self.family.model_name(name): self.path / file for name, file in weight_map.items()}
             for file in sorted(set(files.values())):
                 if not file.is_file():
                     raise UserError(f"{file} is missing, {index.name} names it; fetch the model again.")
@@ -63,7 +63,7 @@ class HFCheckpoint(Checkpoint):
             )
         try:
             with safe_open(single, "pt") as shard:
-                return dict.fromkeys(shard.keys(), single)
+                return dict.fromkeys((self.family.model_name(name) for name in shard.keys()), single)
         except SafetensorError as error:
             raise UserError(f"{single} cannot be read ({error}); fetch the model again.") from error
 
@@ -72,7 +72,7 @@ class HFCheckpoint(Checkpoint):
         matrices = [name for name in self.names() if name.startswith(self.family.blocks) and "norm" not in name]
         name = (matrices or self.names())[0]
         with safe_open(self._files[name], "pt") as shard:
-            return shard.get_tensor(name).dtype
+            return shard.get_tensor(self.family.stored_name(name)).dtype
 
     @property
     def dtype(self) -> torch.dtype:
@@ -88,7 +88,7 @@ class HFCheckpoint(Checkpoint):
             try:
                 with safe_open(file, "pt") as shard:
                     here = [name for name in names if self._files[name] == file]
-                    found |= {name: shard.get_tensor(name).to(self.dtype) for name in here}
+                    found |= {name: shard.get_tensor(self.family.stored_name(name)).to(self.dtype) for name in here}
             except SafetensorError as error:
                 raise UserError(f"{file} cannot be read ({error}); fetch the model again.") from error
         return found
