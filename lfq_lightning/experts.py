@@ -1,6 +1,6 @@
 """Experts of a mixture as linear layers of their own: what quantizers, shards and engines know by name."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -92,9 +92,9 @@ def seeing(block: nn.Module, mask: Tensor | None) -> Iterator[None]:
             each.every, each.keep = False, None
 
 
-def chosen_share(name: str, config: PretrainedConfig) -> float:
-    """Return the share of tokens that a linear layer sees: of an expert k of E, of all other layers 1."""
-    if ".experts." not in name:
-        return 1.0
+def chosen_share(config: PretrainedConfig) -> Callable[[str], float]:
+    """Return the share of tokens that a linear layer sees, by its name: of an expert k of E, of all other layers 1."""
     sizes = config.to_dict()
-    return sizes["num_experts_per_tok"] / (sizes.get("num_experts") or sizes["num_local_experts"])
+    experts = sizes.get("num_experts") or sizes.get("num_local_experts") or 1
+    share = sizes.get("num_experts_per_tok", 1) / experts
+    return lambda name: share if ".experts." in name else 1.0

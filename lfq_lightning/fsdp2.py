@@ -1,5 +1,6 @@
 """FSDP2: the strategy of several processes: each block's parameters, gradients and optimizer state are sharded."""
 
+import atexit
 import os
 from datetime import timedelta
 from typing import final
@@ -23,10 +24,17 @@ class FSDP2(ModelParallelStrategy):
         self._tensor_parallel_size = 1
         super().setup_environment()
 
-    def disconnect(self) -> None:
-        """End the connection of the ranks: a process that ends with gloo's threads still alive may abort."""
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    def disconnect_at_exit(self) -> None:
+        """End the connection of the ranks before Python ends: with gloo's threads still alive it may abort.
+
+        Not at once: a process cannot connect twice, and a later run in it goes on with the connection there is.
+        """
+        atexit.register(_disconnect)
+
+
+def _disconnect() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 StrategyRegistry.register("fsdp2", FSDP2, description="fully sharded data parallel, per block")

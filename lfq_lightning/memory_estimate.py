@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from lfq_lightning.activation_cache import TOKENS_AT_ONCE
 from lfq_lightning.model_skeleton import ModelSkeleton
@@ -15,6 +14,7 @@ from lfq_lightning.quantizers import ClosedFormQuantizer
 _STATE_BYTES = {"adam": 8, "adamw8bit": 2, "sign_sgd": 0}  # per trained parameter
 _LOSS_TILES = 3 * 4 * 1024**2  # of the logit loss, which makes no whole logits
 _SLACK = {True: 1.1, False: 1.25}  # on a GPU or not: what allocators hold beyond what was asked for
+_KNOWN: dict[tuple[str, int, int], tuple[int, int]] = {}  # parameters of quantizers: a mixture has thousands alike
 _CUDA_BYTES = 600_000_000  # context, libraries and kernels in a GPU's memory
 
 
@@ -67,7 +67,7 @@ def state_bytes(plan: BlockPlan, skeleton: ModelSkeleton) -> int:
         for name, (o, i) in skeleton.linear_shapes(index).items():
             layer = plan.layers.get(name)
             if layer is not None and layer.learned is not None:
-                trained += sum(p.numel() for p in _parameters(layer, o, i) if p.requires_grad)
+                trained += _parameters(layer, o, i)[0]
     return _kept_in_training(plan, trained)
 
 
@@ -125,9 +125,9 @@ def _train(plan: BlockPlan, shapes: dict[str, tuple[int, int]], setting: Setting
             frozen += 4 * o * i
             codes += o * i if layer is not None else 0
             continue
-        parameters = _parameters(layer, o, i)
-        trained += sum(p.numel() for p in parameters if p.requires_grad)
-        frozen += sum(4 * p.numel() for p in parameters if not p.requires_grad)
+        own = _parameters(layer, o, i)
+        trained += own[0]
+        frozen += 4 * own[1]
         saved += o * i * (setting.compute_bytes if setting.on_gpu else 9 + setting.compute_bytes)
         largest = max(largest, o * i)
     width = max(max(shape) for shape in shapes.values())
@@ -162,10 +162,15 @@ def _stacks(shapes: dict[str, tuple[int, int]], layers: dict[str, LayerPlan]) ->
     return stacks
 
 
-def _parameters(layer: LayerPlan, o: int, i: int) -> list[nn.Parameter]:
-    """Return the parameters that a layer's quantizer would have, without memory."""
+def _parameters(layer: LayerPlan, o: int, i: int) -> tuple[int, int]:
+    """Return how many values a layer's quantizer would train and hold frozen, without memory; known ones at once."""
     assert layer.learned is not None
-    with torch.device("meta"):
-        grid = torch.empty(o, i // layer.scheme.group_of(i), 1)
-        start = QuantizedTensor(torch.empty(o, i, dtype=torch.uint8), grid, grid.to(torch.uint8), layer.scheme)
-        return list(layer.learned.build(torch.empty(o, i), start).parameters())
+    key = repr(layer), o, i
+    if key not in _KNOWN:
+        with torch.device("meta"):
+            grid = torch.empty(o, i // layer.scheme.group_of(i), 1)
+            start = QuantizedTensor(torch.empty(o, i, dtype=torch.uint8), grid, grid.to(torch.uint8), layer.scheme)
+            parameters = list(layer.learned.build(torch.empty(o, i), start).parameters())
+        sizes = [sum(p.numel() for p in parameters if p.requires_grad == trained) for trained in (True, False)]
+        _KNOWN[key] = sizes[0], sizes[1]
+    return _KNOWN[key]

@@ -45,6 +45,7 @@ class ModelSkeleton:
         self._recorders = [_Recorder() for _ in blocks]
         for i, recorder in enumerate(self._recorders):
             blocks[i] = recorder
+        self._shapes: dict[int, dict[str, tuple[int, int]]] = {}
         self._ready = False
 
     def __len__(self) -> int:
@@ -60,11 +61,13 @@ class ModelSkeleton:
 
     def linear_shapes(self, index: int) -> dict[str, tuple[int, int]]:
         """Return full name → (O, I) of every linear layer of a block; reads no weights."""
-        return {
-            self._block_prefixes[index] + name: (module.out_features, module.in_features)
-            for name, module in self._meta_blocks[index].named_modules()
-            if isinstance(module, nn.Linear)
-        }
+        if index not in self._shapes:
+            self._shapes[index] = {
+                self._block_prefixes[index] + name: (module.out_features, module.in_features)
+                for name, module in self._meta_blocks[index].named_modules()
+                if isinstance(module, nn.Linear)
+            }
+        return self._shapes[index]
 
     def all_linears(self) -> list[str]:
         """Return the full names of all linear layers, the head included."""

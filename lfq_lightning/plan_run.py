@@ -146,7 +146,7 @@ def plan_run(model: str, rules: list[Rule], data: CalibrationData, precision: st
         streams=streams,
         streams_on_device=min(streams, data.budgets(machine.devices)[0]) if machine.on_gpu else 0,
         output=output_bytes(skeleton, plans),
-        state=max(state_bytes(plan, skeleton) for plan in plans),
+        state=max(state_bytes(same[0], skeleton) for same in different.values()),
         flop=flop,
         seconds=flop / (machine.rate * machine.ranks),
         writing=_all_weights(skeleton) if data.dataset == SELF_GENERATED else 0,

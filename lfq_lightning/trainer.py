@@ -75,7 +75,7 @@ class Trainer(pl.Trainer):
             raise
         else:
             if isinstance(self.strategy, FSDP2):
-                self.strategy.disconnect()
+                self.strategy.disconnect_at_exit()
         finally:
             for scheduler in schedulers:
                 scheduler.saving.unlisten()

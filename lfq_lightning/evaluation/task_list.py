@@ -42,10 +42,11 @@ class TaskList:
         self.members = {name: self._leaves(index[name]) for name in names}
         self._local = {leaf: self._files(name, leaf) for name, leaves in self.members.items() for leaf in leaves}
 
-    def load(self, name: str, limit_tokens: int | None) -> dict[str, Task]:
+    def load(self, name: str, num_fewshot: int | None, limit_tokens: int | None) -> dict[str, Task]:
         """Read the data of the tasks that `name` stands for, and return them by their own names.
 
         Args:
+            num_fewshot: solved examples before each question; the task's own number if None.
             limit_tokens: the longest answer, where it is to be shorter than the task's.
         """
         if self.data_dir is not None and (self.data_dir / "nltk_data").is_dir():
@@ -62,8 +63,8 @@ class TaskList:
                     "local copies by --data-dir."
                 ) from error
         for task in tasks.values():
-            if task.get_config("num_fewshot") is None:
-                task.set_config("num_fewshot", 0)
+            own = task.get_config("num_fewshot") or 0
+            task.set_config("num_fewshot", own if num_fewshot is None else num_fewshot)
             task.set_fewshot_seed(DEFAULT_OTHER_SEED)  # else its examples differ from call to call
             if limit_tokens is not None and task.OUTPUT_TYPE == "generate_until":
                 task.config.generation_kwargs["max_gen_toks"] = limit_tokens

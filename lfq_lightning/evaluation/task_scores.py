@@ -35,6 +35,7 @@ class TaskScores(Measure):
     Args:
         names: of tasks, groups or tags.
         data_dir: local copies of their data; None takes the hub.
+        num_fewshot: solved examples before each question; the task's own number if None.
         limit: the first examples only, of each task.
         limit_tokens: the longest answer, where it is to be shorter than the task's.
         chat: put questions through the chat template if the model has one.
@@ -46,6 +47,7 @@ class TaskScores(Measure):
         self,
         names: list[str],
         data_dir: Path | None,
+        num_fewshot: int | None,
         limit: int | None,
         limit_tokens: int | None,
         chat: bool,
@@ -53,12 +55,13 @@ class TaskScores(Measure):
         batch: int | None,
     ) -> None:
         self.tasks = TaskList(names, data_dir)
+        self.num_fewshot = num_fewshot
         self.limit, self.limit_tokens, self.chat, self.sampling, self.batch = limit, limit_tokens, chat, sampling, batch
 
     def begin(self, reference: EvaluatedModel, others: list[EvaluatedModel]) -> None:
         self.chat = self.chat and bool(reference.tokenizer.chat_template)
         for name in self.tasks.names:
-            self.tasks.load(name, self.limit_tokens)
+            self.tasks.load(name, self.num_fewshot, self.limit_tokens)
 
     def scores(self, model: EvaluatedModel) -> dict[str, dict[str, Score]]:
         lm = AnsweringLM(model, self.batch)
@@ -79,7 +82,7 @@ class TaskScores(Measure):
         }
 
     def _once(self, lm: AnsweringLM, name: str, generation: dict[str, Any]) -> dict[str, Score]:
-        loaded = self.tasks.load(name, self.limit_tokens)
+        loaded = self.tasks.load(name, self.num_fewshot, self.limit_tokens)
         for task in loaded.values():
             if task.OUTPUT_TYPE == "generate_until":
                 task.config.generation_kwargs |= generation

@@ -32,9 +32,9 @@ def text_windows(dataset: str, tokenizer: PreTrainedTokenizerBase, seq_len: int)
     elsewhere; a text shorter than one window is one.
 
     Args:
-        dataset: a .txt, a .jsonl, or a hub name.
+        dataset: a .txt, a .jsonl, or a hub name, its subset after a colon; its split `test` is read.
     """
-    texts = list(read_documents(dataset, "test", None))
+    texts = list(read_documents(*_named(dataset)))
     plain = [text for text in texts if isinstance(text, str)]
     if not plain:
         raise UserError(f"--text: {dataset} has no plain text; give a .txt, or a .jsonl with a field `text`.")
@@ -46,6 +46,12 @@ def text_windows(dataset: str, tokenizer: PreTrainedTokenizerBase, seq_len: int)
     if len(windows[0]) < len(lead) + 2:
         raise UserError(f"--text: {dataset} has fewer than two tokens; give a longer text.")
     return windows
+
+
+def _named(dataset: str) -> tuple[str, str, str | None]:
+    """Return file or hub name, split and subset of `name` or `name:subset`."""
+    name, colon, subset = dataset.partition(":")
+    return name, "test", subset if colon else None
 
 
 @torch.no_grad()
@@ -108,7 +114,7 @@ class TextLoss(Measure):
             raise UserError(f"--seq-len: {seq_len} must be 2 … {longest}, which is as far as this model reads.")
         self._reference, self._others = reference, others
         for text in self.texts:
-            check_documents(text)
+            check_documents(_named(text)[0])
             self._windows[text] = text_windows(text, reference.tokenizer, seq_len)[: self.limit]
 
     def scores(self, model: EvaluatedModel) -> dict[str, dict[str, Score]]:
