@@ -14,6 +14,7 @@ _HELP = """usage: lfq COMMAND …
   lfq run --config FILE.yaml [--key.path value …]   quantise a model; --print_config prints every key
   lfq plan --config FILE.yaml [--model MODEL] [--gpus 8x80GB] [--nodes 2]
                                                     memory, disk, work and time of a run; needs no weights
+  lfq data --config FILE.yaml                       what its calibration data look like
   lfq sensitivity MODEL --dataset TEXT --average-bits 3.5
                                                     rank layers by what they lose; propose a plan of mixed widths
   lfq eval MODEL_DIR … --text FILE --tasks gsm8k …  what was lost: texts, long answers, lm-eval's tasks; paired tests
@@ -27,9 +28,6 @@ _HELP = """usage: lfq COMMAND …
   lfq --version
 
 `lightning run …` is `lfq run …`. `lfq COMMAND --help` says more."""
-
-_COMMANDS = ("run", "plan", "sensitivity", "list", "generate", "chat", "inspect", "export", "bench", "eval", "report")
-
 
 _MODEL_DIR = "a packed model: output folder of `lfq run` or `lfq export`, or another tool's"
 
@@ -76,7 +74,7 @@ def _dispatch(arguments: list[str]) -> None:
     else:
         from lfq_lightning.registry import did_you_mean
 
-        raise UserError(f"unknown command {arguments[0]!r}: {did_you_mean(arguments[0], _COMMANDS)}")
+        raise UserError(f"unknown command {arguments[0]!r}: {did_you_mean(arguments[0], ['run', 'list', *_PARSED])}")
 
 
 def _generate(arguments: list[str]) -> None:
@@ -292,7 +290,24 @@ def _report(arguments: list[str]) -> None:
     print(write_report(given.runs, given.output or alone))
 
 
+def _data(arguments: list[str]) -> None:
+    parser = _parser("data", "Make a run's calibration data and print what they look like.")
+    parser.add_argument("--config", required=True, help="the run's YAML; more of its keys may follow, as for `lfq run`")
+    parser.add_argument("--examples", type=int, default=3, help="sequences to print (3)")
+    given, more = parser.parse_known_args(arguments)
+    from lfq_lightning.data import CalibrationData
+    from lfq_lightning.data_report import print_data
+    from lfq_lightning.ops.path import best_device
+    from lfq_lightning.run import read_config
+
+    _log_to_stderr()
+    config = read_config(["run", "--config", given.config, *more, "--output", "planned"])
+    device = best_device()
+    print_data(config.model.checkpoint, CalibrationData(**config.data.as_dict()), device, given.examples)
+
+
 _PARSED = {
+    "data": _data,
     "report": _report,
     "eval": _eval,
     "plan": _plan,

@@ -12,7 +12,6 @@ from lfq_lightning.block_flops import block_flops
 from lfq_lightning.checkpoints import open_checkpoint
 from lfq_lightning.checkpoints.shape_checkpoint import ShapeCheckpoint
 from lfq_lightning.data import CalibrationData
-from lfq_lightning.data.calibration_data import SELF_GENERATED
 from lfq_lightning.errors import UserError
 from lfq_lightning.memory_estimate import (
     BlockMemory,
@@ -149,7 +148,7 @@ def plan_run(model: str, rules: list[Rule], data: CalibrationData, precision: st
         state=max(state_bytes(same[0], skeleton) for same in different.values()),
         flop=flop,
         seconds=flop / (machine.rate * machine.ranks),
-        writing=_all_weights(skeleton) if data.dataset == SELF_GENERATED else 0,
+        writing=_all_weights(skeleton) if data.generated else 0,
     )
 
 

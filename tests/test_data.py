@@ -2,12 +2,16 @@
 
 import json
 import logging
+import re
 
 import pytest
 import torch
 
 from lfq_lightning.checkpoints import open_checkpoint
+from lfq_lightning.cli import main
 from lfq_lightning.data import CalibrationData
+from lfq_lightning.data.pack_sequences import pack_sequences
+from lfq_lightning.data.source import Source, shares
 from lfq_lightning.errors import UserError
 
 CPU = torch.device("cpu")
@@ -168,3 +172,77 @@ def test_self_generated(checkpoint, chat_llama, chat, caplog):
         else:
             assert row[0] == tokenizer.bos_token_id
     assert "9 sequences from self_generated" in caplog.text
+
+
+def test_shares_by_largest_remainder():
+    sources = [Source("a", 2.0), Source("b", 1.0), Source("c", 1.0)]
+    assert shares(sources, 10) == [5, 3, 2] and shares(sources, 1) == [1, 0, 0] and sum(shares(sources, 7)) == 7
+
+
+def test_packing_keeps_every_token_in_windows_that_fit():
+    sequences = [[n] * length for n, length in enumerate([5, 9, 3, 2, 7, 1, 4, 10, 6])]
+    windows = pack_sequences(sequences, 10)
+    assert all(len(window) <= 10 for window in windows)
+    assert sorted(token for window in windows for token in window) == sorted(t for s in sequences for t in s)
+    assert windows[0] == [0] * 5 + [2] * 3 + [3] * 2 and len(windows) == 5
+
+
+def test_a_mixture_takes_each_source_by_its_weight(checkpoint, text_file, tmp_path):
+    other = tmp_path / "digits.txt"
+    other.write_text("<|endoftext|>".join(f"{n}" * 40 for n in range(10)))
+    mixture = [{"source": str(text_file), "weight": 3}, {"source": str(other), "weight": 1}]
+    data = CalibrationData(mixture, num_samples=8, seq_len=24, num_held_out=4)
+    train, held_out = data.token_sets(checkpoint, CPU)
+    texts = [checkpoint.tokenizer().decode(row[1:]) for row in (*train.input_ids, *held_out.input_ids)]
+    of_digits = [text.strip("!\0").isdigit() for text in texts]
+    assert sum(of_digits[:8]) == 2 and sum(of_digits[8:]) == 1
+    assert of_digits[:8] != sorted(of_digits[:8]), "spread over the whole"
+
+
+def test_packing_leaves_few_pads(checkpoint, text_file):
+    pads = []
+    for pack in (False, True):
+        data = CalibrationData(str(text_file), num_samples=8, seq_len=64, num_held_out=4, pack=pack)
+        train, held_out = data.token_sets(checkpoint, CPU)
+        assert len(train) == 8 and len(held_out) == 4
+        pads.append(1 - float(train.mask.float().mean()))
+    assert pads[1] < 0.25 < pads[0]
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_traces_answer_the_prompts(chat_llama, tmp_path, pack):
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text('{"question": "one?"}\n{"prompt": "two?"}\n')
+    data = CalibrationData(
+        [{"source": "self_generated", "prompts": str(prompts)}], num_samples=4, seq_len=48, num_held_out=2, pack=pack
+    )
+    checkpoint = open_checkpoint(str(chat_llama))
+    data.check(checkpoint)
+    train, held_out = data.token_sets(checkpoint, CPU)
+    texts = [checkpoint.tokenizer().decode(row[mask]) for row, mask in zip(train.input_ids, train.mask, strict=True)]
+    assert len(texts) == 4 and len(held_out) == 2
+    assert all(text.startswith(("<u>one?</s><a>", "<u>two?</s><a>")) for text in texts)
+    again, _ = data.token_sets(checkpoint, CPU)
+    assert torch.equal(again.input_ids, train.input_ids)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        ([], "the mixture is empty"),
+        ([{"weight": 1}], "`{source: …, weight: …}`"),
+        ([{"source": "x", "wieght": 1}], "did you mean 'weight'"),
+        ([{"source": "x", "weight": 0}], "must be a positive number"),
+        ([{"source": "x.txt", "prompts": "p.txt"}], "prompts go with"),
+        ([{"source": "self_generated", "prompts": "gone.txt"}], "gone.txt cannot be read"),
+    ],
+)
+def test_mistaken_mixtures(checkpoint, dataset, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        CalibrationData(dataset, num_samples=2, seq_len=16, num_held_out=1).check(checkpoint)
+
+
+def test_what_lfq_data_prints(config, capsys, text_file):
+    main(["data", "--config", str(config()), "--examples", "1", "--data.pack", "true"])
+    printed = capsys.readouterr().out
+    assert "calibration" in printed and "sequence 0, " in printed and "of beer on wall" in printed

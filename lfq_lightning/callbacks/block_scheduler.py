@@ -17,7 +17,6 @@ from lfq_lightning.block_module import BlockModule
 from lfq_lightning.block_state import BlockState, read_facts
 from lfq_lightning.calibration_block import CalibrationBlock
 from lfq_lightning.callbacks import CALLBACKS, BlockCallback, BlockReport
-from lfq_lightning.data.calibration_data import SELF_GENERATED
 from lfq_lightning.earlier_run import EarlierRun
 from lfq_lightning.errors import UserError
 from lfq_lightning.final_block_module import FinalBlockModule
@@ -340,7 +339,7 @@ class BlockScheduler(BlockCallback):
     def _open(self) -> tuple[tuple[TokenSet, TokenSet], list[EarlierRun]]:
         """Open the folder, or what an earlier run has left in it; return the data and the runs to take blocks from."""
         goes_on, checkpoint, sources = self.folder.unfinished, self.module.checkpoint, [self.earlier]
-        dear = self.data.dataset == SELF_GENERATED
+        dear = self.data.generated
         own = own_facts(self.plans, self.data, checkpoint)
         if goes_on:
             begun = EarlierRun(self.folder.path, goes_on=True)

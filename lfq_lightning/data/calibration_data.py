@@ -1,35 +1,29 @@
 """CalibrationData: the token sequences a model is calibrated and held-out-tested on."""
 
-import logging
-import random
-from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from lightning.pytorch import LightningDataModule
-from transformers import PreTrainedTokenizerBase
 
 from lfq_lightning.activation_cache import BatchLoader, Splits
 from lfq_lightning.checkpoints import Checkpoint
-from lfq_lightning.data.read_documents import Document, check_documents, read_documents
-from lfq_lightning.data.self_generate import self_generate
+from lfq_lightning.data.read_documents import check_documents
+from lfq_lightning.data.read_prompts import read_prompts
+from lfq_lightning.data.read_source import SourceReader
+from lfq_lightning.data.source import SELF_GENERATED, Source, parse_sources, shares
 from lfq_lightning.errors import UserError
 from lfq_lightning.peak_memory import host_bytes
 from lfq_lightning.plan import BlockPlan
 from lfq_lightning.token_set import TokenSet
-
-log = logging.getLogger(__name__)
-
-SELF_GENERATED = "self_generated"
-_SHORTEST_SHARE = 8  # windows shorter than 1/8 of seq_len are dropped
 
 
 class CalibrationData(LightningDataModule):
     """Token sequences for calibration and a held-out split of its own; then each block's loaders over activations.
 
     Args:
-        dataset: `self_generated` (the model's own samples), a .txt, a .jsonl (`text` or `messages`), or a hub name.
+        dataset: `self_generated` (the model's own samples), a .txt, a .jsonl (`text` or `messages`), or a hub name; or
+            a mixture, a list of `{source: …, weight: …}` (see `Source`).
         num_samples: calibration sequences.
         seq_len: tokens per sequence, pads included.
         num_held_out: sequences for selection and for the final table; their documents are calibrated on only if the
@@ -37,6 +31,7 @@ class CalibrationData(LightningDataModule):
         split: split of a hub dataset.
         subset: configuration of a hub dataset.
         seed: of shuffling and sampling.
+        pack: put several short sequences into one window, one after the other.
         device_gb: how much of a GPU's memory the activations may take, 10^9 bytes; what is more lies in host memory.
         host_gb: how much host memory those of a process may take; what is more lies in files. If not said, half of the
             machine's, divided among its processes.
@@ -44,13 +39,14 @@ class CalibrationData(LightningDataModule):
 
     def __init__(
         self,
-        dataset: str = SELF_GENERATED,
+        dataset: str | list[dict[str, Any]] = SELF_GENERATED,
         num_samples: int = 128,
         seq_len: int = 512,
         num_held_out: int = 16,
         split: str = "train",
         subset: str | None = None,
         seed: int = 0,
+        pack: bool = False,
         device_gb: float = 0.0,
         host_gb: float | None = None,
     ) -> None:
@@ -62,6 +58,7 @@ class CalibrationData(LightningDataModule):
         self.split = split
         self.subset = subset
         self.seed = seed
+        self.pack = pack
         self.device_gb = device_gb
         self.host_gb = host_gb
         self.splits: Splits | None = None
@@ -70,7 +67,7 @@ class CalibrationData(LightningDataModule):
 
     def settings(self) -> dict[str, Any]:
         """Return what the sequences depend on, the seed apart."""
-        names = ("dataset", "num_samples", "seq_len", "num_held_out", "split", "subset")
+        names = ("dataset", "num_samples", "seq_len", "num_held_out", "split", "subset", "pack")
         return {name: vars(self)[name] for name in names}
 
     def budgets(self, processes: int) -> tuple[int, int]:
@@ -97,8 +94,11 @@ class CalibrationData(LightningDataModule):
     def check(self, checkpoint: Checkpoint) -> None:
         """Raise UserError for what cannot work; reads no data."""
         self.check_sizes(checkpoint)
-        if self.dataset != SELF_GENERATED:
-            check_documents(self.dataset)
+        for source in self.sources:
+            if source.prompts is not None:
+                read_prompts(Path(source.prompts), "data.dataset: prompts")
+            elif not source.generated:
+                check_documents(source.source)
 
     def check_sizes(self, checkpoint: Checkpoint) -> None:
         """Raise UserError for numbers that cannot be."""
@@ -112,85 +112,27 @@ class CalibrationData(LightningDataModule):
         if self.seq_len > context:
             raise UserError(f"data.seq_len: {self.seq_len} is longer than the model's context; give at most {context}.")
 
-    def token_sets(self, checkpoint: Checkpoint, device: torch.device) -> tuple[TokenSet, TokenSet]:
-        """Return the calibration and the held-out sequences. Raises UserError if there is too little data."""
-        tokenizer = checkpoint.tokenizer()
-        wanted = self.num_samples + self.num_held_out
-        if self.dataset == SELF_GENERATED:
-            train, held_out = self._generated(checkpoint, tokenizer, device)
-        else:
-            train, held_out = self._read(tokenizer)
-        if len(train) + len(held_out) < wanted:
-            raise UserError(
-                f"data: {self.dataset} gives {len(train) + len(held_out)} sequences of {self.seq_len} tokens, but "
-                f"num_samples + num_held_out is {wanted}; lower one of them or seq_len, or give more text."
-            )
-        random.Random(self.seed).shuffle(train)
-        return TokenSet.from_lists(train[: self.num_samples], self.seq_len), TokenSet.from_lists(held_out, self.seq_len)
-
-    def _generated(
-        self, checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase, device: torch.device
-    ) -> tuple[list[list[int]], list[list[int]]]:
-        wanted = self.num_samples + self.num_held_out
-        log.info("data: the model writes %d sequences of up to %d tokens …", wanted, self.seq_len)
-        kept, short = self_generate(checkpoint, tokenizer, wanted, self.seq_len, self._shortest, self.seed, device)
-        self._log(len(kept), f"{short} dropped as shorter than {self._shortest} tokens", kept)
-        return kept[self.num_held_out :], kept[: self.num_held_out]
-
-    def _read(self, tokenizer: PreTrainedTokenizerBase) -> tuple[list[list[int]], list[list[int]]]:
-        wanted = self.num_samples + self.num_held_out
-        documents: list[list[list[int]]] = []
-        short = 0
-        for document in read_documents(self.dataset, self.split, self.subset):
-            windows = list(self._windows(tokenizer, document))
-            long_enough = [window for window in windows if len(window) >= self._shortest]
-            short += len(windows) - len(long_enough)
-            if long_enough:
-                documents.append(long_enough)
-            if len(documents) >= 8 * wanted:  # enough to choose from; a hub dataset may never end
-                break
-        random.Random(self.seed).shuffle(documents)
-        held_out: list[list[int]] = []
-        while len(documents) > 1 and len(held_out) < self.num_held_out:
-            held_out += documents.pop()
-        train = [window for document in documents for window in document]
-        held_out, surplus = held_out[: self.num_held_out], held_out[self.num_held_out :]
-        train += surplus[: max(0, self.num_samples - len(train))]
-        missing = self.num_held_out - len(held_out)
-        if missing > 0:
-            train, rest = train[:-missing], train[-missing:]
-            held_out += rest
-        found = len(train) + len(held_out)
-        self._log(
-            min(found, wanted),
-            f"{short} dropped as shorter than {self._shortest} tokens, {max(0, found - wanted)} not needed",
-            train + held_out,
-        )
-        return train, held_out
+    @property
+    def sources(self) -> list[Source]:
+        """What the data are made of."""
+        return parse_sources(self.dataset, self.split, self.subset)
 
     @property
-    def _shortest(self) -> int:
-        return max(2, self.seq_len // _SHORTEST_SHARE)
+    def generated(self) -> bool:
+        """The model has to write some of the data, for which it is needed whole."""
+        return any(source.generated for source in self.sources)
 
-    def _windows(self, tokenizer: PreTrainedTokenizerBase, document: Document) -> Iterator[list[int]]:
-        """Cut a document into windows of at most seq_len tokens, each with the BOS token the tokenizer gives."""
-        if isinstance(document, str):
-            lead = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-            with_special = tokenizer("a")["input_ids"]
-            if with_special[: len(lead)] != lead:  # this tokenizer starts no text with its BOS
-                lead = []
-            tokens = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
-            step = self.seq_len - len(lead)
-            yield from (lead + tokens[start : start + step] for start in range(0, len(tokens), step))
-            return
-        if not tokenizer.chat_template:
-            raise UserError("data: `messages` need a chat template, and this model has none; give `text` instead.")
-        try:
-            text = tokenizer.apply_chat_template(document, tokenize=False)
-        except TemplateError as error:
-            raise UserError(f"data: the chat template refuses {str(document)[:80]}…: {error}; mend the row.") from error
-        yield tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][: self.seq_len]
+    def token_sets(self, checkpoint: Checkpoint, device: torch.device) -> tuple[TokenSet, TokenSet]:
+        """Return the calibration and the held-out sequences. Raises UserError if there is too little data."""
+        reader = SourceReader(checkpoint, self.seq_len, self.pack, self.seed, device)
+        sources = self.sources
+        parts = zip(sources, shares(sources, self.num_samples), shares(sources, self.num_held_out), strict=True)
+        read = [reader.read(source, samples, held_out) for source, samples, held_out in parts]
+        train, held_out = (_interleave([part[which] for part in read]) for which in (0, 1))
+        return TokenSet.from_lists(train, self.seq_len), TokenSet.from_lists(held_out, self.seq_len)
 
-    def _log(self, count: int, dropped: str, sequences: list[list[int]]) -> None:
-        mean = sum(map(len, sequences)) / max(1, len(sequences))
-        log.info("data: %d sequences from %s, %.0f tokens on average; %s.", count, self.dataset, mean, dropped)
+
+def _interleave(parts: list[list[list[int]]]) -> list[list[int]]:
+    """Return the sequences of all parts, each part spread evenly over the whole."""
+    placed = [(i / len(part), number, i) for number, part in enumerate(parts) for i in range(len(part))]
+    return [parts[number][i] for _, number, i in sorted(placed)]

@@ -1,9 +1,13 @@
 """Let the full-precision model write its own calibration data."""
 
+import itertools
+import random
+
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lfq_lightning.checkpoints import Checkpoint
+from lfq_lightning.data.pack_sequences import pack_sequences
 from lfq_lightning.errors import UserError
 from lfq_lightning.load_model import load_full_precision
 
@@ -21,6 +25,8 @@ def self_generate(
     shortest: int,
     seed: int,
     device: torch.device,
+    prompts: list[str] | None = None,
+    pack: bool = False,
 ) -> tuple[list[list[int]], int]:
     """Return `wanted` token sequences of `shortest` … `seq_len` tokens, sampled from the model at temperature 1.
 
@@ -28,21 +34,31 @@ def self_generate(
     2406.08464, section 2); a base model continues its BOS token (LLM-QAT, arXiv 2305.17888, section 3.1). The whole
     model is in memory while this runs. Also returns how many sequences were dropped as too short; a model that writes
     nearly nothing else makes the list shorter than wanted.
+
+    Args:
+        prompts: what the model answers instead, in an order drawn by `seed`, again and again if there are few; all that
+            it writes is kept, thinking too.
+        pack: the sequences will be packed: make enough for `wanted` windows.
     """
-    tokens = _template_ids(tokenizer) if tokenizer.chat_template else None
-    if tokens is None and tokenizer.bos_token_id is None:
+    tokens = _template_ids(tokenizer) if tokenizer.chat_template and prompts is None else None
+    if tokens is None and prompts is None and tokenizer.bos_token_id is None:
         raise UserError("data.dataset: self_generated needs a chat template or a BOS token; give a text file instead.")
     if tokens is not None and seq_len <= (least := len(tokens[0]) + len(tokens[1]) + 1):
         raise UserError(f"data.seq_len: {seq_len} leaves no room beside the chat template; give more than {least}.")
     model = load_full_precision(checkpoint, device)
     ends = _end_ids(checkpoint, tokenizer)
+    asked = _Prompts(prompts, tokenizer, seq_len, seed) if prompts is not None else None
     kept: list[list[int]] = []
     short = 0
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        while len(kept) < wanted and short <= _PATIENCE * wanted:
-            count = min(_BATCH, wanted - len(kept))
-            if tokens is None:
+        while (missing := wanted - len(pack_sequences(kept, seq_len) if pack else kept)) > 0:
+            if short > _PATIENCE * wanted:
+                break
+            count = min(_BATCH, missing)
+            if asked is not None:
+                written = _sample(model, asked.take(count), seq_len, ends)
+            elif tokens is None:
                 written = _sample(model, [[tokenizer.bos_token_id]] * count, seq_len, ends)
             else:
                 written = _ask_and_answer(model, *tokens, count, seq_len, ends)
@@ -50,6 +66,29 @@ def self_generate(
             short += count - len(long_enough)
             kept += long_enough
     return kept, short
+
+
+class _Prompts:
+    """Prompts in tokens, in a random order, without end."""
+
+    def __init__(self, prompts: list[str], tokenizer: PreTrainedTokenizerBase, seq_len: int, seed: int) -> None:
+        tokens = [prompt for prompt in as_tokens(prompts, tokenizer) if len(prompt) < seq_len]
+        if not tokens:
+            raise UserError(f"data.seq_len: {seq_len} leaves no room for an answer to any prompt; give more.")
+        random.Random(seed).shuffle(tokens)
+        self._tokens = itertools.cycle(tokens)
+
+    def take(self, count: int) -> list[list[int]]:
+        return list(itertools.islice(self._tokens, count))
+
+
+def as_tokens(prompts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Return each prompt's tokens, put through the chat template, up to where the answer begins, if there is one."""
+    if not tokenizer.chat_template:
+        return [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    turns = ([{"role": "user", "content": prompt}] for prompt in prompts)
+    texts = (str(tokenizer.apply_chat_template(t, tokenize=False, add_generation_prompt=True)) for t in turns)
+    return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
 
 
 def _ask_and_answer(

@@ -1,13 +1,12 @@
 """Generation drift: how long a model's greedy answers stay those of full precision, whether they end, and repeat."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
-from lfq_lightning.errors import UserError
+from lfq_lightning.data.read_prompts import read_prompts
+from lfq_lightning.data.self_generate import as_tokens
 from lfq_lightning.evaluation.batches import batch_size, in_batches
 from lfq_lightning.evaluation.evaluated_model import EvaluatedModel
 from lfq_lightning.evaluation.score import Measure, Score
@@ -15,43 +14,6 @@ from lfq_lightning.evaluation.score import Measure, Score
 _GRAM = 4
 _BETTER = {"tokens_before_difference": True, "same_answer": True, "finished": None, "repetition": None}
 _OWN_PROMPTS = Path(__file__).parent / "prompts.txt"
-
-
-def read_prompts(file: Path | None) -> list[str]:
-    """Return prompts: the lines of a .txt, or of a .jsonl the field `prompt` or `question`; else a few of our own.
-
-    Raises UserError if the file cannot be read or a row has no prompt.
-    """
-    path = file or _OWN_PROMPTS
-    try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompts: {path} cannot be read ({error}); give a .txt or a .jsonl.") from error
-    if path.suffix != ".jsonl":
-        return lines
-    prompts = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-            prompts.append(row["prompt"] if "prompt" in row else row["question"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"--prompts: {path} line {number} has no `prompt` or `question`; mend the row.") from error
-    return prompts
-
-
-def as_tokens(prompts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Return each prompt's tokens, put through the chat template if there is one."""
-    if not tokenizer.chat_template:
-        return [tokenizer(prompt)["input_ids"] for prompt in prompts]
-    texts = (
-        str(
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-            )
-        )
-        for prompt in prompts
-    )
-    return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
 
 
 def greedy_answers(model: EvaluatedModel, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
@@ -78,12 +40,12 @@ class Drift(Measure):
     """Greedy answers against those of full precision.
 
     Args:
-        prompts: a file of them, see `read_prompts`.
+        prompts: a file of them, see `read_prompts`; a few of our own if None.
         max_new_tokens: how long an answer can get.
     """
 
     def __init__(self, prompts: Path | None, max_new_tokens: int) -> None:
-        self.prompts, self.max_new_tokens = read_prompts(prompts), max_new_tokens
+        self.prompts, self.max_new_tokens = read_prompts(prompts or _OWN_PROMPTS, "--prompts"), max_new_tokens
 
     def begin(self, reference: EvaluatedModel, others: list[EvaluatedModel]) -> None:
         self._reference = reference
