@@ -25,9 +25,9 @@ def real_logits(model, hidden):
             self.norm = norm
 
         def forward(self, **_):
-            from transformers.modeling_outputs import BaseModelOutputWithPast
+            from transformers.modeling_outputs import MoeModelOutputWithPast  # what mixtures look into
 
-            return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden))
+            return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden))
 
     norm = model.model.final_layernorm if model.config.model_type == "phi" else model.model.norm
     decoder, model.model = model.model, OnlyNorm(norm)
