@@ -13,8 +13,9 @@ quickstart: $(VENV)/installed $(MODEL)
 	@echo '> What is the capital of France?'
 	@$(BIN)/lfq generate runs/quickstart "What is the capital of France?" --max-new-tokens 60
 
+# Two processes of one thread each: most of the time goes into Python.
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

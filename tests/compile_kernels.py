@@ -30,7 +30,7 @@ from lfq_lightning.ops.linear_soft_ce import triton as linear_soft_ce
 from lfq_lightning.ops.packed_matmul import triton as packed_matmul
 from lfq_lightning.ops.soft_round import triton as soft_round
 
-ARCHITECTURES = (80, 89, 90)
+ARCHITECTURES = (80, 90)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
