@@ -17,6 +17,11 @@ def engines(packed: PackFormat, schemes: dict[str, QuantScheme], dense: list[str
 def fused_differently(schemes: dict[str, QuantScheme], dense: list[str]) -> list[str]:
     """Return the first layers that vLLM fuses and that differ in scheme, or are partly dense; or none."""
     every: dict[str, QuantScheme | None] = {**dict.fromkeys(dense), **schemes}
+    experts: dict[str, str] = {}  # of each layer the first one's: all experts are one module there
+    for name in every:
+        layer, inside, _ = name.partition(".experts.")
+        if inside and every[experts.setdefault(layer, name)] != every[name]:
+            return [experts[layer], name]
     for name in every:
         prefix, _, last = name.rpartition(".")
         for parts in _FUSED:

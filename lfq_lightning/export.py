@@ -13,9 +13,10 @@ from lfq_lightning.errors import UserError, one_line
 from lfq_lightning.formats import FORMATS
 from lfq_lightning.model_card import CARD, model_card
 from lfq_lightning.packed_folder import CHECKSUMS, INDEX, PackedFolder, sha256
+from lfq_lightning.report.write_report import REPORT
 from lfq_lightning.run_folder import FACTS, JOURNAL
 
-_LEFT_BEHIND = ("*.safetensors", INDEX, "config.json", JOURNAL, FACTS, CARD)
+_LEFT_BEHIND = ("*.safetensors", INDEX, "config.json", JOURNAL, FACTS, CARD, REPORT)
 
 
 def export(source: str, format_name: str, output: str) -> Path:

@@ -110,7 +110,7 @@ def block_memory(plan: BlockPlan, skeleton: ModelSkeleton, setting: Setting) -> 
         others = beside.get(columns, 0)
         solve = max(solve, block + solved + others + 4 * rows * columns + max(observed + forward, own))
         if ".experts." in names[0]:
-            beside[columns] = others + observed // 2 + 4 * rows * columns
+            beside[columns] = others + observed + 12 * rows * columns
     sizes = (read, solve, _train(plan, shapes, setting, head))
     return BlockMemory(*(int(size * _SLACK[setting.on_gpu]) for size in sizes))
 

@@ -75,6 +75,7 @@ class PackedFolder:
         model = meta_model(self.config)
         self.shapes, self.routers = _linear_shapes(model), router_names(model)
         self.schemes = self._schemes()
+        self._places = {self.family.model_name(name): file for file, names in self.files.items() for name in names}
         self._parts = {
             layer: [f"{layer}.{last}" for last in self.format.layout(scheme, self.shapes[layer])]
             for layer, scheme in self.schemes.items()
@@ -110,10 +111,10 @@ class PackedFolder:
     def _parts_elsewhere(self, layer: str, file: str) -> dict[str, Tensor]:
         """Read the parts of a layer that other tools have put into another shard than its codes."""
         found: dict[str, Tensor] = {}
-        for other, names in self.files.items():
-            wanted = set(map(self.family.model_name, names)) & set(self._parts[layer])
-            if other != file and wanted:
-                found |= {name: tensor for name, tensor in self._read(other).items() if name in wanted}
+        for part in self._parts[layer]:
+            other = self._places.get(part, file)
+            if other != file:
+                found[part] = self._read(other)[part]
         return found
 
     @property

@@ -163,6 +163,11 @@ class Plan:
                 first = matching[0]
                 outcome.won.add(first.where)
                 check_group(first.layer.scheme, name, skeleton, index, first.where)
+                if first.layer.needs_reference and ".experts." in name:
+                    raise UserError(
+                        f"{first.where}: an expert sees the tokens that its router sends it, and full precision sends "
+                        "others, so nothing can be corrected towards it; leave `correct` away for experts."
+                    )
                 layers[name] = first.layer
                 if first not in used:
                     used.append(first)

@@ -209,7 +209,7 @@ def _cure(plan: RunPlan, machine: Machine) -> str:
 
 
 def _kind(plan: BlockPlan) -> str:
-    rules = [(name.rpartition(f"{plan.index}.")[2], repr(layer)) for name, layer in plan.layers.items()]
+    rules = [(name.partition(f".{plan.index}.")[2] or name, repr(layer)) for name, layer in plan.layers.items()]
     return repr((len(plan.indices), sorted(rules), plan.objective, plan.batch_size, plan.optimizer, plan.learned))
 
 

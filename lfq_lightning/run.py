@@ -141,8 +141,17 @@ def _loggers(given: Any, output: str) -> Any:
     if given is False:
         return False
     asked = given if isinstance(given, list) else [given] if isinstance(given, Logger) else []
+    if launched_rank() == 0:
+        _keep_earlier(Path(output).expanduser() / LOGS / "metrics.csv")
     csv = [] if any(isinstance(logger, CSVLogger) for logger in asked) else [CSVLogger(output, name=LOGS, version="")]
     return [*asked, *csv]
+
+
+def _keep_earlier(file: Path) -> None:
+    """Rename the metrics of a run that now goes on: Lightning would remove them."""
+    if file.is_file():
+        number = 1 + len(list(file.parent.glob("metrics-*.csv")))
+        file.rename(file.with_name(f"metrics-{number}.csv"))
 
 
 def _load_plugins(arguments: list[str]) -> None:

@@ -120,11 +120,6 @@ def _solve_stage(
                 dense = plan.closed_form.build(linears[name].weight.detach(), plan.scheme).export()
                 linears[name].weight.copy_(dense.to(scale_dtype))
             continue
-        if plan.needs_reference and ".experts." in names[0]:
-            raise UserError(
-                f"{names[0]} sees the tokens that its router sends it, and full precision sends others, so nothing can "
-                "be corrected towards it; leave `correct` away for experts."
-            )
         weight = torch.cat([linears[name].weight.detach() for name in names])
         weight = weight[ranks.rows(len(weight))]
         quantizer = plan.closed_form.build(weight, plan.scheme, scale_dtype)

@@ -40,6 +40,7 @@ class TokenProfile:
             for what in (("count", "sure", "right") if name.startswith("confidence") else ("count", "flips"))
         }
         self._examples: list[tuple[float, int, dict[str, Any]]] = []
+        self._seen = 0
 
     def update(self, student: Tensor, teacher: Tensor, token_ids: Tensor, next_token: Tensor, seq_len: int) -> None:
         """Take one sequence: log-probabilities (M, V) fp32, its tokens (M,), the next ones (M,), NO_NEXT if unknown.
@@ -86,7 +87,8 @@ class TokenProfile:
                 for model, log_p in (("full_precision", teacher), ("quantized", student))
             },
         }
-        heapq.heappush(self._examples, (float(given_up[worst]), len(self._examples) + worst * 10_000, example))
+        self._seen += 1  # ties are told apart by it
+        heapq.heappush(self._examples, (float(given_up[worst]), -self._seen, example))
         if len(self._examples) > _EXAMPLES:
             heapq.heappop(self._examples)
 

@@ -226,6 +226,31 @@ def test_traces_answer_the_prompts(chat_llama, tmp_path, pack):
     assert torch.equal(again.input_ids, train.input_ids)
 
 
+def test_prompts_are_held_out_too_and_short_ones_get_long_answers(chat_llama, tmp_path):
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("\n".join([*(f"{n}?" for n in range(9)), "a long question " * 2]))
+    data = CalibrationData(
+        [{"source": "self_generated", "prompts": str(prompts)}], num_samples=12, seq_len=48, num_held_out=4
+    )
+    checkpoint = open_checkpoint(str(chat_llama))
+    train, held_out = data.token_sets(checkpoint, CPU)
+    asked = []
+    for part in (train, held_out):
+        texts = [checkpoint.tokenizer().decode(row[m]) for row, m in zip(part.input_ids, part.mask, strict=True)]
+        asked.append({text.partition("</s>")[0] for text in texts})
+    assert asked[0].isdisjoint(asked[1])
+    lengths = [int(mask.sum()) for mask in (*train.mask, *held_out.mask)]
+    assert max(lengths) <= 48
+    ended = [257 in row[m][-1:].tolist() for row, m in zip(train.input_ids, train.mask, strict=True)]
+    assert all(length == 48 or end for length, end in zip(lengths[:12], ended, strict=True))
+
+
+def test_an_edited_file_is_another_run(text_file, tmp_path):
+    file = tmp_path / "t.txt"
+    file.write_text(text_file.read_text())
+    assert CalibrationData([{"source": "self_generated"}, {"source": str(file)}]).files() == [file]
+
+
 @pytest.mark.parametrize(
     ("dataset", "message"),
     [

@@ -61,6 +61,11 @@ def test_the_interval_of_a_wide_sample_is_the_normal_one():
     assert found.high == pytest.approx(found.difference + spread, abs=0.01)
 
 
+def test_values_that_are_no_numbers_give_no_p():
+    found = compare([1.0, math.nan], [0.5, 0.5])
+    assert math.isnan(found.p) and math.isnan(found.difference)
+
+
 # ---- answers and batches ---------------------------------------------------------------------------------------------
 
 
@@ -152,10 +157,33 @@ def test_greedy_answers_in_a_batch_are_those_alone(packed, chat_llama, tmp_path)
         chat = [{"role": "user", "content": prompt}]
         ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
         alone = teacher.generate(**ids, do_sample=False, max_new_tokens=9)[0, ids["input_ids"].shape[1] :].tolist()
-        assert model.answers[["greedy", ids["input_ids"][0].tolist(), 9]] == alone
+        assert model.answers[["greedy", ids["input_ids"][0].tolist(), 9, [257]]] == alone
     found = json.loads((packed / "evaluation" / "evaluation.json").read_text())["parts"]["greedy answers"]
     assert found["same_answer"]["full precision"]["value"] == 1.0
     assert found["tokens_before_difference"][str(packed)]["examples"] == 3
+
+
+def test_parts_of_the_same_models_add_up(packed, text_file):
+    main(["eval", str(packed), "--text", str(text_file), "--seq-len", "16", "--windows", "2", "--new-tokens", "0"])
+    main(["eval", str(packed), "--new-tokens", "3"])
+    parts = json.loads((packed / "evaluation" / "evaluation.json").read_text())["parts"]
+    assert set(parts) == {"text text.txt", "greedy answers"}
+
+
+def test_texts_of_one_name_stay_apart(packed, text_file, tmp_path):
+    (tmp_path / "de").mkdir()
+    other = tmp_path / "de" / text_file.name
+    other.write_text("neunundneunzig Flaschen Bier an der Wand")
+    main(["eval", str(packed), "--text", str(text_file), str(other), "--seq-len", "16", "--new-tokens", "0"])
+    parts = json.loads((packed / "evaluation" / "evaluation.json").read_text())["parts"]
+    assert set(parts) == {f"text {text_file}", f"text {other}"}
+
+
+def test_a_new_end_token_asks_again(packed):
+    before = EvaluatedModel(str(packed), torch.device("cpu"), packed).digest
+    (packed / "generation_config.json").write_text('{"eos_token_id": [257, 258]}')
+    after = EvaluatedModel(str(packed), torch.device("cpu"), packed)
+    assert after.digest != before and after.end_tokens() == {257, 258}
 
 
 def test_a_second_call_asks_nothing_again(packed, monkeypatch, text_file):
@@ -259,6 +287,30 @@ def test_draws_give_pass_at_k_and_are_kept(config, tmp_path, data_dir):
     assert files == {file.name: file.read_text() for file in (packed / "evaluation").glob("answers-*")}
     answered = [json.loads(line)["answer"] for text in files.values() for line in text.splitlines()]
     assert len(answered) == 2 * 2 * 4 and len(set(answered)) > 4  # two models, two seeds, four questions
+
+
+def test_values_of_an_example_by_metric():
+    pytest.importorskip("lm_eval")
+    from lfq_lightning.evaluation.task_scores import _one_value, _score
+
+    assert _one_value("word_perplexity", (-12.0, 4)) == 3.0 and _one_value("acc", True) == 1.0
+    assert _one_value("perplexity", -2.5) == 2.5 and _one_value("inst_level_strict_acc", [True, False]) == 0.5
+    assert _one_value("f1", (1, 0)) is None and _one_value("bleu", ["a", "b"]) is None
+    alone = _score({"cola": {"mcc,none": 0.25, "mcc_stderr,none": 0.1}}, "mcc", "none", [(1, 0), (1, 1)], True)
+    assert alone.value == 0.25 and alone.per_example == []
+    two = {"a": {"perplexity,none": 5.0}, "b": {"perplexity,none": 7.0}}
+    pooled = _score(two, "perplexity", "none", [-1.0, -3.0], False)
+    assert pooled.value == pytest.approx(math.exp(2)) and pooled.unit == "nats"
+    assert _score(two, "f1", "none", [(1, 0)], True) is None
+
+
+def test_groups_keep_what_they_say_of_their_tasks():
+    pytest.importorskip("lm_eval")
+    from lfq_lightning.evaluation.task_list import TaskList
+
+    tasks = TaskList(["openllm"], None)
+    leaves = dict(tasks._leaves(tasks._manager.task_index["openllm"], {}))
+    assert leaves["arc_challenge"]["num_fewshot"] == 25 and leaves["hellaswag"]["num_fewshot"] == 10
 
 
 def test_pass_at_k_by_enumeration():

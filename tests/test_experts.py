@@ -11,11 +11,16 @@ from transformers import AutoModelForCausalLM
 from lfq_lightning.block_flops import block_flops
 from lfq_lightning.checkpoints import open_checkpoint
 from lfq_lightning.cli import main
+from lfq_lightning.data import CalibrationData
+from lfq_lightning.engines import engines
 from lfq_lightning.experts import ExpertList
+from lfq_lightning.formats.compressed_tensors import CompressedTensors
 from lfq_lightning.load_model import load
 from lfq_lightning.model_skeleton import ModelSkeleton
 from lfq_lightning.packed_folder import PackedFolder
 from lfq_lightning.plan import Plan, Rule
+from lfq_lightning.plan_run import parse_machine, plan_run
+from lfq_lightning.quant_scheme import QuantScheme
 from lfq_lightning.ranks import Ranks
 from lfq_lightning.solve import solve
 from tests.conftest import FLEXROUND, GPTQ, save_tiny
@@ -135,3 +140,21 @@ def test_correction_of_experts_is_refused(tmp_path, config, capsys):
     model = save_tiny(tmp_path / "model", "qwen3_moe")
     path = config(model={"checkpoint": str(model)}, plan=[{"match": "all", "quantizer": {**GPTQ, "correct": 0.5}}])
     assert "leave `correct` away for experts" in fails(capsys, "run", "--config", str(path))
+
+
+def test_vllm_wants_one_scheme_for_all_experts(mixture):
+    def schemes(bits_of_one):
+        layers = [
+            f"model.layers.0.mlp.experts.{e}.{m}" for e in range(3) for m in ("gate_proj", "up_proj", "down_proj")
+        ]
+        return {name: QuantScheme(bits_of_one if ".2.down" in name else 4, 16, True) for name in layers}
+
+    assert any(engine.startswith("vLLM") for engine in engines(CompressedTensors(), schemes(4), []))
+    assert not any(engine.startswith("vLLM") for engine in engines(CompressedTensors(), schemes(8), []))
+
+
+def test_equal_blocks_of_a_mixture_are_one_row_of_a_plan(tmp_path):
+    model = save_tiny(tmp_path / "model", "qwen3_moe", num_hidden_layers=5)
+    machine = parse_machine("1GB", 1, None, "32-true")
+    data = CalibrationData("none.txt", num_samples=2, seq_len=8, num_held_out=1)
+    assert len(plan_run(str(model), [Rule("all", "rtn")], data, "32-true", machine).blocks) == 1

@@ -115,6 +115,15 @@ def test_token_profile_is_a_plain_loop():
     )
 
 
+def test_equal_sequences_are_no_trouble():
+    torch.manual_seed(1)
+    student, teacher = (torch.randn(4, 9).log_softmax(-1) for _ in range(2))
+    profile = TokenProfile(torch.zeros(9, dtype=torch.int64))
+    for _ in range(40):
+        profile.update(student, teacher, torch.arange(4), torch.full((4,), -1), 4)
+    assert len(profile.result(Ranks(torch.device("cpu")))["examples"]) == 12
+
+
 def test_weight_statistics_by_hand():
     codes = torch.tensor([[0, 1, 2, 3], [3, 3, 1, 1]], dtype=torch.uint8)
     scale = torch.tensor([[[1.0], [-2.0]], [[3.0], [4.0]]])

@@ -31,6 +31,8 @@ class GGUFCheckpoint(Checkpoint):
             raise UserError(f"{path}: architecture {self._architecture!r} is not known here: {error}") from error
         config.dtype = self.dtype
         super().__init__(path, config)
+        if self.family.experts:
+            raise UserError(f"{path}: mixtures of experts are not read from GGUF; give the Hugging Face folder.")
         numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
         name_map = gguf.get_tensor_name_map(numbers[self._architecture], config.num_hidden_layers)
         with torch.device("meta"):

@@ -67,8 +67,13 @@ class CalibrationData(LightningDataModule):
 
     def settings(self) -> dict[str, Any]:
         """Return what the sequences depend on, the seed apart."""
-        names = ("dataset", "num_samples", "seq_len", "num_held_out", "split", "subset", "pack")
-        return {name: vars(self)[name] for name in names}
+        names = ("dataset", "num_samples", "seq_len", "num_held_out", "split", "subset")
+        return {name: vars(self)[name] for name in names} | ({"pack": True} if self.pack else {})
+
+    def files(self) -> list[Path]:
+        """Return the local files that the sequences are made of."""
+        named = [Path(name).expanduser() for s in self.sources for name in (s.source, s.prompts) if name is not None]
+        return [file for file in named if file.is_file()]
 
     def budgets(self, processes: int) -> tuple[int, int]:
         """Return how many bytes of a process's activations may lie on its device, and in host memory."""

@@ -3,10 +3,12 @@
 import logging
 import random
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from jinja2 import TemplateError
+from transformers import PreTrainedModel
 
 from lfq_lightning.checkpoints import Checkpoint
 from lfq_lightning.data.pack_sequences import pack_sequences
@@ -15,6 +17,7 @@ from lfq_lightning.data.read_prompts import read_prompts
 from lfq_lightning.data.self_generate import self_generate
 from lfq_lightning.data.source import Source
 from lfq_lightning.errors import UserError
+from lfq_lightning.load_model import load_full_precision
 
 log = logging.getLogger(__name__)
 
@@ -58,24 +61,43 @@ class SourceReader:
     def _generated(
         self, source: Source, num_samples: int, num_held_out: int
     ) -> tuple[list[list[int]], list[list[int]]]:
-        wanted = num_samples + num_held_out
-        prompts = read_prompts(Path(source.prompts), "data.dataset: prompts") if source.prompts else None
-        told = f", answering {source.prompts}" if source.prompts else ""
+        if source.prompts is None:
+            kept = self._written(source, num_samples + num_held_out, None)
+            return kept[num_held_out:], kept[:num_held_out]
+        prompts = read_prompts(Path(source.prompts), "data.dataset: prompts")
+        random.Random(self.seed).shuffle(prompts)
+        apart = round(len(prompts) * num_held_out / (num_samples + num_held_out))
+        if not 0 < apart < len(prompts):
+            log.warning("data: %s has too few prompts to hold some out; all are answered in both.", source.prompts)
+            return self._written(source, num_samples, prompts), self._written(source, num_held_out, prompts)
+        return (
+            self._written(source, num_samples, prompts[apart:]),
+            self._written(source, num_held_out, prompts[:apart]),
+        )
+
+    def _written(self, source: Source, wanted: int, prompts: list[str] | None) -> list[list[int]]:
+        if not wanted:
+            return []
+        told = f", answering {source.prompts}" if prompts is not None else ""
         log.info("data: the model writes %d sequences of up to %d tokens%s …", wanted, self.seq_len, told)
         kept, short = self_generate(
+            self._model,
             self.checkpoint,
             self.tokenizer,
             wanted,
             self.seq_len,
             self.shortest,
             self.seed,
-            self.device,
             prompts,
             self.pack,
         )
         kept = self._packed(kept)[:wanted]
         self._log(source, len(kept), f"{short} dropped as shorter than {self.shortest} tokens", kept)
-        return kept[num_held_out:], kept[:num_held_out]
+        return kept
+
+    @cached_property
+    def _model(self) -> PreTrainedModel:
+        return load_full_precision(self.checkpoint, self.device)
 
     def _documents(
         self, source: Source, num_samples: int, num_held_out: int

@@ -9,7 +9,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lfq_lightning.checkpoints import Checkpoint
 from lfq_lightning.data.pack_sequences import pack_sequences
 from lfq_lightning.errors import UserError
-from lfq_lightning.load_model import load_full_precision
 
 _BATCH = 40
 _LONGEST_QUESTION = 64
@@ -18,24 +17,25 @@ _MARK = "\u2042"  # stands for the user's words while the chat template is cut a
 
 
 def self_generate(
+    model: PreTrainedModel,
     checkpoint: Checkpoint,
     tokenizer: PreTrainedTokenizerBase,
     wanted: int,
     seq_len: int,
     shortest: int,
     seed: int,
-    device: torch.device,
     prompts: list[str] | None = None,
     pack: bool = False,
 ) -> tuple[list[list[int]], int]:
     """Return `wanted` token sequences of `shortest` … `seq_len` tokens, sampled from the model at temperature 1.
 
     A chat model first samples a question where the template expects the user's words, then answers it (Magpie, arXiv
-    2406.08464, section 2); a base model continues its BOS token (LLM-QAT, arXiv 2305.17888, section 3.1). The whole
-    model is in memory while this runs. Also returns how many sequences were dropped as too short; a model that writes
-    nearly nothing else makes the list shorter than wanted.
+    2406.08464, section 2); a base model continues its BOS token (LLM-QAT, arXiv 2305.17888, section 3.1). Also returns
+    how many sequences were dropped as too short; a model that writes nearly nothing else makes the list shorter than
+    wanted.
 
     Args:
+        model: the whole model of the checkpoint.
         prompts: what the model answers instead, in an order drawn by `seed`, again and again if there are few; all that
             it writes is kept, thinking too.
         pack: the sequences will be packed: make enough for `wanted` windows.
@@ -45,7 +45,7 @@ def self_generate(
         raise UserError("data.dataset: self_generated needs a chat template or a BOS token; give a text file instead.")
     if tokens is not None and seq_len <= (least := len(tokens[0]) + len(tokens[1]) + 1):
         raise UserError(f"data.seq_len: {seq_len} leaves no room beside the chat template; give more than {least}.")
-    model = load_full_precision(checkpoint, device)
+    device = model.device
     ends = _end_ids(checkpoint, tokenizer)
     asked = _Prompts(prompts, tokenizer, seq_len, seed) if prompts is not None else None
     kept: list[list[int]] = []
@@ -57,7 +57,7 @@ def self_generate(
                 break
             count = min(_BATCH, missing)
             if asked is not None:
-                written = _sample(model, asked.take(count), seq_len, ends)
+                written = _answer(model, asked.take(count), seq_len, ends)
             elif tokens is None:
                 written = _sample(model, [[tokenizer.bos_token_id]] * count, seq_len, ends)
             else:
@@ -89,6 +89,12 @@ def as_tokens(prompts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[li
     turns = ([{"role": "user", "content": prompt}] for prompt in prompts)
     texts = (str(tokenizer.apply_chat_template(t, tokenize=False, add_generation_prompt=True)) for t in turns)
     return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+
+
+def _answer(model: PreTrainedModel, prompts: list[list[int]], seq_len: int, ends: set[int]) -> list[list[int]]:
+    """Answer prompts of any lengths: a short one's answer is not cut where a long one's has to be."""
+    width, least = (choose(map(len, prompts)) for choose in (max, min))
+    return [row[:seq_len] for row in _sample(model, prompts, seq_len + width - least, ends)]
 
 
 def _ask_and_answer(

@@ -50,6 +50,8 @@ def parse_sources(dataset: str | list[dict[str, Any]], split: str, subset: str |
         if entry.get("prompts") is not None and entry["source"] != SELF_GENERATED:
             raise UserError(f"data.dataset: prompts go with `source: {SELF_GENERATED}` only.")
         found.append(Source(**entry))
+    if split != Source.split or subset is not None:
+        raise UserError("data.split, data.subset: write them into the parts of the mixture, `{source: …, split: …}`.")
     if not found:
         raise UserError("data.dataset: the mixture is empty; name a source.")
     return found

@@ -1,5 +1,6 @@
 """AnsweringLM: a model as lm-eval sees it, whose answers are kept as they come."""
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -59,7 +60,12 @@ class AnsweringLM(LM):
 
     def _answer(self, method: str, requests: list[Instance]) -> list[Any]:
         answers = self.evaluated.answers
-        questions: list[list[Any]] = [[method, list(request.args), self.seed] for request in requests]
+        questions: list[list[Any]] = []
+        asked: Counter[str] = Counter()
+        for request in requests:  # a question that is asked several times wants several answers
+            question = [method, list(request.args), self.seed]
+            asked[repr(question)] += 1
+            questions.append([*question, asked[repr(question)]])
         unknown = {repr(q): (q, r) for q, r in zip(questions, requests, strict=True) if q not in answers}
         if unknown:
             pairs = sorted(unknown.values(), key=lambda pair: -len(str(pair[0][1][0])))  # the longest first

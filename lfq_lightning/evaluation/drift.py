@@ -21,7 +21,7 @@ def greedy_answers(model: EvaluatedModel, prompts: list[list[int]], max_new_toke
 
     Answers are kept as they come. Prompts of like length run together, padded on the left.
     """
-    questions: list[list[Any]] = [["greedy", prompt, max_new_tokens] for prompt in prompts]
+    questions: list[list[Any]] = [["greedy", prompt, max_new_tokens, sorted(model.end_tokens())] for prompt in prompts]
     open_ones = [question for question in questions if question not in model.answers]
     if open_ones:
         open_ones.sort(key=lambda question: -len(question[1]))
@@ -30,7 +30,7 @@ def greedy_answers(model: EvaluatedModel, prompts: list[list[int]], max_new_toke
             f"greedy answers of {model.source}",
             open_ones,
             size,
-            lambda some: _generate(model, [prompt for _, prompt, _ in some], max_new_tokens),
+            lambda some: _generate(model, [question[1] for question in some], max_new_tokens),
         ):
             model.answers.add(batch, answers)
     return [model.answers[question] for question in questions]

@@ -12,7 +12,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from lfq_lightning.errors import UserError
+from lfq_lightning.errors import UserError, one_line
 from lfq_lightning.evaluation.evaluated_model import EvaluatedModel
 from lfq_lightning.evaluation.paired import compare
 from lfq_lightning.evaluation.score import Measure, Score
@@ -35,7 +35,7 @@ def reference_of(folder: str) -> str:
 def evaluate_models(
     sources: list[str], reference: str, measures: list[Measure], output: Path, packed: bool
 ) -> dict[str, Any]:
-    """Measure models and return what `output`/evaluation.json then holds.
+    """Measure models and return what was found; `output`/evaluation.json also keeps earlier parts of the same models.
 
     The full-precision model runs first, then each other, one in memory at a time. Answers are kept as they come: the
     same command goes on where it was stopped, and what one call has measured the next does not measure again.
@@ -70,8 +70,21 @@ def evaluate_models(
     compared = {part: {name: _compared(by) for name, by in metrics.items()} for part, metrics in parts.items()}
     results = {"models": sources, "reference": reference, "parts": compared}
     output.mkdir(parents=True, exist_ok=True)
-    write_text(output / RESULTS, json.dumps(results, indent=2) + "\n")
+    earlier = _earlier(output / RESULTS)
+    same = all(earlier.get(key) == results[key] for key in ("models", "reference"))
+    kept = {**results, "parts": {**(earlier["parts"] if same else {}), **compared}}
+    write_text(output / RESULTS, json.dumps(kept, indent=2) + "\n")
     return results
+
+
+def _earlier(file: Path) -> dict[str, Any]:
+    """Return what an earlier call has measured, of the same models or of others."""
+    if not file.is_file():
+        return {}
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file} is no JSON any more ({one_line(error)}); remove it.") from error
 
 
 def _compared(by_model: dict[str, Score]) -> dict[str, Any]:
@@ -80,16 +93,23 @@ def _compared(by_model: dict[str, Score]) -> dict[str, Any]:
     rows: dict[str, Any] = {}
     for name, score in by_model.items():
         rows[name] = {
-            "value": score.value,
-            "stderr": None if math.isnan(score.stderr) else score.stderr,
+            "value": _number(score.value),
+            "stderr": _number(score.stderr),
             "examples": len(score.per_example),
             "higher_is_better": score.higher_is_better,
-            "per_example": score.per_example,
+            "unit": score.unit,
+            "per_example": [_number(value) for value in score.per_example],
         }
         for key, other in (("against_full_precision", REFERENCE), ("against_first", first)):
-            if name not in {REFERENCE, other}:
-                rows[name][key] = asdict(compare(score.per_example, by_model[other].per_example))
+            if name not in {REFERENCE, other} and score.per_example:
+                found = asdict(compare(score.per_example, by_model[other].per_example))
+                rows[name][key] = {k: _number(v) if isinstance(v, float) else v for k, v in found.items()}
     return rows
+
+
+def _number(value: float) -> float | None:
+    """Return a number as JSON can hold it: None for what is none."""
+    return value if math.isfinite(value) else None
 
 
 def print_results(results: dict[str, Any]) -> None:
@@ -110,11 +130,17 @@ def print_results(results: dict[str, Any]) -> None:
         for metric, rows in metrics.items():
             cells = [_value(rows[REFERENCE])]
             for source in letters:
-                tests = ("against_full_precision", "against_first")
-                cells += [_value(rows[source]), *(f"{rows[source][t]['p']:.4f}" for t in tests if t in rows[source])]
+                tests = ["against_full_precision", *(["against_first"] if source != results["models"][0] else [])]
+                cells += [_value(rows[source]), *(_p(rows[source].get(test)) for test in tests)]
             table.add_row(metric, *cells)
         console.print(table)
 
 
+def _p(test: dict[str, Any] | None) -> str:
+    return "" if test is None or test["p"] is None else f"{test['p']:.4f}"
+
+
 def _value(row: dict[str, Any]) -> str:
+    if row["value"] is None:
+        return "no number"
     return f"{row['value']:.4g}" + ("" if row["stderr"] is None else f" ± {row['stderr']:.2g}")

@@ -19,6 +19,8 @@ from lfq_lightning.head import Head
 from lfq_lightning.load_model import load, load_full_precision
 from lfq_lightning.packed_folder import PackedFolder
 
+_SMALL = ("config.json", "generation_config.json", "tokenizer*", "chat_template*", "special_tokens_map.json")
+
 
 class EvaluatedModel:
     """A model and what it has answered.
@@ -44,7 +46,13 @@ class EvaluatedModel:
             self.config, files = self.checkpoint.config, self.checkpoint.weight_files()
         if self.config.model_type not in FAMILIES:
             raise UserError(f"{source}: model type {self.config.model_type!r} is not known here.")
-        parts = [sample_digest(file) for file in files] + [str(device.type), str(packed)]
+        if path.is_dir() or self.checkpoint is not None:  # what else an answer depends on
+            home = self.checkpoint.path if self.checkpoint is not None else path
+            files = [*files, *(file for name in _SMALL for file in sorted(home.glob(name)))]
+        try:
+            parts = [sample_digest(file) for file in files] + [str(device.type), str(packed)]
+        except OSError as error:
+            raise UserError(f"{source} is not whole ({one_line(error)}); copy the model again.") from error
         self.digest = hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
         self.answers = Answers(folder / f"answers-{self.digest}.jsonl")
         self._model: PreTrainedModel | None = None
@@ -66,9 +74,12 @@ class EvaluatedModel:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         if self.checkpoint is not None:
             return self.checkpoint.tokenizer()
-        return AutoTokenizer.from_pretrained(
-            Path(self.source).expanduser(), local_files_only=True, trust_remote_code=False
-        )
+        folder = Path(self.source).expanduser()
+        try:
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            reason = one_line(error)[:200]
+            raise UserError(f"{folder}: the tokenizer cannot be read ({reason}); copy the model again.") from error
 
     def end_tokens(self) -> set[int]:
         """Return the tokens that end an answer."""
@@ -76,7 +87,8 @@ class EvaluatedModel:
         folder = Path(self.source).expanduser()
         if generation is None and (folder / "generation_config.json").is_file():
             generation = GenerationConfig.from_pretrained(folder, local_files_only=True)
-        ends = generation.eos_token_id if generation is not None else self.config.eos_token_id
+        ends = generation.eos_token_id if generation is not None else None
+        ends = ends if ends is not None else self.config.eos_token_id
         listed = ends if isinstance(ends, list) else [ends]
         return {end for end in [*listed, self.tokenizer.eos_token_id] if end is not None}
 

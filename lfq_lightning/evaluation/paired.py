@@ -42,6 +42,8 @@ def compare(a: list[float], b: list[float]) -> Paired:
     if len(a) != len(b) or not a:
         raise ValueError(f"{len(a)} and {len(b)} values cannot be paired.")
     differences = torch.tensor(a, dtype=torch.float64) - torch.tensor(b, dtype=torch.float64)
+    if not differences.isfinite().all():
+        return Paired(math.nan, math.nan, math.nan, math.nan, "none: values that are no numbers", len(a))
     generator = torch.Generator().manual_seed(_SEED)
     means = torch.cat([_resampled_means(differences, draws, generator) for draws in _draws(len(a))])
     low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()

@@ -14,14 +14,16 @@ class Score:
     Args:
         value: over all examples.
         stderr: its standard error, NaN for a single example.
-        per_example: one value per example, for paired tests; NaN where an example has none.
+        per_example: one value per example, for paired tests; empty for a metric of all examples together.
         higher_is_better: None where neither is.
+        unit: of `per_example`, where it is not that of the value: a perplexity is compared in nats.
     """
 
     value: float
     stderr: float
     per_example: list[float] = field(repr=False)
     higher_is_better: bool | None
+    unit: str = ""
 
     @classmethod
     def mean(cls, values: list[float], higher_is_better: bool | None) -> "Score":

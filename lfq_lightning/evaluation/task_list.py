@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import nltk
+from datasets.exceptions import DatasetsError
 from lm_eval.api.task import Task
 from lm_eval.defaults import DEFAULT_OTHER_SEED
 from lm_eval.tasks import TaskManager
@@ -39,8 +40,10 @@ class TaskList:
         for name in names:
             if name not in index:
                 raise UserError(f"--tasks: unknown task {name!r}: {did_you_mean(name, index)}")
-        self.members = {name: self._leaves(index[name]) for name in names}
-        self._local = {leaf: self._files(name, leaf) for name, leaves in self.members.items() for leaf in leaves}
+        self._local: dict[str, list[dict[str, Any]]] = {}
+        if data_dir is not None:
+            for name in names:
+                self._local[name] = [self._local_task(name, *leaf) for leaf in self._leaves(index[name], {})]
 
     def load(self, name: str, num_fewshot: int | None, limit_tokens: int | None) -> dict[str, Task]:
         """Read the data of the tasks that `name` stands for, and return them by their own names.
@@ -52,48 +55,57 @@ class TaskList:
         if self.data_dir is not None and (self.data_dir / "nltk_data").is_dir():
             nltk.data.path.insert(0, str(self.data_dir / "nltk_data"))
         tasks: dict[str, Task] = {}
-        for leaf in self.members[name]:
+        for wanted in self._local.get(name, [name]):
             try:
-                tasks |= self._manager.load([self._whole(leaf)])["tasks"]
+                tasks |= self._manager.load([self._whole(wanted)])["tasks"]
             except ImportError as error:
-                raise UserError(f"--tasks: {leaf} needs {error.name}: pip install 'lfq-lightning[eval]'.") from error
-            except (OSError, ValueError, KeyError, LookupError) as error:
+                raise UserError(f"--tasks: {name} needs {error.name}: pip install 'lfq-lightning[eval]'.") from error
+            except (OSError, ValueError, LookupError, RuntimeError, DatasetsError) as error:
                 raise UserError(
-                    f"--tasks: the data of {leaf} cannot be read ({one_line(error)[:200]}); check the network, or give "
+                    f"--tasks: the data of {name} cannot be read ({one_line(error)[:200]}); check the network, or give "
                     "local copies by --data-dir."
                 ) from error
         for task in tasks.values():
-            own = task.get_config("num_fewshot") or 0
-            task.set_config("num_fewshot", own if num_fewshot is None else num_fewshot)
+            own = task.get_config("num_fewshot")
+            if own is None or (own and num_fewshot is not None):  # a task that says 0 wants none, as lm-eval has it
+                task.set_config("num_fewshot", num_fewshot or 0)
             task.set_fewshot_seed(DEFAULT_OTHER_SEED)  # else its examples differ from call to call
             if limit_tokens is not None and task.OUTPUT_TYPE == "generate_until":
                 task.config.generation_kwargs["max_gen_toks"] = limit_tokens
         return tasks
 
-    def _leaves(self, entry: Entry) -> list[str]:
+    def _leaves(self, entry: Entry, overrides: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+        """Return the tasks that a name stands for, with what the group says differently of them."""
         index = self._manager.task_index
         if entry.kind in {Kind.TASK, Kind.PY_TASK}:
-            return [entry.name]
+            return [(entry.name, overrides)]
         if entry.kind is Kind.TAG:
-            return sorted(name for name, other in index.items() if entry.name in other.tags and other is not entry)
+            tagged = sorted(name for name, other in index.items() if entry.name in other.tags and other is not entry)
+            return [leaf for name in tagged for leaf in self._leaves(index[name], overrides)]
         assert entry.yaml_path is not None
-        listed = load_yaml(entry.yaml_path, resolve_func=False)["task"]
-        names = [item if isinstance(item, str) else item["task"] for item in listed]
-        return [leaf for name in names for leaf in self._leaves(index[name])]
+        leaves = []
+        for item in load_yaml(entry.yaml_path, resolve_func=False)["task"]:
+            own = {"task": item} if isinstance(item, str) else item
+            if own.get("task") not in index:
+                raise UserError(f"--data-dir: {entry.name} describes tasks within itself; name its tasks one by one.")
+            more = {key: value for key, value in own.items() if key != "task"}
+            leaves += self._leaves(index[own["task"]], overrides | more)
+        return leaves
 
-    def _whole(self, leaf: str) -> str | dict[str, Any]:
-        """Return a task's name, or its whole configuration where its data are local."""
-        path = self._manager.task_index[leaf].yaml_path
-        if path is None or not self._local[leaf]:
-            return leaf
-        config = {key: value for key, value in load_yaml(path).items() if key not in {"tag", "task_list"}}
-        return config | {"task": leaf} | self._local[leaf]
+    def _whole(self, wanted: str | dict[str, Any]) -> str | dict[str, Any]:
+        """Return a name as it is, or the whole configuration of a task whose data are local."""
+        if isinstance(wanted, str):
+            return wanted
+        path = self._manager.task_index[wanted["task"]].yaml_path
+        assert path is not None
+        return {key: value for key, value in load_yaml(path).items() if key not in {"tag", "task_list"}} | wanted
 
-    def _files(self, name: str, leaf: str) -> dict[str, Any]:
+    def _local_task(self, name: str, leaf: str, overrides: dict[str, Any]) -> dict[str, Any]:
         """Return what a task's configuration has to say instead for its data to be local."""
         entry = self._manager.task_index[leaf]
-        if self.data_dir is None or entry.yaml_path is None:
-            return {}
+        if entry.yaml_path is None:
+            raise UserError(f"--data-dir: {leaf} is a program that fetches its data; leave --data-dir away for it.")
+        assert self.data_dir is not None
         config = load_yaml(entry.yaml_path, resolve_func=False)
         folder = self.data_dir / leaf
         if not folder.is_dir():
@@ -112,6 +124,8 @@ class TaskList:
         only = next(iter(files.values()))
         chosen = {split: str(files.get(split, only)) for split in splits}
         return {
+            **overrides,
+            "task": leaf,
             "dataset_path": _READERS[only.suffix],
             "dataset_name": None,
             "dataset_kwargs": {"data_files": chosen},

@@ -85,10 +85,10 @@ def combine(totals: list[Totals]) -> dict[str, Score]:
     for name, better in _BETTER.items():
         mean = math.fsum(each[name][0] for each in totals) / sum(each[name][1] for each in totals)
         per_window = [each[name][0] / each[name][1] for each in totals]
-        value, stderr = mean, standard_error(per_window)
+        value, stderr, unit = mean, standard_error(per_window), ""
         if name == "perplexity":
-            value, stderr = math.exp(mean), math.exp(mean) * stderr
-        found[name] = Score(value, stderr, per_window, better)
+            value, stderr, unit = math.exp(mean), math.exp(mean) * stderr, "nats"
+        found[name] = Score(value, stderr, per_window, better, unit)
     return found
 
 
@@ -118,7 +118,9 @@ class TextLoss(Measure):
             self._windows[text] = text_windows(text, reference.tokenizer, seq_len)[: self.limit]
 
     def scores(self, model: EvaluatedModel) -> dict[str, dict[str, Score]]:
-        return {f"text {Path(text).name}": combine(self._totals(text, model)) for text in self._windows}
+        names = [Path(text).name for text in self._windows]
+        shown = {text: text if names.count(name) > 1 else name for text, name in zip(self._windows, names, strict=True)}
+        return {f"text {shown[text]}": combine(self._totals(text, model)) for text in self._windows}
 
     def _totals(self, text: str, model: EvaluatedModel) -> list[Totals]:
         windows = self._windows[text]

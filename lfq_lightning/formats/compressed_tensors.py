@@ -92,7 +92,9 @@ class CompressedTensors(PackFormat):
             _check_group(group, weights)
             size = weights["group_size"]
             scheme = QuantScheme(weights["num_bits"], -1 if size is None else size, weights["symmetric"])
-            found |= {layer: scheme for layer in layers if any(_matches(target, layer) for target in group["targets"])}
+            named = set(group["targets"])
+            wider = [target for target in named if target == "Linear" or target.startswith("re:")]
+            found |= {layer: scheme for layer in layers if layer in named or any(_matches(t, layer) for t in wider)}
         return found
 
     def engines(self, schemes: set[QuantScheme]) -> list[str]:
@@ -103,10 +105,8 @@ class CompressedTensors(PackFormat):
 
 
 def _matches(target: str, layer: str) -> bool:
-    """Tell whether a target, a class, a name or `re:` and an expression, means a packed layer."""
-    if target.startswith("re:"):
-        return re.match(target.removeprefix("re:"), layer) is not None
-    return target in ("Linear", layer)
+    """Tell whether a target, the class Linear or `re:` and an expression, means a packed layer."""
+    return target == "Linear" or re.match(target.removeprefix("re:"), layer) is not None
 
 
 def _check_group(group: dict[str, Any], weights: dict[str, Any]) -> None:

@@ -157,10 +157,12 @@ def _evaluations(name: str, run: RunRecord) -> list[tuple[str, dict[str, Any]]]:
         for metric, by_model in metrics.items():
             cells = [metric]
             for model, row in by_model.items():
-                cells.append(f"{row['value']:.4g}" + (f" ± {row['stderr']:.2g}" if row["stderr"] is not None else ""))
+                shown = "no number" if row["value"] is None else f"{row['value']:.4g}"
+                cells.append(shown + (f" ± {row['stderr']:.2g}" if row["stderr"] is not None else ""))
                 if model != models[0]:
-                    test = row["against_full_precision"]
-                    cells.append(f"{test['difference']:+.3g}, {test['p']:.2g}")
+                    test = row.get("against_full_precision")
+                    known = test is not None and test["p"] is not None
+                    cells.append(f"{test['difference']:+.3g} {row['unit']}, {test['p']:.2g}" if known else "")
             rows.append(cells)
         title = f"{name}: {part}" if name else part
         found.append((title, {"head": head, "rows": rows, "note": ""}))
