@@ -21,6 +21,7 @@ from lfq_lightning.write_file import write_text
 
 RESULTS = "evaluation.json"
 REFERENCE = "full precision"
+_WIDTH = 140  # of a log file
 
 
 def reference_of(folder: str) -> str:
@@ -115,6 +116,8 @@ def _number(value: float) -> float | None:
 def print_results(results: dict[str, Any]) -> None:
     """Print a table for each part: a row per metric, a column per model, and the p of what may be chance."""
     console = Console(highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        console.width = _WIDTH
     letters = dict(zip(results["models"], ascii_uppercase, strict=False))
     for source, letter in letters.items():
         console.print(f"{letter}: {source}")
