@@ -165,7 +165,8 @@ def _one_value(metric: str, value: Any) -> float | None:
     """
     if metric in _ROLLING:
         log_likelihood, units = value
-        return -log_likelihood / units if units else None
+        base = math.log(2) if metric == "bits_per_byte" else 1.0
+        return -log_likelihood / units / base if units else None
     if metric == "perplexity":
         return -float(value)
     if isinstance(value, bool | int | float):
