@@ -50,7 +50,7 @@ def evaluate_models(
 
     Raises UserError for what is not there or does not fit together, before a model is run.
     """
-    device = best_device()
+    device, earlier = best_device(), _earlier(output / RESULTS)
     teacher = EvaluatedModel(reference, device, output)
     others = {source: EvaluatedModel(source, device, output, packed) for source in sources}
     for source, model in others.items():
@@ -71,7 +71,6 @@ def evaluate_models(
     compared = {part: {name: _compared(by) for name, by in metrics.items()} for part, metrics in parts.items()}
     results = {"models": sources, "reference": reference, "parts": compared}
     output.mkdir(parents=True, exist_ok=True)
-    earlier = _earlier(output / RESULTS)
     same = all(earlier.get(key) == results[key] for key in ("models", "reference"))
     kept = {**results, "parts": {**(earlier["parts"] if same else {}), **compared}}
     write_text(output / RESULTS, json.dumps(kept, indent=2) + "\n")
@@ -102,8 +101,9 @@ def _compared(by_model: dict[str, Score]) -> dict[str, Any]:
             "per_example": [_number(value) for value in score.per_example],
         }
         for key, other in (("against_full_precision", REFERENCE), ("against_first", first)):
-            if name not in {REFERENCE, other} and score.per_example:
-                found = asdict(compare(score.per_example, by_model[other].per_example))
+            paired = by_model[other].per_example
+            if name not in {REFERENCE, other} and score.per_example and paired:
+                found = asdict(compare(score.per_example, paired))
                 rows[name][key] = {k: _number(v) if isinstance(v, float) else v for k, v in found.items()}
     return rows
 
