@@ -41,7 +41,8 @@ def own_facts(plans: list[BlockPlan], data: CalibrationData, checkpoint: Checkpo
     Of each file of weights a sample is digested; each block's own tensors are in its fingerprint.
     """
     facts: dict[str, Any] = {f"data.{name}": value for name, value in data.settings().items()}
-    facts |= {f"data file {file}": sample_digest(file) for file in data.files()}
+    if data.generated:  # its tokens are kept, and would hide that a file beside them has changed
+        facts |= {f"data file {file}": sample_digest(file) for file in data.files()}
     facts |= {f"model file {file.name}": sample_digest(file) for file in checkpoint.weight_files()}
     for plan in plans:
         where = f"of block {plan.index}"

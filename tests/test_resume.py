@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from lfq_lightning.calibration_module import CalibrationModule
 from lfq_lightning.callbacks import BlockCallback
 from lfq_lightning.callbacks.block_scheduler import BlockScheduler
+from lfq_lightning.checkpoints import open_checkpoint
 from lfq_lightning.data import CalibrationData
 from lfq_lightning.errors import StoppedError, UserError
-from lfq_lightning.fingerprint import sample_digest
+from lfq_lightning.fingerprint import own_facts, sample_digest
 from lfq_lightning.plan import Rule
 from lfq_lightning.trainer import Trainer
 from tests.conftest import save_tiny
@@ -291,3 +292,15 @@ def test_generated_data_is_kept(chat_llama, tmp_path):
     assert (tmp_path / "run" / "tokens.safetensors").is_file()
     calibrate(chat_llama, "self_generated", tmp_path / "run", rules=rules, data=data)
     same_bytes(tmp_path / "whole", tmp_path / "run")
+
+
+def test_edited_prompts_are_refused(chat_llama, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("one?\ntwo?\nthree?\n")
+    checkpoint = open_checkpoint(str(chat_llama))
+    dataset = [{"source": "self_generated", "prompts": str(prompts)}]
+    data = CalibrationData(dataset, num_samples=2, seq_len=32, num_held_out=1)
+    before = own_facts([], data, checkpoint)
+    prompts.write_text("one?\ntwo?\nfour?\n")
+    after = own_facts([], data, checkpoint)
+    assert {name for name in after if after[name] != before[name]} == {f"data file {prompts}"}
