@@ -86,7 +86,7 @@ def _numbers(run: RunRecord) -> list[tuple[str, str]]:
     return [
         (f"{lost['kl']:.3f}", "KL to full precision, nats per token"),
         (f"{lost['top1_agreement']:.1%}", "same top-1 token"),
-        (f"{before['perplexity']:.2f} → {lost['perplexity']:.2f}", "perplexity"),
+        (f"{lost['perplexity']:.2f}", f"perplexity; {before['perplexity']:.2f} in full precision"),
         (f"{run.metrics['model_bytes'] / 1e6:,.0f} MB", "of weights"),
         (clock(run.metrics["seconds"]), "to make it"),
         (f"{run.metrics['peak_bytes'] / 2**30:.2f} GiB", "memory at most"),
