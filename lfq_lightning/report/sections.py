@@ -17,15 +17,16 @@ def _section(title: str, text: str, charts: list[dict[str, str]], *tables: dict[
     return {"title": title, "text": text, "charts": charts, "tables": list(tables)} if charts or tables else None
 
 
+def _by_block(runs: Runs, key: str, unit: float = 1.0) -> list[Line]:
+    """Return a line for each run: what its journal says of each block under `key`, in units of `unit`."""
+    return [
+        Line(name, [(block["index"], block[key] / unit) for block in run.blocks], i)
+        for i, (name, run) in enumerate(runs)
+    ]
+
+
 def depth(runs: Runs) -> dict[str, Any] | None:
-    kl = [
-        Line(name, [(block["index"], block["kl_after"]) for block in run.blocks], i)
-        for i, (name, run) in enumerate(runs)
-    ]
-    losses = [
-        Line(name, [(block["index"], block["loss_after"]) for block in run.blocks], i)
-        for i, (name, run) in enumerate(runs)
-    ]
+    kl, losses = _by_block(runs, "kl_after"), _by_block(runs, "loss_after")
     starts = [
         Line(f"{name}, before training", [(block["index"], block["loss_before"]) for block in run.blocks], i, True)
         for i, (name, run) in enumerate(runs)
@@ -63,61 +64,47 @@ def flips(runs: Runs) -> dict[str, Any] | None:
     bins = len(known[0][2]["position.count"])
     sixteenths = [(float(k), f"{k / bins:.0%}") for k in range(0, bins, 4)]
     often = [(float(k), "0" if k == 0 else f"{2 ** (k - 1)}") for k in range(12)]
-    margins = []
-    profile = known[0][2]
-    for k, (count, flips) in enumerate(zip(profile["margin.count"], profile["margin.flips"], strict=True)):
-        margins.append((f"{k * profile['margin.width']:g}", [count - flips, flips]))
-    bars = bar_chart(margins, ["same token", "flipped"], "margin of full precision, nats", "tokens")
+    position, frequency = (
+        [Line(name, _rates(profile, what), i) for i, name, profile in known] for what in ("position", "frequency")
+    )
     return _section(
         "Where tokens flip",
         "A flip is a held-out token after which the model's likeliest next token is not full precision's.",
         [
             _chart(
                 "By position",
-                line_chart(
-                    [Line(name, _rates(p, "position"), i) for i, name, p in known],
-                    "place in the sequence",
-                    "share flipped",
-                    x_ticks=sixteenths,
-                ),
+                line_chart(position, "place in the sequence", "share flipped", x_ticks=sixteenths),
                 "Along the sequence, in sixteenths of its length.",
             ),
             _chart(
                 "By frequency",
-                line_chart(
-                    [Line(name, _rates(p, "frequency"), i) for i, name, p in known],
-                    "occurrences of full precision's token",
-                    "share flipped",
-                    x_ticks=often,
-                ),
+                line_chart(frequency, "occurrences of full precision's token", "share flipped", x_ticks=often),
                 "How often full precision's likeliest token occurs in the calibration data; bins double.",
             ),
-            *(
-                [
-                    _chart(
-                        "By margin",
-                        bars,
-                        "The lead of full precision's likeliest token over the second. Flips at a wide margin are the "
-                        "costly ones; the last bar holds all that is wider.",
-                    )
-                ]
-                if len(runs) == 1
-                else [
-                    _chart(
-                        "By margin",
-                        line_chart(
-                            [
-                                Line(n, [(x * p["margin.width"], y) for x, y in _rates(p, "margin")], i)
-                                for i, n, p in known
-                            ],
-                            "margin of full precision, nats",
-                            "share flipped",
-                        ),
-                        "The lead of full precision's likeliest token over the second.",
-                    )
-                ]
-            ),
+            _margin(known[0][2]) if len(runs) == 1 else _margins(known),
         ],
+    )
+
+
+def _margin(profile: dict[str, Any]) -> dict[str, str]:
+    """Of one run: how many tokens there are at each margin, and how many of them flip."""
+    counts = zip(profile["margin.count"], profile["margin.flips"], strict=True)
+    bars = [(f"{k * profile['margin.width']:g}", [count - flips, flips]) for k, (count, flips) in enumerate(counts)]
+    return _chart(
+        "By margin",
+        bar_chart(bars, ["same token", "flipped"], "margin of full precision, nats", "tokens"),
+        "The lead of full precision's likeliest token over the second. Flips at a wide margin are the "
+        "costly ones; the last bar holds all that is wider.",
+    )
+
+
+def _margins(known: list[tuple[int, str, dict[str, Any]]]) -> dict[str, str]:
+    """Of several runs: the share that flips at each margin."""
+    lines = [Line(n, [(x * p["margin.width"], y) for x, y in _rates(p, "margin")], i) for i, n, p in known]
+    return _chart(
+        "By margin",
+        line_chart(lines, "margin of full precision, nats", "share flipped"),
+        "The lead of full precision's likeliest token over the second.",
     )
 
 
@@ -196,10 +183,7 @@ def weights(runs: Runs) -> dict[str, Any] | None:
 
 
 def cost(runs: Runs) -> dict[str, Any] | None:
-    seconds = [Line(name, [(b["index"], b["seconds"]) for b in run.blocks], i) for i, (name, run) in enumerate(runs)]
-    peaks = [
-        Line(name, [(b["index"], b["peak_bytes"] / 2**30) for b in run.blocks], i) for i, (name, run) in enumerate(runs)
-    ]
+    seconds, peaks = _by_block(runs, "seconds"), _by_block(runs, "peak_bytes", 2.0**30)
     return _section(
         "Time and memory",
         "Of each block, with reading, solving, training and writing it.",
