@@ -118,10 +118,10 @@ def evaluate(
     for row, number in enumerate(ranks.share(len(tokens))):
         keep = tokens.mask[number]
         log_p = [head.logits(h[row][keep]).log_softmax(-1) for h in (student, teacher)]
-        for name, value in metrics(*log_p, next_token[number][keep].to(log_p[0].device)).items():
+        following = next_token[number][keep].to(log_p[0].device)
+        for name, value in metrics(*log_p, following).items():
             per_sequence[name].append(float(value))
         if profile is not None:
-            following = next_token[number][keep].to(log_p[0].device)
             seq_len = tokens.input_ids.shape[1]
             profile.update(log_p[0], log_p[1], tokens.input_ids[number][keep], following, seq_len)
     for metric in metrics.values():

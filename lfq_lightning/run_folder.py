@@ -23,7 +23,7 @@ from lfq_lightning.packed_folder import CHECKSUMS, INDEX, sha256
 from lfq_lightning.quant_scheme import QuantScheme
 from lfq_lightning.stream_store import STREAM
 from lfq_lightning.token_set import TokenSet
-from lfq_lightning.write_file import to_disk, write_tensors, write_text, writing
+from lfq_lightning.write_file import append_lines, to_disk, write_tensors, write_text, writing
 
 log = logging.getLogger(__name__)
 
@@ -191,10 +191,7 @@ class RunFolder:
 
     def append_journal(self, line: dict[str, Any]) -> None:
         """Add one JSON line to the journal and bring it to the disk."""
-        with writing(self.path / JOURNAL), (self.path / JOURNAL).open("a", encoding="utf-8") as journal:
-            journal.write(json.dumps(line) + "\n")
-            journal.flush()
-            os.fsync(journal.fileno())
+        append_lines(self.path / JOURNAL, [json.dumps(line)])
 
     def finish(
         self,

@@ -65,14 +65,13 @@ class TokenProfile:
             self._add(f"{name}.count", bins, torch.ones_like(sure))
             self._add(f"{name}.sure", bins, sure)
             self._add(f"{name}.right", bins, right)
-        self._keep_examples(student, teacher, token_ids)
+        self._keep_example(student, teacher, top_s, top_t, token_ids)
 
     def _add(self, name: str, bins: Tensor, values: Tensor) -> None:
         self._sums[name].index_add_(0, bins, values)
 
-    def _keep_examples(self, student: Tensor, teacher: Tensor, token_ids: Tensor) -> None:
+    def _keep_example(self, student: Tensor, teacher: Tensor, top_s: Tensor, top_t: Tensor, token_ids: Tensor) -> None:
         """Keep the flips that full precision was most sure of, one of a sequence."""
-        top_s, top_t = student.argmax(-1), teacher.argmax(-1)
         given_up = teacher.amax(-1).exp() - teacher.gather(1, top_s[:, None])[:, 0].exp()
         worst = int(given_up.argmax())
         if top_s[worst] == top_t[worst]:

@@ -31,6 +31,14 @@ def write_text(file: Path, text: str) -> None:
     _whole(file, lambda aside: aside.write_text(text, encoding="utf-8"))
 
 
+def append_lines(file: Path, lines: list[str]) -> None:
+    """Add lines to a text file and bring it to the disk; a process killed meanwhile may leave the last one torn."""
+    with writing(file), file.open("a", encoding="utf-8") as open_file:
+        open_file.writelines(f"{line}\n" for line in lines)
+        open_file.flush()
+        os.fsync(open_file.fileno())
+
+
 def _whole(file: Path, write: Callable[[Path], object]) -> None:
     aside = file.with_name(file.name + _ASIDE)
     try:

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from lfq_lightning.checkpoints import open_checkpoint
+from lfq_lightning.data.leading_bos import leading_bos
 from lfq_lightning.held_out import evaluate
 from lfq_lightning.load_model import load
 from lfq_lightning.meta_model import assign_weights, meta_model
@@ -90,7 +91,7 @@ def _hidden(model: PreTrainedModel, tokens: TokenSet) -> Tensor:
 
 def tokens_of(text: Path, tokenizer: PreTrainedTokenizerBase, sequences: int, seq_len: int) -> TokenSet:
     """Cut a text into windows of seq_len tokens, each begun with the tokenizer's BOS if it gives one."""
-    lead = [tokenizer.bos_token_id] if tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id] else []
+    lead = leading_bos(tokenizer)
     ids = tokenizer(text.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)["input_ids"]
     step = seq_len - len(lead)
     windows = [lead + ids[start : start + step] for start in range(0, len(ids) - step + 1, step)]

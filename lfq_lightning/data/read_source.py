@@ -11,6 +11,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedModel
 
 from lfq_lightning.checkpoints import Checkpoint
+from lfq_lightning.data.leading_bos import leading_bos
 from lfq_lightning.data.pack_sequences import pack_sequences
 from lfq_lightning.data.read_documents import Document, read_documents
 from lfq_lightning.data.read_prompts import read_prompts
@@ -143,10 +144,7 @@ class SourceReader:
         """Cut a document into windows of at most seq_len tokens, each with the BOS token the tokenizer gives."""
         tokenizer = self.tokenizer
         if isinstance(document, str):
-            lead = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-            with_special = tokenizer("a")["input_ids"]
-            if with_special[: len(lead)] != lead:  # this tokenizer starts no text with its BOS
-                lead = []
+            lead = leading_bos(tokenizer)
             tokens = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
             step = self.seq_len - len(lead)
             yield from (lead + tokens[start : start + step] for start in range(0, len(tokens), step))

@@ -4,7 +4,7 @@ import itertools
 import random
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lfq_lightning.checkpoints import Checkpoint
 from lfq_lightning.data.pack_sequences import pack_sequences
@@ -46,7 +46,7 @@ def self_generate(
     if tokens is not None and seq_len <= (least := len(tokens[0]) + len(tokens[1]) + 1):
         raise UserError(f"data.seq_len: {seq_len} leaves no room beside the chat template; give more than {least}.")
     device = model.device
-    ends = _end_ids(checkpoint, tokenizer)
+    ends = end_ids(checkpoint.generation_config(), checkpoint.config, tokenizer)
     asked = _Prompts(prompts, tokenizer, seq_len, seed) if prompts is not None else None
     kept: list[list[int]] = []
     short = 0
@@ -119,10 +119,12 @@ def _template_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[i
     )
 
 
-def _end_ids(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    generation = checkpoint.generation_config()
+def end_ids(
+    generation: GenerationConfig | None, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
+) -> set[int]:
+    """Return the tokens that end what a model writes."""
     ends = generation.eos_token_id if generation is not None else None
-    ends = ends if ends is not None else checkpoint.config.eos_token_id
+    ends = ends if ends is not None else config.eos_token_id
     listed = ends if isinstance(ends, list) else [ends]
     return {end for end in [*listed, tokenizer.eos_token_id] if end is not None}
 
@@ -147,12 +149,13 @@ def _sample(model: PreTrainedModel, prompts: list[list[int]], seq_len: int, ends
         pad_token_id=min(ends) if ends else 0,
     )
     return [
-        _until_end(row[width - len(prompt) :], len(prompt), ends)
+        until_end(row[width - len(prompt) :], len(prompt), ends)
         for prompt, row in zip(prompts, output.tolist(), strict=True)
     ]
 
 
-def _until_end(row: list[int], prompt_length: int, ends: set[int]) -> list[int]:
+def until_end(row: list[int], prompt_length: int, ends: set[int]) -> list[int]:
+    """Return a row up to the first end token after its prompt, which is kept."""
     for position in range(prompt_length, len(row)):
         if row[position] in ends:
             return row[: position + 1]

@@ -38,10 +38,6 @@ class AnsweringLM(LM):
             )
         return self._inner
 
-    def let_go(self) -> None:
-        self._inner = None
-        self.evaluated.let_go()
-
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         return [(float(score), bool(greedy)) for score, greedy in self._answer("loglikelihood", requests)]
 

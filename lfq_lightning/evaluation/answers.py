@@ -2,11 +2,10 @@
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
-from lfq_lightning.write_file import write_text, writing
+from lfq_lightning.write_file import append_lines, write_text, writing
 
 
 class Answers:
@@ -38,13 +37,10 @@ class Answers:
         lines = []
         for question, answer in zip(questions, answers, strict=True):
             self._known[_key(question)] = answer
-            lines.append(json.dumps({"question": _key(question), "answer": answer}) + "\n")
+            lines.append(json.dumps({"question": _key(question), "answer": answer}))
         with writing(self.file):
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            with self.file.open("a", encoding="utf-8") as file:
-                file.write("".join(lines))
-                file.flush()
-                os.fsync(file.fileno())
+        append_lines(self.file, lines)
 
 
 def _key(question: Any) -> str:

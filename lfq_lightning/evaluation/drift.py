@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from lfq_lightning.data.read_prompts import read_prompts
-from lfq_lightning.data.self_generate import as_tokens
+from lfq_lightning.data.self_generate import as_tokens, until_end
 from lfq_lightning.evaluation.batches import batch_size, in_batches
 from lfq_lightning.evaluation.evaluated_model import EvaluatedModel
 from lfq_lightning.evaluation.score import Measure, Score
@@ -102,11 +102,4 @@ def _generate(model: EvaluatedModel, prompts: list[list[int]], max_new_tokens: i
         eos_token_id=sorted(ends) or None,
         pad_token_id=pad,
     )
-    return [_until_end(row[width:], ends) for row in output.tolist()]
-
-
-def _until_end(row: list[int], ends: set[int]) -> list[int]:
-    for position, token in enumerate(row):
-        if token in ends:
-            return row[: position + 1]
-    return row
+    return [until_end(row[width:], 0, ends) for row in output.tolist()]

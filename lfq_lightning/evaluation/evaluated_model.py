@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lfq_lightning.checkpoints import open_checkpoint
+from lfq_lightning.data.self_generate import end_ids
 from lfq_lightning.errors import UserError, one_line
 from lfq_lightning.evaluation.answers import Answers
 from lfq_lightning.families import FAMILIES
@@ -87,10 +88,7 @@ class EvaluatedModel:
         folder = Path(self.source).expanduser()
         if generation is None and (folder / "generation_config.json").is_file():
             generation = GenerationConfig.from_pretrained(folder, local_files_only=True)
-        ends = generation.eos_token_id if generation is not None else None
-        ends = ends if ends is not None else self.config.eos_token_id
-        listed = ends if isinstance(ends, list) else [ends]
-        return {end for end in [*listed, self.tokenizer.eos_token_id] if end is not None}
+        return end_ids(generation, self.config, self.tokenizer)
 
     def let_go(self) -> None:
         """Free the model."""

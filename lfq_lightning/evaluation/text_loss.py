@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from lfq_lightning.data.leading_bos import leading_bos
 from lfq_lightning.data.read_documents import check_documents, read_documents
 from lfq_lightning.errors import UserError
 from lfq_lightning.evaluation.batches import in_batches
@@ -38,8 +39,7 @@ def text_windows(dataset: str, tokenizer: PreTrainedTokenizerBase, seq_len: int)
     plain = [text for text in texts if isinstance(text, str)]
     if not plain:
         raise UserError(f"--text: {dataset} has no plain text; give a .txt, or a .jsonl with a field `text`.")
-    with_special = tokenizer("a")["input_ids"]
-    lead = [tokenizer.bos_token_id] if with_special[0] == tokenizer.bos_token_id else []
+    lead = leading_bos(tokenizer)
     ids = tokenizer(_BETWEEN.join(plain), add_special_tokens=False, verbose=False)["input_ids"]
     step = seq_len - len(lead)
     windows = [lead + ids[start : start + step] for start in range(0, max(1, len(ids) - step + 1), step)]
