@@ -245,6 +245,15 @@ def test_prompts_are_held_out_too_and_short_ones_get_long_answers(chat_llama, tm
     assert all(length == 48 or end for length, end in zip(lengths[:12], ended, strict=True))
 
 
+def test_nothing_is_written_twice(chat_llama, tmp_path):
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("one?")
+    source = {"source": "self_generated", "prompts": str(prompts)}
+    data = CalibrationData([source, source], num_samples=4, seq_len=48, num_held_out=4)
+    train, held_out = data.token_sets(open_checkpoint(str(chat_llama)), CPU)
+    assert len(torch.cat([train.input_ids, held_out.input_ids]).unique(dim=0)) == 8
+
+
 def test_an_edited_file_is_another_run(text_file, tmp_path):
     file = tmp_path / "t.txt"
     file.write_text(text_file.read_text())

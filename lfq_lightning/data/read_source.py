@@ -40,6 +40,7 @@ class SourceReader:
         self.checkpoint, self.tokenizer = checkpoint, checkpoint.tokenizer()
         self.seq_len, self.pack, self.seed, self.device = seq_len, pack, seed, device
         self.shortest = 2 if pack else max(2, seq_len // _SHORTEST_SHARE)
+        self.times_written = 0
 
     def read(self, source: Source, num_samples: int, num_held_out: int) -> tuple[list[list[int]], list[list[int]]]:
         """Return `num_samples` training sequences, and the held-out ones.
@@ -88,10 +89,11 @@ class SourceReader:
             wanted,
             self.seq_len,
             self.shortest,
-            self.seed,
+            self.seed + 1_000_003 * self.times_written,  # training and held-out answers must not be alike
             prompts,
             self.pack,
         )
+        self.times_written += 1
         kept = self._packed(kept)[:wanted]
         self._log(source, len(kept), f"{short} dropped as shorter than {self.shortest} tokens", kept)
         return kept
