@@ -33,23 +33,14 @@ def _everywhere(
     ]
 
 
-def _with_lfq(name: str, lr: float | None = None, **options: Any) -> Callable[[Setting], Plan]:
+def _last_by(name: str, objective: Any) -> Callable[[Setting], Plan]:
+    """The method, its last block by another objective; after GPTQ's blocks that is FlexRound from GPTQ's codes."""
+
     def plan(setting: Setting) -> Plan:
-        rest = _everywhere(name, lr, **options)(setting)
-        return [{**rest[0], "match": "last", "objective": "logit_ce"}, *rest]
-
-    return plan
-
-
-def _gptq_lfq(setting: Setting) -> Plan:
-    last = {"match": "last", "quantizer": setting.quantizer("flexround", init="gptq"), "objective": "logit_ce"}
-    return [{**last, **setting.training()}, *_everywhere("gptq")(setting)]
-
-
-def _last_by(objective: Any) -> Callable[[Setting], Plan]:
-    def plan(setting: Setting) -> Plan:
-        rest = _everywhere("flexround")(setting)
-        return [{**rest[0], "match": "last", "objective": objective}, *rest]
+        rest = _everywhere(name)(setting)
+        trained = setting.quantizer("flexround", init="gptq") if name == "gptq" else rest[0]["quantizer"]
+        last = {"match": "last", "quantizer": trained, "objective": objective, **setting.training()}
+        return [last, *rest]
 
     return plan
 
@@ -57,32 +48,31 @@ def _last_by(objective: Any) -> Callable[[Setting], Plan]:
 def _recipe(setting: Setting) -> Plan:
     quantizer = setting.quantizer("adaround", init="awq")
     rest = {"match": "all", "quantizer": quantizer, **setting.training(), "steps": setting.steps * 9 // 16}
-    anchored = [{"name": "logit_ce", "weight": 1}, {"name": "mse", "normalised": True, "weight": 5}]
-    return [{**rest, "match": "last", "objective": anchored, "steps": setting.steps * 2 // 5}, rest]
+    return [{**rest, "match": "last", "objective": ANCHORED, "steps": setting.steps * 2 // 5}, rest]
 
 
+ANCHORED = [{"name": "logit_ce", "weight": 1}, {"name": "mse", "normalised": True, "weight": 5}]
 RECIPE = "recipe"
+BASES = ("gptq", "flexround", "omniquant", "block_ap", "adaround")
 METHODS: dict[str, Callable[[Setting], Plan]] = {
     "rtn": _everywhere("rtn"),
     "nf4": lambda _: [{"match": "all", "quantizer": "nf4"}],
-    "gptq": _everywhere("gptq"),
-    "gptq+lfq": _gptq_lfq,
     "awq": _everywhere("awq"),
-    "flexround": _everywhere("flexround"),
-    "flexround+lfq": _with_lfq("flexround"),
-    "omniquant": _everywhere("omniquant"),
-    "omniquant+lfq": _with_lfq("omniquant"),
-    "block_ap": _everywhere("block_ap"),
-    "block_ap+lfq": _with_lfq("block_ap"),
-    "adaround": _everywhere("adaround"),
-    "adaround+lfq": _with_lfq("adaround"),
+    **{
+        label: plan
+        for name in BASES
+        for label, plan in ((name, _everywhere(name)), (f"{name}+lfq", _last_by(name, "logit_ce")))
+    },
     RECIPE: _recipe,
 }
 
 # the last block by other objectives, and blocks by other squared errors; FlexRound each time
 ABLATIONS: dict[str, Callable[[Setting], Plan]] = {
-    **{f"flexround+{name}": _last_by(name) for name in ("kl", "reverse_kl", "js", "topk_kl", "logit_mse", "hard_ce")},
-    "flexround+mse+lfq": _last_by([{"name": "mse", "weight": 1}, {"name": "logit_ce", "weight": 1}]),
+    **{
+        f"flexround+{name}": _last_by("flexround", name)
+        for name in ("kl", "reverse_kl", "js", "topk_kl", "logit_mse", "hard_ce")
+    },
+    **{f"{name}+lfq anchored": _last_by(name, ANCHORED) for name in BASES},
     **{f"gptq correct {share}": _everywhere("gptq", correct=share) for share in (0.25, 1.0)},
     "flexround normalised": _everywhere("flexround", objective={"name": "mse", "normalised": True}),
     "flexround massive": _everywhere("flexround", objective={"name": "mse", "massive": 100.0}),
