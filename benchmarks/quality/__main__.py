@@ -42,7 +42,8 @@ SEQUENCES, SELECTION, HELD_OUT = 136, 8, 32
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="NAME=CHECKPOINT")
-    parser.add_argument("--calibration", type=Path, required=True, help="a .txt; its last tenth is held out")
+    parser.add_argument("--calibration", type=Path, required=True, help="a .txt; its last part is held out")
+    parser.add_argument("--held-out-share", type=float, default=0.1, help="how much of it (0.1)")
     parser.add_argument("--other", type=Path, required=True, help="a .txt of another domain")
     parser.add_argument("--settings", nargs="+", required=True, help="such as w4 w3g96 w2g32; asymmetric")
     parser.add_argument("--methods", nargs="+", choices=[*METHODS, *PEERS, *ABLATIONS], default=[*METHODS, *PEERS])
@@ -70,7 +71,7 @@ class Matrix:
     def __init__(self, given: argparse.Namespace) -> None:
         self.given = given
         self.name, _, self.checkpoint = given.model.partition("=")
-        self.calibration, self.held_out = _split(given.calibration, given.work)
+        self.calibration, self.held_out = _split(given.calibration, given.held_out_share, given.work)
 
     @cached_property
     def reference(self) -> Reference:
@@ -129,12 +130,12 @@ def _setting(label: str, steps: int, batch_size: int) -> Setting:
     return Setting(int(bits), int(group) if group else -1, False, steps, batch_size)
 
 
-def _split(text: Path, work: Path) -> tuple[Path, Path]:
-    """Write the text's first nine tenths as documents of many windows, and the rest; return both."""
+def _split(text: Path, share: float, work: Path) -> tuple[Path, Path]:
+    """Write the text as documents of many windows, its last `share` apart; return both files."""
     stories = [story.strip() for story in text.read_text(encoding="utf-8").split("<|endoftext|>") if story.strip()]
     if len(stories) == 1:  # no separators: paragraphs
         stories = [part.strip() for part in stories[0].split("\n") if part.strip()]
-    cut = len(stories) * 9 // 10
+    cut = int(len(stories) * (1 - share))
     documents = ["\n".join(stories[start : start + 30]) for start in range(0, cut, 30)]
     paths = work / f"{text.stem}-calibration.txt", work / f"{text.stem}-held-out.txt"
     paths[0].write_text("<|endoftext|>".join(documents), encoding="utf-8")

@@ -14,6 +14,7 @@ from benchmarks.quality.methods import ABLATIONS, METHODS, RECIPE
 from lfq_lightning.evaluation.paired import compare
 
 ROOT = Path(__file__).parents[2]
+LFQ = ("+lfq", "+lfq anchored")
 BEGIN, END = "<!-- quality: begin -->", "<!-- quality: end -->"
 COLUMNS = {
     "kl": ("KL to FP", 3),
@@ -33,9 +34,9 @@ def main() -> None:
     with RESULTS.open(newline="") as file:
         rows = list(csv.DictReader(file))
     tables = [f"## {title}\n\n{_table(group)}" for title, group in _groups(rows).items()]
-    lfq, won, cells = _lfq_table(rows)
+    count, lfq = _lfq_table(rows)
     text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    lead = f"## LFQ on against off\n\n{won} of {cells} cells: KL lower with LFQ at p < .01.\n\n{lfq}"
+    lead = f"## LFQ on against off\n\nKL lower with LFQ at p < .01: {count}.\n\n{lfq}"
     _replace(ROOT / "docs" / "results.md", text, "\n\n".join([_summary(rows), lead, *tables]))
     readme = ROOT / "README.md"
     _replace(readme, readme.read_text(encoding="utf-8"), _summary(rows))
@@ -101,27 +102,37 @@ def _summary(rows: Rows) -> str:
     return "\n".join(lines)
 
 
-def _lfq_table(rows: Rows) -> tuple[str, int, int]:
-    """Pair each method with itself + LFQ, over all held-out sequences of all seeds both have."""
-    lines = ["| model, setting | method | KL without | KL with LFQ | difference | p |", "|---" * 6 + "|"]
-    won = cells = 0
+def _lfq_table(rows: Rows) -> tuple[str, str]:
+    """Pair each method with itself + LFQ over held-out sequences; return a count of the differences and the table."""
+    heads = [f"KL with {suffix.removeprefix('+')} | difference | p" for suffix in LFQ]
+    lines = [f"| model, setting | method | KL without | {' | '.join(heads)} |", "|---" * (3 + 3 * len(LFQ)) + "|"]
+    won, cells = dict.fromkeys(LFQ, 0), dict.fromkeys(LFQ, 0)
     for title, group in _groups(rows).items():
         methods = _by_method(group)
-        for method in methods:
-            if f"{method}+lfq" not in methods:
-                continue
-            sides = [{row["seed"]: row for row in methods[name]} for name in (method, f"{method}+lfq")]
-            seeds = sorted(sides[0].keys() & sides[1].keys())
-            if not seeds:
-                continue
-            off, on = ([float(v) for s in seeds for v in side[s]["kl_per_sequence"].split()] for side in sides)
-            found = compare(on, off)
-            won, cells = won + (found.difference < 0 and found.p < 0.01), cells + 1
-            lines.append(
-                f"| {title} | {method} | {statistics.mean(off):.4f} | {statistics.mean(on):.4f} | "
-                f"{found.difference:+.4f} | {'< .0001' if found.p < 1e-4 else f'{found.p:.4f}'} |"
-            )
-    return "\n".join(lines), won, cells
+        for method, own in methods.items():
+            columns = []
+            for suffix in LFQ:
+                off, on = _paired(own, methods.get(method + suffix, []))
+                if not on:
+                    columns.append(" |  | ")
+                    continue
+                found = compare(on, off)
+                won[suffix] += found.difference < 0 and found.p < 0.01
+                cells[suffix] += 1
+                p = "< .0001" if found.p < 1e-4 else f"{found.p:.4f}"
+                columns.append(f"{statistics.mean(on):.4f} | {found.difference:+.4f} | {p}")
+            if any(column.strip(" |") for column in columns):
+                lines.append(f"| {title} | {method} | {_mean(own, 'kl'):.4f} | {' | '.join(columns)} |")
+    count = "; ".join(f"`{suffix}`: {won[suffix]} of {cells[suffix]} cells" for suffix in LFQ if cells[suffix])
+    return count, "\n".join(lines)
+
+
+def _paired(off: Rows, on: Rows) -> tuple[list[float], list[float]]:
+    """Return the KL of each held-out sequence, its mean over the seeds that both sides have: seeds share sequences."""
+    sides = [{row["seed"]: [float(v) for v in row["kl_per_sequence"].split()] for row in side} for side in (off, on)]
+    seeds = sides[0].keys() & sides[1].keys()
+    one, other = ([statistics.mean(v) for v in zip(*(side[s] for s in seeds), strict=True)] for side in sides)
+    return one, other
 
 
 def _replace(file: Path, text: str, content: str) -> None:
