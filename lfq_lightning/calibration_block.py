@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lfq_lightning.activation_cache import Batch
 from lfq_lightning.decoder_block import DecoderBlock
+from lfq_lightning.errors import UserError
 from lfq_lightning.head import Head
 from lfq_lightning.objectives import Objective
 from lfq_lightning.optimizers import build_optimizer
@@ -54,7 +55,12 @@ class CalibrationBlock(LightningModule, ABC):
         """Return the loss at an optimizer step; its mean over ranks is that of the whole batch."""
         for quantizer in self.quantizers():
             quantizer.anneal(step / self.plan.steps)
-        return self(batch)[1] * batch["weight"]
+        loss = self(batch)[1]
+        if not loss.requires_grad:
+            raise UserError(
+                f"objective {self.plan.objective.name}: its loss has no gradient; compute it from the block's outputs."
+            )
+        return loss * batch["weight"]
 
     def validation_step(self, batch: Batch, batch_idx: int = 0) -> Tensor:
         return self(batch)[1]

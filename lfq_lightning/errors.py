@@ -1,4 +1,6 @@
-"""The one exception that reaches a user, and how to quote another one in it."""
+"""The one exception that reaches a user, how to quote another one in it, and what raises it for a missing package."""
+
+import importlib.util
 
 
 class UserError(ValueError):
@@ -11,6 +13,12 @@ class StoppedError(UserError):
     """A signal ended the run; what was done is kept, and the same command goes on from there."""
 
     exit_code = 143  # what a shell shows for SIGTERM
+
+
+def require(package: str, who: str) -> None:
+    """Raise UserError if a package that not every machine has is not installed."""
+    if importlib.util.find_spec(package) is None:
+        raise UserError(f"{who} needs {package}; pip install {package}.")
 
 
 def one_line(error: object) -> str:

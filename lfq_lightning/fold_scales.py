@@ -7,11 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from lfq_lightning.decoder_block import DecoderBlock
+from lfq_lightning.errors import UserError
 from lfq_lightning.families import Family
 from lfq_lightning.observe import observe_halves
 from lfq_lightning.plan import LayerPlan
 from lfq_lightning.quantizers import ClosedFormQuantizer
 from lfq_lightning.ranks import Ranks
+from lfq_lightning.registry import plugin_name
 from lfq_lightning.solve import Inputs
 
 
@@ -30,7 +32,12 @@ def fold_scales(
     if pairs:
         observe_halves(watching.values(), partial(_observe, block, watching, inputs), ranks)
     for pair in pairs:
-        input_scale = ranks.same(pair.quantizer.input_scale())
+        input_scale, width = ranks.same(pair.quantizer.input_scale()), linears[pair.readers[0]].in_features
+        if input_scale.shape != (width,) or not bool((input_scale.isfinite() & (input_scale > 0)).all()):
+            raise UserError(
+                f"quantizer {plugin_name(type(pair.quantizer))}: input_scale returned {tuple(input_scale.shape)} for "
+                f"{pair.readers[0]}, or values that are not positive; return {width} positive factors."
+            )
         scale = _divide(pair.source, input_scale, dtype, family.unit_offset)
         for name in pair.readers:
             linears[name].weight.mul_(scale)
@@ -89,9 +96,11 @@ def _divide(source: nn.Module, scale: Tensor, dtype: torch.dtype, unit_offset: b
     else:
         offset = 1.0 if unit_offset else 0.0
         before = weight + offset
-        weight.copy_((before / scale - offset).to(dtype))
-        after = weight + offset  # rounded: the readers make up for it
-        scale = torch.where((before == 0) | (after == 0), torch.ones_like(scale), before / after)
+        folded = (before / scale - offset).to(dtype)
+        after = folded.float() + offset  # rounded: the readers make up for it
+        left = (before == 0) | (after == 0)  # nothing there, or too little to be told from nothing: as it was
+        weight.copy_(torch.where(left, weight, folded.float()))
+        scale = torch.where(left, torch.ones_like(scale), before / after)
     if bias is not None:
         bias.copy_((bias / scale).to(dtype))
     return scale

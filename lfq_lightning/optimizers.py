@@ -7,8 +7,6 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
 
-from lfq_lightning.errors import UserError
-
 _EPS = 1e-15  # a block's squared error has gradients of 1e-9 a weight, which Adam's usual 1e-8 would smother
 
 
@@ -53,10 +51,8 @@ def build_optimizer(name: str, groups: list[dict[str, Any]], steps: int, fused: 
         optimizer: torch.optim.Optimizer = torch.optim.Adam(groups, eps=_EPS, fused=fused)
         schedule: Any = CosineAnnealingLR(optimizer, T_max=steps)
     elif name == "adamw8bit":
-        try:
-            from bitsandbytes.optim import AdamW8bit
-        except ImportError as error:
-            raise UserError("optimizer adamw8bit needs bitsandbytes: pip install bitsandbytes.") from error
+        from bitsandbytes.optim import AdamW8bit
+
         optimizer = AdamW8bit(groups, eps=_EPS, weight_decay=0.0)
         schedule = CosineAnnealingLR(optimizer, T_max=steps)
     else:

@@ -4,7 +4,7 @@ import fnmatch
 from dataclasses import dataclass
 from typing import Any
 
-from lfq_lightning.errors import UserError
+from lfq_lightning.errors import UserError, require
 from lfq_lightning.model_skeleton import ModelSkeleton
 from lfq_lightning.objectives import OBJECTIVES, Objective
 from lfq_lightning.objectives.weighted_sum import WeightedSum
@@ -197,6 +197,13 @@ class Plan:
                 f"{lead.where}: objective {plan.objective.name} compares token distributions, but block {indices[0]} "
                 "is not the last; use `match: last` for it, with `final_blocks: k` to train the last k blocks together."
             )
+        checkpoint = skeleton.checkpoint
+        _, softcap = checkpoint.family.logit_terms(checkpoint.config.to_dict())
+        if softcap is not None and plan.objective.build().linear_head_only:
+            raise UserError(
+                f"{lead.where}: objective {plan.objective.name} cannot do with this model's soft-capped logits; use "
+                "logit_ce."
+            )
         return plan
 
 
@@ -223,6 +230,8 @@ def _parse(rule: Rule, where: str) -> _ParsedRule:
         optimizer = rule.optimizer or (layer.learned.cls.default_optimizer if layer.learned else "adam")
         if optimizer not in DEFAULT_LR:
             raise UserError(f"unknown optimizer {optimizer!r}: {did_you_mean(optimizer, DEFAULT_LR)}")
+        if optimizer == "adamw8bit":
+            require("bitsandbytes", "optimizer adamw8bit")
         lr = rule.lr if rule.lr is not None else DEFAULT_LR[optimizer](rule.steps)
         return _ParsedRule(rule, layer, _parse_objective(rule.objective), optimizer, lr, where)
     except UserError as error:
@@ -299,8 +308,8 @@ def _check_folds(skeleton: ModelSkeleton, indices: range, layers: dict[str, Laye
     for index in indices:
         for _, readers in checkpoint.family.folds:
             names = [f"{skeleton.block_name(index)}.{reader}" for reader in readers]
-            schemes = [wanting[name].scheme for name in names if name in wanting]
-            if schemes and (len(schemes) < len(names) or any(scheme != schemes[0] for scheme in schemes)):
+            plans = [(wanting[name].scheme, wanting[name].closed_form.cls) for name in names if name in wanting]
+            if plans and (len(plans) < len(names) or any(plan != plans[0] for plan in plans)):
                 raise UserError(
                     f"{', '.join(names)} read one tensor, so {plugin} scales all of them or none, for one grid; give "
                     "them one rule."

@@ -35,9 +35,10 @@ class QuantScheme:
         return 2 ** (self.num_bits - 1)
 
     def group_of(self, in_features: int) -> int:
-        """Return the number of inputs K per group for a weight with `in_features` inputs; K divides them."""
+        """Return the number of inputs K per group of a weight with `in_features`. Raises ValueError if none fits."""
         size = in_features if self.group_size == -1 else self.group_size
-        assert in_features % size == 0, f"{size} does not divide {in_features}"
+        if in_features % size:
+            raise ValueError(f"group_size {size} does not divide {in_features} inputs")
         return size
 
     def bits_per_weight(self, in_features: int, scale_bits: int = 16) -> float:

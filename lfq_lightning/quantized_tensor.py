@@ -17,6 +17,8 @@ class QuantizedTensor:
         scale: (O, G, 1) in the dtype that ships (the checkpoint's); may be negative.
         zero_point: uint8 (O, G, 1); the constant 2^(bits-1) if the scheme is symmetric.
         scheme: the grid, with I = G·K.
+
+    Raises ValueError for other dtypes or shapes.
     """
 
     codes: Tensor
@@ -25,10 +27,15 @@ class QuantizedTensor:
     scheme: QuantScheme
 
     def __post_init__(self) -> None:
-        (o, i), groups = self.codes.shape, self.scale.shape[1]
-        assert self.codes.dtype == torch.uint8 and self.zero_point.dtype == torch.uint8
-        assert self.scale.shape == self.zero_point.shape == (o, groups, 1)
-        assert groups * self.scheme.group_of(i) == i
+        o, i = self.codes.shape
+        if self.codes.dtype != torch.uint8 or self.zero_point.dtype != torch.uint8:
+            raise ValueError(
+                f"codes and zero point are {self.codes.dtype} and {self.zero_point.dtype}, but must be uint8"
+            )
+        expected = (o, i // self.scheme.group_of(i), 1)
+        if self.scale.shape != expected or self.zero_point.shape != expected:
+            found = f"{tuple(self.scale.shape)} and {tuple(self.zero_point.shape)}"
+            raise ValueError(f"scale and zero point are {found}, but must be {expected}")
 
     def dequantize(self) -> Tensor:
         """Return the weight (O, I) in the scale's dtype: (codes - zero_point) · scale, rounded once.

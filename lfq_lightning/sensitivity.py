@@ -1,5 +1,6 @@
 """Sensitivity: which layers lose most when quantised alone, and a plan of mixed widths from it."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -85,14 +86,14 @@ def propose_widths(layers: list[LayerSensitivity], average_bits: float) -> dict[
     widths = sorted(layers[0].kl)
     check_average(average_bits, widths)
     chosen = {layer.name: widths[0] for layer in layers}
-    room = (average_bits - widths[0]) * sum(layer.num_weights for layer in layers)
+    room = math.floor((average_bits - widths[0]) * sum(layer.num_weights for layer in layers) + 1e-6)
     while True:
         steps = []
         for layer in layers:
             now = chosen[layer.name]
             for wider in (width for width in widths if width > now):
                 cost = (wider - now) * layer.num_weights
-                if cost <= room:
+                if cost <= room and layer.kl[wider] < layer.kl[now]:
                     steps.append(((layer.kl[now] - layer.kl[wider]) / cost, layer.name, wider, cost))
         if not steps:
             return chosen

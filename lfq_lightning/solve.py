@@ -117,8 +117,14 @@ def _solve_stage(
         plan = layers[names[0]]
         if issubclass(plan.closed_form.cls, DenseQuantizer):
             for name in names:
-                dense = plan.closed_form.build(linears[name].weight.detach(), plan.scheme).export()
-                linears[name].weight.copy_(dense.to(scale_dtype))
+                weight = linears[name].weight
+                dense = plan.closed_form.build(weight.detach(), plan.scheme).export()
+                if dense.shape != weight.shape or not dense.isfinite().all():
+                    raise UserError(
+                        f"quantizer {plan.closed_form.name}: export returned {tuple(dense.shape)} for {name}, or NaN "
+                        f"or infinity; return a finite weight {tuple(weight.shape)}."
+                    )
+                weight.copy_(dense.to(scale_dtype))
             continue
         weight = torch.cat([linears[name].weight.detach() for name in names])
         weight = weight[ranks.rows(len(weight))]
@@ -182,7 +188,13 @@ def _show(
 
 def _whole(quantizer: ClosedFormQuantizer, names: list[str], rows: int, ranks: Ranks) -> tuple[QuantizedTensor, Tensor]:
     """Return codes and latent of all rows, from the share of them that each rank has solved."""
-    exported, shape = quantizer.export(), quantizer.weight.shape
+    shape = quantizer.weight.shape
+    try:
+        exported = quantizer.export()
+    except UserError:
+        raise
+    except ValueError as error:  # no QuantizedTensor
+        raise UserError(f"quantizer {plugin_name(type(quantizer))}: {error}, for {' + '.join(names)}.") from error
     if exported.codes.shape != shape or quantizer.latent.shape != shape:
         raise UserError(
             f"quantizer {plugin_name(type(quantizer))}: codes and latent are {tuple(exported.codes.shape)} and "

@@ -72,7 +72,16 @@ def test_configs_merge_and_print(config, tmp_path, capsys):
     assert printed["plan"][1]["objective"] == "mse"
 
 
-@pytest.mark.parametrize("preset", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+PRESETS = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+def test_the_presets_that_are_asked_for_are_there():
+    asked = "flexround-lfq-w4 flexround-lfq-w3g128 flexround-lfq-w2g64 gptq-lfq-w4g128 awq-w4g128 omniquant-lfq-w4"
+    asked += " block-ap-lfq-w3g128 recommended-w4 recommended-w3g128 recommended-w2g64"
+    assert set(asked.split()) <= {preset.stem for preset in PRESETS}
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.name)
 def test_every_preset_runs(preset, monkeypatch, tmp_path, text_file):
     """Whole, on a model wide enough for groups of 128; only steps, data and paths are cut down."""
     monkeypatch.chdir(ROOT)
@@ -81,7 +90,7 @@ def test_every_preset_runs(preset, monkeypatch, tmp_path, text_file):
     for rule in content["plan"]:
         if "steps" in rule:
             rule["steps"] = 4
-    content["data"] = {"dataset": str(text_file), "num_samples": 8, "seq_len": 32, "num_held_out": 4}
+    content["data"] |= {"dataset": str(text_file), "num_samples": 8, "seq_len": 32, "num_held_out": 4}
     content |= {"model": {"checkpoint": str(model)}, "output": str(tmp_path / "run")}
     cut = tmp_path / "cut.yaml"
     cut.write_text(yaml.safe_dump(content))

@@ -45,6 +45,7 @@ CASES = {
     "gptq_v2 per channel": ("gptq_v2", quantizer(4, -1)),
     "awq": ("awq", quantizer(4, symmetric=False)),
     "awq symmetric": ("awq", quantizer(4, 16)),
+    "awq, folded by awq": ("awq", {**quantizer(4, symmetric=False), "name": "awq"}),
     "compressed-tensors": ("compressed-tensors", quantizer(5)),
 }
 
@@ -52,7 +53,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_export_keeps_every_weight(case, packed, tmp_path, capsys):
     name, scheme = CASES[case]
-    run = packed([{"match": "all", "quantizer": scheme}], tied=case != "awq")
+    run = packed([{"match": "all", "quantizer": scheme}], tied=name != "awq")
     main(["export", str(run), "--format", name, "--output", str(tmp_path / "new")])
     assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "new")
     before, after = (load(folder, dequantize=True)[0].state_dict() for folder in (run, tmp_path / "new"))

@@ -4,13 +4,14 @@ import pytest
 import torch
 
 from lfq_lightning.checkpoints import open_checkpoint
-from lfq_lightning.fold_scales import fold_scales
+from lfq_lightning.fold_scales import _divide, fold_scales
 from lfq_lightning.model_skeleton import ModelSkeleton
 from lfq_lightning.plan import Plan, Rule
 from lfq_lightning.quant_scheme import QuantScheme
 from lfq_lightning.quantizers.awq import AWQ
 from lfq_lightning.quantizers.rtn import RTN
 from lfq_lightning.ranks import Ranks
+from tests.conftest import save_tiny
 
 
 def batches():
@@ -20,8 +21,28 @@ def batches():
     return lambda half: iter([(hidden[:4], mask[:4]) if half == 0 else (hidden[4:], mask[4:])])
 
 
+def test_v_is_folded_with_its_bias(tmp_path):
+    """With as many key heads as query heads; elsewhere that pair's shapes do not fit."""
+    model = save_tiny(tmp_path, "qwen2", num_key_value_heads=4)
+    check_the_function(model, {"self_attn.v_proj.weight", "self_attn.v_proj.bias", "self_attn.o_proj.weight"})
+
+
+def test_a_channel_too_small_for_the_dtype_is_left_alone():
+    """A Gemma norm multiplies by 1 + w; (1 + w) / 8 - 1 would round to -1 here, and the channel would be gone."""
+    norm = torch.nn.LayerNorm(3, bias=False)
+    with torch.no_grad():
+        norm.weight.copy_(torch.tensor([-0.9921875, 0.0, -1.0]))
+        scale = _divide(norm, torch.tensor([8.0, 8.0, 8.0]), torch.bfloat16, unit_offset=True)
+    assert torch.equal(norm.weight.detach(), torch.tensor([-0.9921875, -0.875, -1.0]))
+    assert torch.equal(scale, torch.tensor([1.0, 8.0, 1.0]))
+
+
 def test_the_function_stays(family_folder):
-    skeleton = ModelSkeleton(open_checkpoint(str(family_folder)))
+    check_the_function(family_folder, set())
+
+
+def check_the_function(folder, also):
+    skeleton = ModelSkeleton(open_checkpoint(str(folder)))
     skeleton.embed(torch.zeros(1, 16, dtype=torch.int64))
     plan = Plan([Rule("all", {"name": "awq", "bits": 3, "group_size": 16})]).resolve(skeleton)[1]
     block, untouched = skeleton.block(plan.indices), skeleton.block(plan.indices)
@@ -34,7 +55,8 @@ def test_the_function_stays(family_folder):
     before, after = untouched.tensors(), block.tensors()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     source, readers = skeleton.checkpoint.family.folds[0]
-    assert {f"{block.names[0]}.{name}.weight" for name in (source, *readers)} <= changed
+    expected = {f"{name}.weight" for name in (source, *readers)} | also
+    assert {f"{block.names[0]}.{name}" for name in expected} <= changed
 
 
 def test_scaling_helps_where_channels_differ():

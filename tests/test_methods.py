@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from lfq_lightning.cli import main
 from lfq_lightning.load_model import load
+from lfq_lightning.objectives import OBJECTIVES
 from lfq_lightning.quantizers import QUANTIZERS, DenseQuantizer
 from tests.conftest import GPTQ
 
@@ -99,6 +100,62 @@ class Bad(LearnedQuantizer):
     def forward(self):
         return {what}
 """
+BAD_CLOSED = """
+import torch
+from lfq_lightning.quantizers import QUANTIZERS, NearestQuantizer
+
+@QUANTIZERS.register
+class Bad(NearestQuantizer):
+    \"\"\"Does {what}.\"\"\"
+    paper = "none"
+    needs_inputs = scales_inputs = {scales}
+
+    def observe(self, inputs):
+        pass
+
+    def input_scale(self):
+        {what}
+        return torch.ones(self.weight.shape[1])
+
+    def solve(self):
+        groups = self.weight.shape[1] // self.scheme.group_of(self.weight.shape[1])
+        self.scale = torch.ones(len(self.weight), groups, 1)
+        self.zero_point = torch.zeros(len(self.weight), groups, 1, dtype=torch.uint8)
+        {what}
+
+    def export(self):
+        codes = torch.zeros_like(self.weight)
+        {what}
+        return self.quantized(codes, self.scale, self.zero_point)
+"""
+BAD_DENSE = """
+import torch
+from lfq_lightning.objectives import OBJECTIVES
+from lfq_lightning.quantizers import QUANTIZERS, DenseQuantizer
+
+@QUANTIZERS.register
+class Bad(DenseQuantizer):
+    \"\"\"Returns {what}.\"\"\"
+    paper = "none"
+
+    def export(self):
+        return {what}
+"""
+BAD_TARGET = """
+import torch
+from lfq_lightning.objectives import OBJECTIVES, Objective
+
+@OBJECTIVES.register
+class Bad(Objective):
+    \"\"\"Keeps {what}.\"\"\"
+    paper = "none"
+
+    def target(self, hidden, head):
+        return {what}
+
+    def token_loss(self, hidden, target, head):
+        return hidden.mean(-1)
+"""
 BAD_OBJECTIVE = """
 import torch
 from lfq_lightning.objectives import OBJECTIVES, Objective
@@ -111,6 +168,15 @@ class Bad(Objective):
     def token_loss(self, hidden, target, head):
         return {what}
 """
+
+BAD = {
+    "quantizer": BAD_QUANTIZER,
+    "closed": BAD_CLOSED,
+    "dense": BAD_DENSE,
+    "objective": BAD_OBJECTIVE,
+    "sum": BAD_OBJECTIVE,
+    "target": BAD_TARGET,
+}
 
 
 @pytest.mark.parametrize(
@@ -128,15 +194,32 @@ class Bad(Objective):
             "(hidden - target['hidden']).mean(-1) * float('nan')",
             "block 0: the held-out loss is nan at step 0",
         ),
+        ("objective", "target['hidden'].mean(-1)", "its loss has no gradient"),
+        ("sum", "(hidden - target['hidden']).square().mean()", r"bad_sum_\d+: token_loss returned \(\) for .* tokens"),
+        ("target", "[hidden]", "target must return a dict of tensors"),
+        ("target", "{'some': hidden[:3]}", "each with a row for each of the"),
+        ("dense", "self.weight[:, :3]", r"export returned \(32, 3\) for model.layers.0.self_attn.q_proj"),
+        ("dense", "self.weight * float('nan')", "or NaN or infinity; return a finite weight"),
+        (
+            "closed",
+            "if 'codes' in locals(): codes[0, 0] = 77",
+            "some codes are NaN or lie outside 0 … 15, for model",
+        ),
+        ("closed", "self.scale = torch.ones(3, 1, 1)", r"scale and zero point are \(3, 1, 1\) and .*, but must be"),
+        ("closed", "if 's': return -torch.ones(32)", "input_scale returned .* values that are not positive"),
     ],
 )
-def test_plugins_that_return_nonsense(kind, what, message, config, capsys, tmp_path):
+def test_plugins_that_return_nonsense(kind, what, message, config, capsys, tmp_path, monkeypatch):
+    for registry in (QUANTIZERS, OBJECTIVES):  # it is forgotten again
+        registry.names()
+        monkeypatch.setattr(registry, "_classes", dict(registry._classes))
     name = f"bad_{kind}_{abs(hash(what))}"
     file = tmp_path / f"{name}.py"
-    file.write_text((BAD_QUANTIZER if kind == "quantizer" else BAD_OBJECTIVE).format(what=what))
-    plan = [{"match": "all", "quantizer": name if kind == "quantizer" else "flexround", "steps": 4}]
-    if kind == "objective":
-        plan[0]["objective"] = name
+    file.write_text(BAD[kind].format(what=what, scales=what.startswith("if 's'")))
+    trains = kind in {"objective", "target", "sum"}
+    plan = [{"match": "all", "quantizer": "flexround" if trains else {"name": name, "group_size": 16}, "steps": 4}]
+    if trains:
+        plan[0]["objective"] = [{"name": name, "weight": 1}, {"name": "mse", "weight": 1}] if kind == "sum" else name
     path = config(plan=plan, plugins=[str(file)])
     with pytest.raises(SystemExit) as stop:
         main(["run", "--config", str(path)])

@@ -7,17 +7,31 @@ from lfq_lightning.errors import UserError
 from lfq_lightning.head import Head
 from lfq_lightning.objectives import OBJECTIVES, Objective
 from lfq_lightning.objectives.weighted_sum import WeightedSum
+from lfq_lightning.ops.linear_soft_ce import reference as linear_soft_ce
+from lfq_lightning.ops.logit_divergence import reference as logit_divergence
 from lfq_lightning.token_set import NO_NEXT
 
+VARIANTS = [
+    *OBJECTIVES.names(),
+    {"name": "mse", "normalised": True},
+    {"name": "mse", "massive": 2.5},
+    {"name": "logit_ce", "temperature": 2.0},
+    {"name": "kl", "temperature": 0.5},
+    {"name": "js", "beta": 0.2},
+    {"name": "topk_kl", "k": 3},
+]
 
-@pytest.fixture(params=OBJECTIVES.names())
+
+@pytest.fixture(params=[*VARIANTS, "sum"], ids=str)
 def objective(request):
+    if request.param == "sum":
+        return WeightedSum(terms=((OBJECTIVES.parse("mse"), 0.5), (OBJECTIVES.parse("logit_ce"), 2.0)))
     return OBJECTIVES.parse(request.param).build()
 
 
-def sample(objective):
+def sample(objective, softcap=None):
     torch.manual_seed(0)
-    head = Head(torch.nn.LayerNorm(6), torch.randn(11, 6)) if objective.logit_space else None
+    head = Head(torch.nn.LayerNorm(6), torch.randn(11, 6), softcap=softcap) if objective.logit_space else None
 
     def read(hidden):
         return objective.view(hidden, head)
@@ -49,6 +63,10 @@ def test_pads_do_not_matter(objective):
     assert student.grad[mask].abs().min(dim=-1).values.max() > 0
     noisy = torch.where(mask[..., None], student, 1e3)
     assert torch.equal(objective.loss(noisy, target, mask, head), loss)
+    for name, value in target.items():
+        kept = mask.view(*mask.shape, *[1] * (value.dim() - 2))
+        other = torch.where(kept, value, 7 if name == "next_token" else 1e3)
+        assert torch.equal(objective.loss(student, {**target, name: other}, mask, head), loss), name
 
 
 def test_the_teacher_itself_is_a_minimum(objective):
@@ -86,6 +104,44 @@ def test_finite_in_bf16(objective):
         loss = objective.loss(student, target, mask, head)
     loss.backward()
     assert bool(loss.isfinite()) and bool(student.grad.isfinite().all())
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_gradcheck(objective, softcap):
+    if softcap is not None and (objective.linear_head_only or not objective.logit_space):
+        pytest.skip("not for a soft-capped head" if objective.linear_head_only else "no head")
+    read, student, teacher, target, _, head = sample(objective, softcap)
+    if head is not None:
+        head.double()
+    kept = objective.target(read(teacher.double()).flatten(0, 1), head)
+    kept |= {"hidden": teacher.double().flatten(0, 1), "next_token": target["next_token"].flatten()}
+    rows = student.detach().double().flatten(0, 1).requires_grad_()
+    assert torch.autograd.gradcheck(lambda h: objective.token_loss(read(h), kept, head), (rows,))
+
+
+def test_sizes_of_chunks_do_not_change_value_or_gradient(objective, monkeypatch):
+    """More tokens than a chunk, words that no chunk divides; the GPU's tiles are its kernels' tests'."""
+    torch.manual_seed(1)
+    head = Head(torch.nn.LayerNorm(6), torch.randn(101, 6)) if objective.logit_space else None
+    teacher = torch.randn(50, 6)
+    student = (teacher + 0.2 * torch.randn(50, 6)).requires_grad_()
+
+    def run():
+        if head is not None:
+            vars(head).pop("gram", None)  # cached
+        kept = objective.target(objective.view(teacher, head), head)
+        kept |= {"hidden": teacher, "next_token": torch.arange(50)}
+        loss = objective.token_loss(objective.view(student, head), kept, head)
+        return loss, torch.autograd.grad(loss.sum(), student)[0]
+
+    whole = run()
+    for tokens, words in ((7, 5), (64, 300), (1, 1)):
+        monkeypatch.setattr(linear_soft_ce, "_TILE_TOKENS", tokens)
+        monkeypatch.setattr(linear_soft_ce, "_TILE_LOGITS", tokens * words)
+        monkeypatch.setattr(logit_divergence, "_CHUNK_LOGITS", tokens * 101)
+        monkeypatch.setattr("lfq_lightning.head._GRAM_WORDS", words)
+        for value, expected in zip(run(), whole, strict=True):
+            assert torch.allclose(value, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_a_weighted_sum_is_the_sum():

@@ -7,6 +7,7 @@ from lfq_lightning.errors import UserError
 from lfq_lightning.families import Family
 from lfq_lightning.model_skeleton import ModelSkeleton
 from lfq_lightning.plan import Plan, Rule
+from tests.conftest import save_tiny
 
 FLEXROUND = {"name": "flexround", "bits": 3, "group_size": 16, "init": "gptq"}
 
@@ -61,6 +62,7 @@ def test_first_match_wins(skeleton):
         ([Rule("all", {**FLEXROUND, "init": "fp"})], "init 'fp' does not solve"),
         ([Rule("*.q_proj", "gptq"), Rule("all", "awq")], r"q_proj.*read one tensor, so awq scales all of them or none"),
         ([Rule("*.up_proj", {"name": "awq", "bits": 3}), Rule("all", "awq")], r"gate_proj.*for one grid"),
+        ([Rule("all", {**FLEXROUND, "init": {"name": "gptq", "damp": 0.0}})], "damp 0.0 must be above 0"),
         ([Rule("all", {"name": "nf4", "bits": 3})], "nf4 has 4 bits"),
         ([Rule("all", {"name": "nf4", "group_size": 32})], "nf4: group_size 32 must be one of 64"),
         ([Rule("all", FLEXROUND, objective="logit_ce")], "block 0 is not the last; use `match: last`"),
@@ -93,3 +95,18 @@ def test_a_family_without_folds(llama):
     with pytest.raises(UserError, match="no such pairs are known of llama; add `folds`"):
         Plan([Rule("all", "awq")]).resolve(skeleton)
     assert len(Plan([Rule("all", "gptq")]).resolve(skeleton)) == 3
+
+
+def test_hard_labels_and_soft_capped_logits(tmp_path):
+    skeleton = ModelSkeleton(open_checkpoint(str(save_tiny(tmp_path, "gemma2"))))
+    both = [{"name": "hard_ce", "weight": 1}, {"name": "mse", "weight": 1}]
+    for objective in ("hard_ce", both):
+        with pytest.raises(UserError, match=r"plan\[0\]: objective hard_ce.* soft-capped logits; use logit_ce"):
+            Plan([Rule("last", FLEXROUND, objective=objective)]).resolve(skeleton)
+
+
+@pytest.mark.parametrize("rule", [Rule("all", "nf4"), Rule("all", FLEXROUND, optimizer="adamw8bit")], ids=str)
+def test_a_missing_package_is_named_at_once(rule, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(UserError, match="needs bitsandbytes; pip install bitsandbytes"):
+        Plan([rule])

@@ -4,6 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lfq_lightning.errors import UserError
 from lfq_lightning.optimizers import DEFAULT_LR, build_optimizer
 from lfq_lightning.quant_scheme import QuantScheme
 from lfq_lightning.quantizers import QUANTIZERS, ClosedFormQuantizer, LearnedQuantizer
@@ -21,6 +22,9 @@ SCHEMES = [
 ]
 
 
+WIDE = [QuantScheme(bits, group, False) for bits, group in ((3, 32), (4, 64), (2, 96), (8, 128), (3, -1))]
+
+
 def problem(rows=7, columns=63):
     generator = torch.Generator().manual_seed(rows)
     weight = torch.randn(rows, columns, generator=generator)
@@ -29,7 +33,7 @@ def problem(rows=7, columns=63):
 
 
 def solved(name, scheme, dtype=torch.float32, weight=None):
-    known, inputs = problem()
+    known, inputs = problem(columns=63 if weight is None else weight.shape[1])
     quantizer = QUANTIZERS.parse(name).build(known if weight is None else weight, scheme, dtype)
     if quantizer.needs_inputs:
         for part in inputs.split(200):
@@ -50,11 +54,11 @@ def rounded(latent, quantized):
     return codes
 
 
-@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@pytest.mark.parametrize("scheme", [*SCHEMES, *WIDE], ids=str)
 @pytest.mark.parametrize("name", CLOSED)
 def test_closed_form(name, scheme):
-    weight, inputs = problem()
-    quantizer = solved(name, scheme)
+    weight, inputs = problem(columns=384 if scheme in WIDE else 63)
+    quantizer = solved(name, scheme, weight=weight)
     quantized = quantizer.export()
     assert quantized.codes.shape == weight.shape
     assert quantized.scheme == scheme
@@ -63,7 +67,7 @@ def test_closed_form(name, scheme):
         assert bool((quantized.zero_point == scheme.middle_code).all())
     assert torch.equal(rounded(quantizer.latent, quantized), quantized.codes)
     error = ((inputs @ (quantized.dequantize() - weight).T) ** 2).mean()
-    rtn = ((inputs @ (solved("rtn", scheme).export().dequantize() - weight).T) ** 2).mean()
+    rtn = ((inputs @ (solved("rtn", scheme, weight=weight).export().dequantize() - weight).T) ** 2).mean()
     assert error <= rtn * 1.0001
 
 
@@ -108,7 +112,7 @@ def test_learned(name, init, scheme):
     quantizer.eval()
     ended = quantizer.export()
     assert ended.scale.dtype == torch.bfloat16
-    assert torch.equal(quantizer().bfloat16(), ended.dequantize())  # what is trained is what ships
+    assert torch.equal(quantizer(), ended.dequantize().float())  # what is trained is what ships
     if scheme.symmetric:
         assert torch.equal(ended.zero_point, begun.zero_point)
 
@@ -138,9 +142,60 @@ def trained(name, scheme, steps=60):
 
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("name", VARIANTS, ids=str)
-def test_the_best_step_beats_the_start(name, symmetric):
-    _, _, errors = trained(name, QuantScheme(3, 9, symmetric), steps=300)
+def test_the_best_step_beats_the_start_and_rounding_to_nearest(name, symmetric):
+    """OmniQuant and SignRound begin at plain min-max as their papers do, so that is theirs; the others' is searched."""
+    scheme = QuantScheme(3, 9, symmetric)
+    _, _, errors = trained(name, scheme, steps=300)
     assert min(errors[1:]) < errors[0]
+    weight, inputs = problem()
+    init = QUANTIZERS.parse(name).cls.default_init
+    rtn = solved(init if isinstance(init, dict) else "rtn", scheme)
+    assert min(errors) <= ((inputs @ (rtn.export().dequantize() - weight).T) ** 2).mean()
+
+
+@pytest.mark.parametrize("name", ["signround", {"name": "flexround", "offset": True}], ids=str)
+def test_what_has_left_its_range_comes_back(name):
+    start = solved("rtn", QuantScheme(3, 9, symmetric=False))
+    quantizer = QUANTIZERS.parse(name).build(start.latent, start.export())
+    bounded = [p for n, p in quantizer.named_parameters() if n in {"offset", "high", "low"}]
+    with torch.no_grad():
+        for parameter in bounded:
+            parameter.add_(3.0)
+    quantizer.anneal(0.5)
+    quantizer().square().sum().backward()
+    assert bounded and all(bool((p <= 1).all()) and bool(p.grad.abs().sum() > 0) for p in bounded)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"name": "rtn", "ratios": 0},
+        {"name": "awq", "clip": -1},
+        {"name": "awq", "grid": 0},
+        {"name": "gptq", "ratios": 0},
+        {"name": "gptq", "damp": 0.0},
+        {"name": "gptq", "damp": 2.0},
+        {"name": "gptq", "correct": -0.5},
+        {"name": "flexround", "rank": -1},
+        {"name": "adaround", "sharpness": 1.0},
+    ],
+    ids=str,
+)
+def test_options_out_of_range(wrong):
+    plugin, option = QUANTIZERS.parse(wrong), list(wrong)[1]
+    with pytest.raises(UserError, match=f"quantizer {wrong['name']}: {option} .* must be"):
+        plugin.cls.check(QuantScheme(4), plugin.options)
+
+
+def test_codes_off_the_grid_are_refused():
+    quantizer = solved("rtn", QuantScheme(3, 9))
+    for code in (8.0, -1.0, float("nan")):
+        codes = torch.zeros(7, 63)
+        codes[2, 3] = code
+        with pytest.raises(ValueError, match="NaN or lie outside 0 … 7"):
+            quantizer.quantized(codes, quantizer.scale, quantizer.zero_point)
+    with pytest.raises(ValueError, match=r"\(7, 3, 1\) and \(7, 7, 1\), but must be \(7, 7, 1\)"):
+        quantizer.quantized(torch.zeros(7, 63), quantizer.scale[:, :3], quantizer.zero_point)
 
 
 @pytest.mark.parametrize("name", VARIANTS, ids=str)

@@ -99,3 +99,9 @@ def test_mistakes(llama, text_file, arguments, message):
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_no_bits_are_spent_on_a_higher_kl_and_an_exact_fit_fits():
+    assert propose_widths([LayerSensitivity("a", 1000, {2: 0.1, 4: 0.2})], 4) == {"a": 2}
+    layers = [LayerSensitivity("a", 300, {2: 0.9, 3: 0.1}), LayerSensitivity("b", 700, {2: 0.9, 3: 0.8})]
+    assert propose_widths(layers, 2.3) == {"a": 3, "b": 2}

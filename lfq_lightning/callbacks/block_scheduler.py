@@ -369,7 +369,7 @@ class BlockScheduler(BlockCallback):
 
     def _target(self, hidden: Tensor) -> dict[str, Tensor]:
         objective, head = self.current.objective, self.current.head
-        return objective.target(objective.view(hidden, head), head)
+        return objective.checked_target(objective.view(hidden, head), head)
 
     def _held_out(self) -> tuple[float, Tensor]:
         """Return the held-out loss now, as validation computes it, and the block's outputs."""

@@ -2,7 +2,6 @@
 
 from torch import Tensor
 
-from lfq_lightning.errors import UserError
 from lfq_lightning.head import Head
 from lfq_lightning.objectives import OBJECTIVES, Objective
 from lfq_lightning.ops.linear_soft_ce import linear_soft_ce
@@ -20,11 +19,10 @@ class HardCE(Objective):
     paper = "the named ablation of LFQ: hard labels, as in AutoRound's enable_lfq switch"
     logit_space = True
     matches_teacher = False
+    linear_head_only = True
 
     def token_loss(self, hidden: Tensor, target: dict[str, Tensor], head: Head | None) -> Tensor:
-        assert head is not None
-        if head.softcap is not None:
-            raise UserError("objective hard_ce: this model's logits are soft-capped; use logit_ce.")
+        assert head is not None and head.softcap is None, "the plan checks that"
         label = target["next_token"]
         moment = head.weight[label.clamp(min=0)].float()  # of a one-hot distribution: the word's own row
         return linear_soft_ce(hidden, head.weight, moment) * (label != NO_NEXT)

@@ -1,5 +1,6 @@
 """Mean squared error of the block's output."""
 
+import torch
 from torch import Tensor
 
 from lfq_lightning.errors import UserError
@@ -30,8 +31,9 @@ class MSE(Objective):
         self.massive = massive
 
     def token_loss(self, hidden: Tensor, target: dict[str, Tensor], head: Head | None) -> Tensor:
-        teacher = target["hidden"].float()
-        loss = (hidden.float() - teacher).square().mean(-1)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        teacher = target["hidden"].to(wide)
+        loss = (hidden.to(wide) - teacher).square().mean(-1)
         if self.normalised:
             loss = loss / teacher.square().mean(-1).clamp(min=1e-12)
         if self.massive:

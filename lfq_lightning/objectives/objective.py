@@ -20,6 +20,7 @@ class Objective(nn.Module, ABC):
     paper: ClassVar[str]
     logit_space: bool = False
     matches_teacher: ClassVar[bool] = True  # the teacher itself is a minimum
+    linear_head_only: bool = False  # it cannot do with soft-capped logits
 
     def view(self, hidden: Tensor, head: Head | None) -> Tensor:
         """Return the block's outputs (…, D) as this objective reads them."""
@@ -51,12 +52,26 @@ class Objective(nn.Module, ABC):
         Raises UserError if `token_loss` does not return one number per token.
         """
         rows = {name: value[mask] for name, value in target.items()}
-        losses = self.token_loss(self.view(hidden[mask], head), rows, head)
-        tokens = int(mask.sum())
+        return self.checked_loss(self.view(hidden[mask], head), rows, head).float().mean()
+
+    def checked_target(self, hidden: Tensor, head: Head | None) -> dict[str, Tensor]:
+        """Return `target`. Raises UserError if it is no dict of tensors with a row per token."""
+        kept = self.target(hidden, head)
+        right = isinstance(kept, dict) and all(isinstance(v, Tensor) and len(v) == len(hidden) for v in kept.values())
+        if not right:
+            raise UserError(
+                f"objective {plugin_name(type(self))}: target must return a dict of tensors, each with a row for each "
+                f"of the {len(hidden)} tokens."
+            )
+        return kept
+
+    def checked_loss(self, hidden: Tensor, target: dict[str, Tensor], head: Head | None) -> Tensor:
+        """Return `token_loss`. Raises UserError if it is not one number per token."""
+        losses, tokens = self.token_loss(hidden, target, head), len(hidden)
         if not isinstance(losses, Tensor) or losses.shape != (tokens,):
             got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
             raise UserError(
                 f"objective {plugin_name(type(self))}: token_loss returned {got} for {tokens} tokens; return one loss "
                 "per token."
             )
-        return losses.float().mean()
+        return losses

@@ -20,6 +20,7 @@ class WeightedSum(Objective):
         super().__init__()
         self.terms = [(plugin.build(), weight) for plugin, weight in terms]
         self.logit_space = any(term.logit_space for term, _ in self.terms)
+        self.linear_head_only = any(term.linear_head_only for term, _ in self.terms)
 
     def view(self, hidden: Tensor, head: Head | None) -> Tensor:
         return hidden
@@ -28,7 +29,7 @@ class WeightedSum(Objective):
         return {
             f"{number}.{name}": value
             for number, (term, _) in enumerate(self.terms)
-            for name, value in term.target(term.view(hidden, head), head).items()
+            for name, value in term.checked_target(term.view(hidden, head), head).items()
         }
 
     def token_loss(self, hidden: Tensor, target: dict[str, Tensor], head: Head | None) -> Tensor:
@@ -37,5 +38,5 @@ class WeightedSum(Objective):
         for number, (term, weight) in enumerate(self.terms):
             prefix = f"{number}."
             own = {name.removeprefix(prefix): v for name, v in target.items() if name.startswith(prefix)}
-            losses.append(weight * term.token_loss(term.view(hidden, head), common | own, head))
+            losses.append(weight * term.checked_loss(term.view(hidden, head), common | own, head))
         return sum(losses[1:], losses[0])

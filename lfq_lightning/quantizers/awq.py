@@ -1,5 +1,7 @@
 """AWQ: activation-aware scaling of the inputs, and a clip search."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -22,7 +24,7 @@ class AWQ(NearestQuantizer):
     share of the output. Both errors come from the Hessian Σxxᵀ, so no activations are kept.
 
     Args:
-        grid: exponents r tried, from 0 to 1 (and no scaling at all).
+        grid: exponents r tried, evenly spaced from 0 to below 1 (and no scaling at all).
         clip: shrink factors tried per group, down to 0.5; 1 is plain min-max. The authors leave q and k unclipped.
     """
 
@@ -40,6 +42,10 @@ class AWQ(NearestQuantizer):
         self.hessian = torch.zeros(width, width, dtype=torch.float32, device=weight.device)
         self.activation = torch.zeros(width, dtype=torch.float32, device=weight.device)
         self.tokens = torch.zeros((), dtype=torch.int64, device=weight.device)
+
+    @classmethod
+    def check(cls, scheme: QuantScheme, options: dict[str, Any]) -> None:
+        cls.check_counts(options, "grid", "clip")
 
     def observe(self, inputs: Tensor) -> None:
         inputs = inputs.float()

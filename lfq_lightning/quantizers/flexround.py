@@ -56,6 +56,10 @@ class FlexRound(LearnedQuantizer):
         if options["rank"] < 0:
             raise UserError(f"quantizer flexround: rank {options['rank']} must be positive, or 0 for a full S2.")
 
+    def anneal(self, progress: float) -> None:
+        if self.offset is not None:
+            self.back_into(self.offset, -0.5, 0.5)
+
     def grid(self) -> tuple[Tensor, Tensor]:
         return self.scaled_grid(self.log_s1, self.zero_shift)
 

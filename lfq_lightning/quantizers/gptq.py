@@ -68,7 +68,10 @@ class GPTQ(ClosedFormQuantizer):
 
     @classmethod
     def check(cls, scheme: QuantScheme, options: dict[str, Any]) -> None:
-        if not 0 <= options.get("correct", 0.0) <= 1:
+        cls.check_counts(options, "ratios")
+        if not 0 < options["damp"] <= _MOST_DAMPING:
+            raise UserError(f"quantizer gptq: damp {options['damp']} must be above 0 and at most {_MOST_DAMPING:g}.")
+        if not 0 <= options["correct"] <= 1:
             raise UserError(f"quantizer gptq: correct {options['correct']} must be between 0 and 1.")
 
     @classmethod
@@ -87,8 +90,8 @@ class GPTQ(ClosedFormQuantizer):
 
     def solve(self) -> None:
         (rows, columns), size = self.weight.shape, self.scheme.group_of(self.weight.shape[1])
-        diagonal = self.hessian.diagonal()
-        importance = diagonal.clone() if self.scale_by == "diagonal" else None
+        diagonal = self.hessian.diagonal().clone()  # no view: the Hessian is let go of below
+        importance = diagonal if self.scale_by == "diagonal" else None
         order = _order(diagonal, size, self.act_order)
         back = torch.argsort(order)
         factor = self._inverse_factor(order)

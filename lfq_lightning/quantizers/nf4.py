@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lfq_lightning.errors import UserError
+from lfq_lightning.errors import UserError, require
 from lfq_lightning.quant_scheme import QuantScheme
 from lfq_lightning.quantizers import QUANTIZERS, DenseQuantizer
 
@@ -23,6 +23,7 @@ class NF4(DenseQuantizer):
 
     @classmethod
     def check(cls, scheme: QuantScheme, options: dict[str, Any]) -> None:
+        require("bitsandbytes", "quantizer nf4")
         if scheme.num_bits != 4:
             raise UserError(f"quantizer nf4 has 4 bits, not {scheme.num_bits}; leave bits away.")
         if scheme.group_size not in (-1, *_BLOCK_SIZES):
@@ -30,10 +31,8 @@ class NF4(DenseQuantizer):
             raise UserError(f"quantizer nf4: group_size {scheme.group_size} must be one of {sizes}.")
 
     def export(self) -> Tensor:
-        try:
-            from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-        except ImportError as error:
-            raise UserError("quantizer nf4 needs bitsandbytes; pip install bitsandbytes.") from error
+        from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
         size = 64 if self.scheme.group_size == -1 else self.scheme.group_size
         # One block a row: bitsandbytes' CPU kernel goes wrong where a block crosses the end of a row.
         flat = torch.nn.functional.pad(self.weight.flatten(), (0, -self.weight.numel() % size)).view(-1, size)

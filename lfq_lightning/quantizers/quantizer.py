@@ -7,10 +7,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from lfq_lightning.errors import UserError
 from lfq_lightning.learned_grid import round_through, ship_through
 from lfq_lightning.ops.fake_quant import LevelTerms, codes, fake_quantize
 from lfq_lightning.quant_scheme import QuantScheme
 from lfq_lightning.quantized_tensor import QuantizedTensor
+from lfq_lightning.registry import plugin_name
 
 
 class Quantizer(nn.Module, ABC):
@@ -23,6 +25,13 @@ class Quantizer(nn.Module, ABC):
     @classmethod
     def check(cls, scheme: QuantScheme, options: dict[str, Any]) -> None:
         """Raise UserError if this quantizer cannot hold the scheme, or an option is out of range."""
+
+    @classmethod
+    def check_counts(cls, options: dict[str, Any], *names: str) -> None:
+        """Raise UserError unless these options are at least 1."""
+        for name in names:
+            if options[name] < 1:
+                raise UserError(f"quantizer {plugin_name(cls)}: {name} {options[name]} must be at least 1.")
 
     @abstractmethod
     def export(self) -> QuantizedTensor | Tensor:
@@ -105,7 +114,9 @@ class ClosedFormQuantizer(Quantizer):
         """Return the weight (O, I) fp32 whose rounding to nearest on the solved grid gives the solved codes."""
 
     def quantized(self, codes: Tensor, scale: Tensor, zero_point: Tensor) -> QuantizedTensor:
-        """Wrap integer-valued `codes` (O, I) of any dtype."""
+        """Wrap integer-valued `codes` (O, I) of any dtype. Raises ValueError if one is NaN or off the grid."""
+        if not bool(((codes >= 0) & (codes <= self.scheme.max_code)).all()):
+            raise ValueError(f"some codes are NaN or lie outside 0 … {self.scheme.max_code}")
         return QuantizedTensor(codes.to(torch.uint8).contiguous(), scale, zero_point, self.scheme)
 
 
@@ -167,10 +178,20 @@ class LearnedQuantizer(Quantizer):
     def anneal(self, progress: float) -> None:
         """Take note of how far training is, from 0 at the first step to 1 after the last; called before each step."""
 
+    @staticmethod
+    def back_into(parameter: nn.Parameter, low: float, high: float) -> None:
+        """Put a parameter back into its range, for `anneal`: a clamp in the graph alone would hold it outside."""
+        with torch.no_grad():
+            parameter.clamp_(low, high)
+
     def forward(self) -> Tensor:
-        """Return the fake-quantised weight (O, I), differentiable in the parameters; fp32, or the autocast dtype."""
+        """Return the fake-quantised weight (O, I), differentiable in the parameters; fp32, or the autocast dtype.
+
+        In eval mode its values are those of `export().dequantize()`, rounded to the dtype that ships.
+        """
         scale, zero = self.grid()
-        return fake_quantize(self.levels(scale), scale, zero, self.scheme.max_code).flatten(1)
+        weight = fake_quantize(self.levels(scale), scale, zero, self.scheme.max_code).flatten(1)
+        return weight if self.training else ship_through(weight, self.scale_dtype)
 
     def export(self) -> QuantizedTensor:
         with torch.no_grad():

@@ -1,5 +1,7 @@
 """Round to nearest."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,10 @@ class RTN(NearestQuantizer):
     def __init__(self, weight: Tensor, scheme: QuantScheme, scale_dtype: torch.dtype, *, ratios: int = 20) -> None:
         super().__init__(weight, scheme, scale_dtype)
         self.ratios = ratios
+
+    @classmethod
+    def check(cls, scheme: QuantScheme, options: dict[str, Any]) -> None:
+        cls.check_counts(options, "ratios")
 
     def solve(self) -> None:
         self.scale, self.zero_point = search_scale(self.weight, self.scheme, self.scale_dtype, self.ratios)

@@ -31,6 +31,12 @@ class SignRound(LearnedQuantizer):
         self.high = nn.Parameter(torch.ones_like(self.start_scale))
         self.low = None if self.scheme.symmetric else nn.Parameter(torch.ones_like(self.start_scale))
 
+    def anneal(self, progress: float) -> None:
+        self.back_into(self.offset, -0.5, 0.5)
+        self.back_into(self.high, _LEAST, 1)
+        if self.low is not None:
+            self.back_into(self.low, _LEAST, 1)
+
     def grid(self) -> tuple[Tensor, Tensor]:
         high = self.high.clamp(_LEAST, 1)
         return self.stretched_grid(None if self.low is None else self.low.clamp(_LEAST, 1), high)
