@@ -36,16 +36,17 @@ def main() -> None:
     tables = [f"## {title}\n\n{_table(group)}" for title, group in _groups(rows).items()]
     count, lfq = _lfq_table(rows)
     text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    lead = f"## LFQ on against off\n\nKL lower with LFQ at p < .01: {count}.\n\n{lfq}"
+    count = f"The last block by LFQ in place of MSE, KL lower at p < .01: {count}."
+    lead = f"## LFQ on against off\n\n{count}\n\n{lfq}"
     _replace(ROOT / "docs" / "results.md", text, "\n\n".join([_summary(rows), lead, *tables]))
     readme = ROOT / "README.md"
-    _replace(readme, readme.read_text(encoding="utf-8"), _summary(rows))
+    _replace(readme, readme.read_text(encoding="utf-8"), f"{_summary(rows)}\n\n{count}")
 
 
 def _groups(rows: Rows) -> dict[str, Rows]:
     groups: dict[str, Rows] = defaultdict(list)
     for row in rows:
-        groups[f"{row['model']}, {row['setting']}, {row['steps']} steps"].append(row)
+        groups[f"{row['model']}, {row['setting'].replace('w', 'W')}, {row['steps']} steps"].append(row)
     return dict(sorted(groups.items()))
 
 
@@ -80,7 +81,8 @@ def _summary(rows: Rows) -> str:
     """KL of each method (mean over seeds), a column per model and setting, and the recipe against AutoRound."""
     groups = _groups(rows)
     methods = list(_by_method(rows))
-    lines = [f"| KL to FP | {' | '.join(groups)} |", "|---" * (1 + len(groups)) + "|"]
+    heads = [title.replace(", ", "<br>") for title in groups]
+    lines = [f"| KL to FP | {' | '.join(heads)} |", "|---" * (1 + len(groups)) + "|"]
     for method in methods:
         cells = []
         for group in groups.values():
