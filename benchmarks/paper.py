@@ -20,11 +20,9 @@ from rich.console import Console
 from rich.table import Table
 
 from lfq_lightning.cli import eval_parser, main
-from lfq_lightning.data import CalibrationData
 from lfq_lightning.errors import UserError
 from lfq_lightning.evaluation.evaluate_models import REFERENCE
-from lfq_lightning.plan import Rule
-from lfq_lightning.plan_run import RunPlan, parse_machine, plan_run
+from lfq_lightning.plan_run import RunPlan, parse_machine, plan_config
 from lfq_lightning.run import read_config
 
 ROOT = Path(__file__).parents[1]
@@ -66,10 +64,7 @@ def configs(model: str, method: str) -> list[str]:
 def plan_of(model: str, method: str) -> RunPlan:
     """Return what a run takes on one card, by its config and the model's shape alone."""
     config = read_config(["run", *configs(model, method), "--output", "planned"])
-    machine = parse_machine(CARD, 1, None, config.trainer.precision)
-    rules = [Rule(**rule.as_dict()) for rule in config.plan]
-    data = CalibrationData(**config.data.as_dict())
-    return plan_run(config.model.checkpoint, rules, data, config.trainer.precision, machine)
+    return plan_config(config, parse_machine(CARD, 1, None, config.trainer.precision))
 
 
 def dry_run() -> None:

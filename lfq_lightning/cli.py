@@ -182,18 +182,13 @@ def _plan(arguments: list[str]) -> None:
     parser.add_argument("--nodes", type=int, default=1, help="how many nodes (1)")
     parser.add_argument("--tflops", type=float, help="bf16 TFLOP/s that each GPU sustains")
     given, more = parser.parse_known_args(arguments)
-    from lfq_lightning.data import CalibrationData
-    from lfq_lightning.plan import Rule
-    from lfq_lightning.plan_run import parse_machine, plan_run, print_plan
+    from lfq_lightning.plan_run import parse_machine, plan_config, print_plan
     from lfq_lightning.run import read_config
 
     named = ["--model.checkpoint", given.model] if given.model else []
     config = read_config(["run", "--config", given.config, *more, *named, "--output", "planned"])
-    rules = [Rule(**rule.as_dict()) for rule in config.plan]
     machine = parse_machine(given.gpus, given.nodes, given.tflops, config.trainer.precision)
-    model = config.model.checkpoint
-    plan = plan_run(model, rules, CalibrationData(**config.data.as_dict()), config.trainer.precision, machine)
-    if not print_plan(model, plan, machine):
+    if not print_plan(config.model.checkpoint, plan_config(config, machine), machine):
         sys.exit(1)
 
 

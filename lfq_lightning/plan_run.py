@@ -5,6 +5,7 @@ import time
 from dataclasses import dataclass
 
 import torch
+from jsonargparse import Namespace
 from rich.console import Console
 from rich.table import Table
 
@@ -112,6 +113,13 @@ def parse_machine(gpus: str | None, nodes: int, tflops: float | None, precision:
         raise UserError(f"--gpus: {gpus!r} is not understood; write the number and memory of a node's GPUs, as 8x80GB.")
     rate = tflops * 1e12 if tflops else _GPU_RATE
     return Machine(nodes, int(match[1] or 1), int(float(match[2]) * 1e9), True, rate, "stated")
+
+
+def plan_config(config: Namespace, machine: Machine) -> RunPlan:
+    """Return what the run of a config (`run.read_config`) takes on each rank. Raises UserError, as `plan_run`."""
+    rules = [Rule(**rule.as_dict()) for rule in config.plan]
+    data = CalibrationData(**config.data.as_dict())
+    return plan_run(config.model.checkpoint, rules, data, config.trainer.precision, machine)
 
 
 def plan_run(model: str, rules: list[Rule], data: CalibrationData, precision: str, machine: Machine) -> RunPlan:

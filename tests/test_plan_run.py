@@ -30,14 +30,10 @@ PLANS = {
 PROGRAM = """
 import json, sys
 from lfq_lightning.cli import main
-from lfq_lightning.data import CalibrationData
-from lfq_lightning.plan import Rule
-from lfq_lightning.plan_run import parse_machine, plan_run
+from lfq_lightning.plan_run import parse_machine, plan_config
 from lfq_lightning.run import read_config
 config = read_config(["run", "--config", sys.argv[1]])
-rules, data = [Rule(**rule.as_dict()) for rule in config.plan], CalibrationData(**config.data.as_dict())
-machine = parse_machine(None, 1, 1.0, config.trainer.precision)
-planned = plan_run(config.model.checkpoint, rules, data, config.trainer.precision, machine)
+planned = plan_config(config, parse_machine(None, 1, 1.0, config.trainer.precision))
 main(["run", "--config", sys.argv[1]])
 print(json.dumps({"memory": planned.cpu_peak, "output": planned.output, "state": planned.state}))
 """
