@@ -70,7 +70,7 @@ class Perplexity(TokenMean):
 
     def values(self, student: Tensor, teacher: Tensor, next_token: Tensor) -> Tensor:
         known = next_token != NO_NEXT
-        return -student[known].gather(1, next_token[known][:, None])[:, 0]
+        return -student.gather(1, next_token.clamp(min=0)[:, None])[known, 0]
 
     def compute(self) -> Tensor:
         return super().compute().exp()
