@@ -65,6 +65,8 @@ def test_closed_form(name, scheme):
     assert int(quantized.codes.max()) <= scheme.max_code
     if scheme.symmetric:
         assert bool((quantized.zero_point == scheme.middle_code).all())
+    again = solved(name, scheme, weight=weight).export()
+    assert torch.equal(again.codes, quantized.codes) and torch.equal(again.scale, quantized.scale)
     assert torch.equal(rounded(quantizer.latent, quantized), quantized.codes)
     error = ((inputs @ (quantized.dequantize() - weight).T) ** 2).mean()
     rtn = ((inputs @ (solved("rtn", scheme, weight=weight).export().dequantize() - weight).T) ** 2).mean()
@@ -240,6 +242,34 @@ def test_the_gradient_of_flexround(symmetric):
         if parameter.requires_grad:
             error = (parameter.grad.double() - exact[label].grad).norm()
             assert error <= 1e-4 * exact[label].grad.norm() + 1e-6, label
+
+
+@pytest.mark.parametrize("scheme", [QuantScheme(2, 9), QuantScheme(3, -1, False)], ids=str)
+def test_the_gradient_of_flexround_by_hand(scheme):
+    """With n = W / (s1 S2 s3): straight through the round, and nothing through the clip."""
+    start = solved("rtn", scheme)
+    quantizer = QUANTIZERS.parse("flexround").build(start.latent, start.export())
+    upstream = torch.randn(7, 63, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        quantizer.log_s2.add_(0.2 * torch.randn(quantizer.log_s2.shape, generator=torch.Generator().manual_seed(3)))
+    (quantizer() * upstream).sum().backward()
+    size, log_s2 = scheme.group_of(63), quantizer.log_s2.detach()
+    by_s1, by_s3 = torch.zeros(7, 63 // size), torch.zeros(7)
+    for o in range(7):
+        for i in range(63):
+            s1, z = start.export().scale[o, i // size, 0], float(start.export().zero_point[o, i // size, 0])
+            n = start.latent[o, i] / (s1 * log_s2[o, i // size, i % size].exp())
+            code = round(n.item()) + z
+            inside = 0 <= code <= scheme.max_code
+            clipped = min(max(code, 0), scheme.max_code)
+            by_log_divisor = -upstream[o, i] * s1 * n * inside
+            assert quantizer.log_s2.grad[o, i // size, i % size] == pytest.approx(
+                float(by_log_divisor), rel=1e-4, abs=1e-6
+            )
+            by_s3[o] += by_log_divisor
+            by_s1[o, i // size] += upstream[o, i] * s1 * (clipped - z) + by_log_divisor
+    assert torch.allclose(quantizer.log_s1.grad[:, :, 0], by_s1, rtol=1e-4, atol=1e-4)
+    assert torch.allclose(quantizer.log_s3.grad[:, 0, 0], by_s3, rtol=1e-4, atol=1e-4)
 
 
 def test_an_offset_lifts_weights_that_round_to_zero():
