@@ -101,8 +101,8 @@ class Matrix:
         seconds, peak_bytes = _timed(command, folder.with_suffix(".log"))
         seconds += _seconds_taken_over(folder, base)
         measured = self.reference.measure(quantised(folder))
-        per_sequence = " ".join(f"{value:.4f}" for value in measured.pop("kl_per_sequence"))
-        row = names | {key: f"{value:.5f}" for key, value in measured.items()}
+        per_sequence = " ".join(f"{value:.6g}" for value in measured.pop("kl_per_sequence"))
+        row = names | {key: f"{value:.6g}" for key, value in measured.items()}
         row |= {"seconds": "" if given.shared else f"{seconds:.1f}", "peak_rss_gb": f"{peak_bytes / 1e9:.3f}"}
         row["threads"] = str(torch.get_num_threads())
         _append(row | {"versions": versions, "kl_per_sequence": per_sequence})

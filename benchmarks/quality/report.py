@@ -17,14 +17,14 @@ ROOT = Path(__file__).parents[2]
 LFQ = ("+lfq", "+lfq anchored")
 BEGIN, END = "<!-- quality: begin -->", "<!-- quality: end -->"
 COLUMNS = {
-    "kl": ("KL to FP", 3),
-    "top1_agreement": ("top-1", 3),
-    "flip_rate": ("flips", 3),
-    "perplexity": ("perplexity", 2),
-    "kl_other": ("KL, other domain", 3),
-    "tokens_before_difference": ("tokens before difference", 1),
-    "seconds": ("seconds", 0),
-    "peak_rss_gb": ("peak RSS, GB", 2),
+    "kl": ("KL to FP", "#.3g"),
+    "top1_agreement": ("top-1", ".3f"),
+    "flip_rate": ("flips", ".3f"),
+    "perplexity": ("perplexity", ".2f"),
+    "kl_other": ("KL, other domain", "#.3g"),
+    "tokens_before_difference": ("tokens before difference", ".1f"),
+    "seconds": ("seconds", ".0f"),
+    "peak_rss_gb": ("peak RSS, GB", ".2f"),
 }
 
 Rows = list[dict[str, str]]
@@ -56,8 +56,8 @@ def _mean(rows: Rows, column: str) -> float:
     return statistics.mean(values) if values else float("nan")
 
 
-def _shown(value: float, digits: int) -> str:
-    return "" if math.isnan(value) else f"{value:.{digits}f}"
+def _shown(value: float, form: str) -> str:
+    return "" if math.isnan(value) else f"{value:{form}}"
 
 
 def _by_method(rows: Rows) -> dict[str, Rows]:
@@ -72,7 +72,7 @@ def _table(rows: Rows) -> str:
         "|---" * (2 + len(COLUMNS)) + "|",
     ]
     for method, own in _by_method(rows).items():
-        numbers = (_shown(_mean(own, column), digits) for column, (_, digits) in COLUMNS.items())
+        numbers = (_shown(_mean(own, column), form) for column, (_, form) in COLUMNS.items())
         lines.append(f"| {method} | {len(own)} | {' | '.join(numbers)} |")
     return "\n".join(lines)
 
@@ -87,7 +87,7 @@ def _summary(rows: Rows) -> str:
         cells = []
         for group in groups.values():
             own = [row for row in group if row["method"] == method]
-            cells.append(f"{_mean(own, 'kl'):.3f}" if own else "")
+            cells.append(_shown(_mean(own, "kl"), COLUMNS["kl"][1]) if own else "")
         lines.append(f"| {method} | {' | '.join(cells)} |")
     ratios = []
     for group in groups.values():
@@ -122,9 +122,9 @@ def _lfq_table(rows: Rows) -> tuple[str, str]:
                 won[suffix] += found.difference < 0 and found.p < 0.01
                 cells[suffix] += 1
                 p = "< .0001" if found.p < 1e-4 else f"{found.p:.4f}"
-                columns.append(f"{statistics.mean(on):.4f} | {found.difference:+.4f} | {p}")
+                columns.append(f"{statistics.mean(on):#.4g} | {found.difference:+#.2g} | {p}")
             if any(column.strip(" |") for column in columns):
-                lines.append(f"| {title} | {method} | {_mean(own, 'kl'):.4f} | {' | '.join(columns)} |")
+                lines.append(f"| {title} | {method} | {_mean(own, 'kl'):#.4g} | {' | '.join(columns)} |")
     count = "; ".join(f"`{suffix}`: {won[suffix]} of {cells[suffix]} cells" for suffix in LFQ if cells[suffix])
     return count, "\n".join(lines)
 
