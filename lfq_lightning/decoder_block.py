@@ -68,12 +68,18 @@ class DecoderBlock(nn.Module):
     def train_linear(self, name: str, quantizer: LearnedQuantizer) -> None:
         """Let a linear layer take its weight from a learned quantizer from now on.
 
-        Raises UserError if the quantizer's `forward` gives no finite weight of the layer's shape.
+        Raises UserError if the quantizer's `grid` has another shape than its start's, or its `forward` gives no finite
+        weight of the layer's shape.
         """
-        linear = self.linears()[name]
+        linear, plugin = self.linears()[name], plugin_name(type(quantizer))
         with torch.no_grad():
+            expected, grid = tuple(quantizer.start_scale.shape), quantizer.grid()
+            if any(tuple(part.shape) != expected for part in grid):
+                found = " and ".join(str(tuple(part.shape)) for part in grid)
+                raise UserError(
+                    f"quantizer {plugin}: grid returned {found} for {name}; return scale and zero point {expected}."
+                )
             weight = quantizer()
-        plugin = plugin_name(type(quantizer))
         if weight.shape != linear.weight.shape:
             raise UserError(
                 f"quantizer {plugin}: forward returned {tuple(weight.shape)} for {name}; return the weight, "

@@ -92,7 +92,7 @@ class Bad(LearnedQuantizer):
     paper = "none"
 
     def grid(self):
-        return self.start_scale, self.start_zero
+        return {grid}
 
     def levels(self, scale):
         return self.latent / scale
@@ -171,6 +171,7 @@ class Bad(Objective):
 
 BAD = {
     "quantizer": BAD_QUANTIZER,
+    "grid": BAD_QUANTIZER,
     "closed": BAD_CLOSED,
     "dense": BAD_DENSE,
     "objective": BAD_OBJECTIVE,
@@ -186,6 +187,11 @@ BAD = {
             "quantizer",
             "super().forward()[:, :3]",
             r"forward returned \(32, 3\) for model.layers.0.self_attn.q_proj; return",
+        ),
+        (
+            "grid",
+            "self.start_scale[:3], self.start_zero",
+            r"grid returned \(3, 2, 1\) and \(32, 2, 1\) for model.layers.0",
         ),
         ("quantizer", "super().forward() * float('nan')", "forward returned NaN or infinity for model.layers.0"),
         ("objective", "(hidden - target['hidden']).square().mean()", r"token_loss returned \(\) for .* tokens"),
@@ -215,7 +221,9 @@ def test_plugins_that_return_nonsense(kind, what, message, config, capsys, tmp_p
         monkeypatch.setattr(registry, "_classes", dict(registry._classes))
     name = f"bad_{kind}_{abs(hash(what))}"
     file = tmp_path / f"{name}.py"
-    file.write_text(BAD[kind].format(what=what, scales=what.startswith("if 's'")))
+    parts = {"what": what, "grid": "self.start_scale, self.start_zero", "scales": what.startswith("if 's'")}
+    parts |= {"what": "super().forward()", "grid": what} if kind == "grid" else {}
+    file.write_text(BAD[kind].format(**parts))
     trains = kind in {"objective", "target", "sum"}
     plan = [{"match": "all", "quantizer": "flexround" if trains else {"name": name, "group_size": 16}, "steps": 4}]
     if trains:
