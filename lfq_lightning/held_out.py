@@ -98,38 +98,47 @@ def held_out_metrics() -> MetricCollection:
 
 
 def evaluate(
-    student: Tensor, teacher: Tensor, head: Head, tokens: TokenSet, ranks: Ranks, profile: TokenProfile | None = None
-) -> tuple[dict[str, float], dict[str, list[float]]]:
-    """Return the metrics over all held-out tokens, and the same per sequence (for paired tests), over all ranks.
+    students: dict[str, Tensor],
+    teacher: Tensor,
+    head: Head,
+    tokens: TokenSet,
+    ranks: Ranks,
+    profiles: dict[str, TokenProfile] | None = None,
+) -> dict[str, tuple[dict[str, float], dict[str, list[float]]]]:
+    """Return, by student, the metrics over all held-out tokens and the same per sequence (for paired tests).
 
-    Logits are fp32 and exist for one sequence at a time.
+    Logits are fp32 and exist for one sequence at a time, the teacher's and one student's.
 
     Args:
-        student: (N, T, D), this rank's hidden states, after `head.readout`.
-        teacher: (N, T, D), the full-precision model's.
+        students: name → (N, T, D), this rank's hidden states, after `head.readout`.
+        teacher: (N, T, D), the full-precision model's; may be one of the students too.
         head: in fp32.
         tokens: what the hidden states of all ranks were made from.
         ranks: who has the other sequences.
-        profile: takes each sequence too.
+        profiles: take each sequence of the student of that name too.
     """
-    metrics = held_out_metrics()
-    per_sequence: dict[str, list[float]] = {str(name): [] for name in metrics}
-    next_token = tokens.next_token
+    metrics = {name: held_out_metrics() for name in students}
+    per_sequence = {name: {str(metric): list[float]() for metric in metrics[name]} for name in students}
+    next_token, seq_len = tokens.next_token, tokens.input_ids.shape[1]
     for row, number in enumerate(ranks.share(len(tokens))):
         keep = tokens.mask[number]
-        log_p = [head.logits(h[row][keep]).log_softmax(-1) for h in (student, teacher)]
-        following = next_token[number][keep].to(log_p[0].device)
-        for name, value in metrics(*log_p, following).items():
-            per_sequence[name].append(float(value))
-        if profile is not None:
-            seq_len = tokens.input_ids.shape[1]
-            profile.update(log_p[0], log_p[1], tokens.input_ids[number][keep], following, seq_len)
-    for metric in metrics.values():
-        assert isinstance(metric, TokenMean)
-        total, count = ranks.total(float(metric.total), int(metric.count))
-        metric.total, metric.count = torch.tensor(total, dtype=torch.float64), torch.tensor(count)
-    whole = {name: ranks.interleave(values) for name, values in per_sequence.items()}
-    return {name: float(value) for name, value in metrics.compute().items()}, whole
+        expected = head.logits(teacher[row][keep]).log_softmax(-1)
+        following = next_token[number][keep].to(expected.device)
+        for name, student in students.items():
+            found = expected if student is teacher else head.logits(student[row][keep]).log_softmax(-1)
+            for metric, value in metrics[name](found, expected, following).items():
+                per_sequence[name][metric].append(float(value))
+            if profiles and name in profiles:
+                profiles[name].update(found, expected, tokens.input_ids[number][keep], following, seq_len)
+    results = {}
+    for name, collection in metrics.items():
+        for metric in collection.values():
+            assert isinstance(metric, TokenMean)
+            total, count = ranks.total(float(metric.total), int(metric.count))
+            metric.total, metric.count = torch.tensor(total, dtype=torch.float64), torch.tensor(count)
+        whole = {metric: ranks.interleave(values) for metric, values in per_sequence[name].items()}
+        results[name] = {metric: float(value) for metric, value in collection.compute().items()}, whole
+    return results
 
 
 @torch.no_grad()
@@ -148,9 +157,7 @@ def final_metrics(
     """
     device = head.weight.device
     h = {name: head.readout(hidden.float().to(device)) for name, hidden in streams.items()}
-    profile, metrics = TokenProfile(frequency), {}
-    for name in streams:
-        watching = profile if name == "quantized" else None
-        found, per_sequence = evaluate(h[name], h["full_precision"], head, tokens, ranks, watching)
-        metrics[name] = {"held_out": found, "per_sequence": per_sequence}
+    profile = TokenProfile(frequency)
+    found = evaluate(h, h["full_precision"], head, tokens, ranks, {"quantized": profile})
+    metrics = {name: {"held_out": whole, "per_sequence": each} for name, (whole, each) in found.items()}
     return {"held_out": metrics["quantized"]["held_out"], **metrics, "profile": profile.result(ranks)}

@@ -32,7 +32,7 @@ def test_against_a_loop():
                 nll.append(-math.log(q[label]))
                 nll_fp.append(-math.log(p[label]))
     head, tokens = Head(torch.nn.Identity(), weight), TokenSet(input_ids, mask)
-    values, per_sequence = evaluate(student, teacher, head, tokens, Ranks(torch.device("cpu")))
+    values, per_sequence = evaluate({"it": student}, teacher, head, tokens, Ranks(torch.device("cpu")))["it"]
     assert values["kl"] == pytest.approx(sum(kl) / len(kl), rel=1e-4)
     assert values["top1_agreement"] == pytest.approx(sum(agree) / len(agree))
     assert values["flip_rate"] == pytest.approx(sum(flips) / len(flips))

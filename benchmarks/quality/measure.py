@@ -56,7 +56,8 @@ class Reference:
         row: dict[str, Any] = {}
         for number, (name, tokens) in enumerate(self.domains.items()):
             student, teacher = (self.head.readout(h) for h in (_hidden(model, tokens), self.hidden[name]))
-            values, per_sequence = evaluate(student, teacher, self.head, tokens, Ranks(torch.device("cpu")))
+            found = evaluate({"model": student}, teacher, self.head, tokens, Ranks(torch.device("cpu")))
+            values, per_sequence = found["model"]
             suffix = "" if number == 0 else f"_{name}"
             row |= {f"{metric}{suffix}": value for metric, value in values.items() if metric != "perplexity_fp"}
             if number == 0:

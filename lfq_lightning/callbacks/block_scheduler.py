@@ -250,7 +250,8 @@ class BlockScheduler(BlockCallback):
             for split in self.splits.each():
                 split.advance_student(self.block, self.device)
             self._check_finite(plan.index, "quantised", [split.student for split in self.splits.each()])
-            report = self._report(plan, shipped, self._lens_kl(self.splits.held_out.student))
+            kl_after = self._lens_kl(self.splits.held_out.student) if plan.learned else self.start_kl
+            report = self._report(plan, shipped, kl_after)
         self.peak_bytes = max(self.peak_bytes, report.peak_bytes)
         self._let_go()
         written = self.folder.checksums(range(plan.indices.start + 1, plan.indices.stop + 1))
