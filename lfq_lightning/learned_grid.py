@@ -21,6 +21,6 @@ def round_through(value: Tensor) -> Tensor:
     return _StraightThrough.apply(value, value.detach().round())
 
 
-def ship_through(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round a scale to the dtype that ships and back; the gradient passes as if it had not been rounded."""
-    return _StraightThrough.apply(scale, scale.detach().to(dtype).to(scale.dtype))
+def ship_through(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round a scale or a weight to the dtype that ships and back; the gradient passes as if it had not been rounded."""
+    return _StraightThrough.apply(value, value.detach().to(dtype).to(value.dtype))

@@ -122,6 +122,11 @@ class ModelSkeleton:
         layer.load_state_dict(weights, assign=True)
         return layer.requires_grad_(False)
 
+    @property
+    def logit_terms(self) -> tuple[float, float | None]:
+        """The factor on the logits and their bound, None without one."""
+        return self.checkpoint.family.logit_terms(self.checkpoint.config.to_dict())
+
     def head(self, dtype: torch.dtype) -> Head:
         """Return the frozen final norm (fp32) and LM head, its weight in `dtype`."""
         self._materialise_outer()
@@ -130,8 +135,7 @@ class ModelSkeleton:
         assert isinstance(linear, nn.Linear)
         bias = linear.bias.to(dtype) if linear.bias is not None else None
         norm = copy.deepcopy(self._model.get_submodule(family.norm)).float()
-        terms = family.logit_terms(self.checkpoint.config.to_dict())
-        return Head(norm, linear.weight.detach().to(dtype), bias, *terms)
+        return Head(norm, linear.weight.detach().to(dtype), bias, *self.logit_terms)
 
     def _materialise_outer(self) -> None:
         if self._ready:

@@ -197,9 +197,7 @@ class Plan:
                 f"{lead.where}: objective {plan.objective.name} compares token distributions, but block {indices[0]} "
                 "is not the last; use `match: last` for it, with `final_blocks: k` to train the last k blocks together."
             )
-        checkpoint = skeleton.checkpoint
-        _, softcap = checkpoint.family.logit_terms(checkpoint.config.to_dict())
-        if softcap is not None and plan.objective.build().linear_head_only:
+        if plan.objective.build().linear_head_only and skeleton.logit_terms[1] is not None:
             raise UserError(
                 f"{lead.where}: objective {plan.objective.name} cannot do with this model's soft-capped logits; use "
                 "logit_ce."

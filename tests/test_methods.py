@@ -82,15 +82,16 @@ def test_the_last_blocks_together(final_blocks, config):
     same_in_transformers(output)
 
 
-BAD_QUANTIZER = """
+BAD_PLUGIN = '''
 import torch
-from lfq_lightning.quantizers import QUANTIZERS, LearnedQuantizer
+from lfq_lightning.{kind}s import {kind_upper}S, {base}
 
-@QUANTIZERS.register
-class Bad(LearnedQuantizer):
-    \"\"\"Returns {what}.\"\"\"
+@{kind_upper}S.register
+class Bad({base}):
+    """Returns nonsense."""
     paper = "none"
-
+'''
+BAD_LEARNED = """
     def grid(self):
         return {grid}
 
@@ -101,13 +102,6 @@ class Bad(LearnedQuantizer):
         return {what}
 """
 BAD_CLOSED = """
-import torch
-from lfq_lightning.quantizers import QUANTIZERS, NearestQuantizer
-
-@QUANTIZERS.register
-class Bad(NearestQuantizer):
-    \"\"\"Does {what}.\"\"\"
-    paper = "none"
     needs_inputs = scales_inputs = {scales}
 
     def observe(self, inputs):
@@ -129,55 +123,27 @@ class Bad(NearestQuantizer):
         return self.quantized(codes, self.scale, self.zero_point)
 """
 BAD_DENSE = """
-import torch
-from lfq_lightning.objectives import OBJECTIVES
-from lfq_lightning.quantizers import QUANTIZERS, DenseQuantizer
-
-@QUANTIZERS.register
-class Bad(DenseQuantizer):
-    \"\"\"Returns {what}.\"\"\"
-    paper = "none"
-
     def export(self):
         return {what}
 """
-BAD_TARGET = """
-import torch
-from lfq_lightning.objectives import OBJECTIVES, Objective
-
-@OBJECTIVES.register
-class Bad(Objective):
-    \"\"\"Keeps {what}.\"\"\"
-    paper = "none"
-
-    def target(self, hidden, head):
-        return {what}
-
-    def token_loss(self, hidden, target, head):
-        return hidden.mean(-1)
-"""
 BAD_OBJECTIVE = """
-import torch
-from lfq_lightning.objectives import OBJECTIVES, Objective
-
-@OBJECTIVES.register
-class Bad(Objective):
-    \"\"\"Returns {what}.\"\"\"
-    paper = "none"
+    def target(self, hidden, head):
+        return {target}
 
     def token_loss(self, hidden, target, head):
         return {what}
 """
-
-BAD = {
-    "quantizer": BAD_QUANTIZER,
-    "grid": BAD_QUANTIZER,
-    "closed": BAD_CLOSED,
-    "dense": BAD_DENSE,
-    "objective": BAD_OBJECTIVE,
-    "sum": BAD_OBJECTIVE,
-    "target": BAD_TARGET,
+BAD = {  # what returns nonsense: its base class and its body
+    "quantizer": ("LearnedQuantizer", BAD_LEARNED),
+    "grid": ("LearnedQuantizer", BAD_LEARNED),
+    "closed": ("NearestQuantizer", BAD_CLOSED),
+    "dense": ("DenseQuantizer", BAD_DENSE),
+    "objective": ("Objective", BAD_OBJECTIVE),
+    "sum": ("Objective", BAD_OBJECTIVE),
+    "target": ("Objective", BAD_OBJECTIVE),
 }
+GOOD = {"grid": "self.start_scale, self.start_zero", "target": "{}"}
+GOOD_WHAT = {"grid": "super().forward()", "target": "hidden.mean(-1)"}  # beside a bad grid, a bad target
 
 
 @pytest.mark.parametrize(
@@ -221,10 +187,12 @@ def test_plugins_that_return_nonsense(kind, what, message, config, capsys, tmp_p
         monkeypatch.setattr(registry, "_classes", dict(registry._classes))
     name = f"bad_{kind}_{abs(hash(what))}"
     file = tmp_path / f"{name}.py"
-    parts = {"what": what, "grid": "self.start_scale, self.start_zero", "scales": what.startswith("if 's'")}
-    parts |= {"what": "super().forward()", "grid": what} if kind == "grid" else {}
-    file.write_text(BAD[kind].format(**parts))
-    trains = kind in {"objective", "target", "sum"}
+    base, body = BAD[kind]
+    trains = base == "Objective"
+    plugin = "objective" if trains else "quantizer"
+    parts = {"what": what, "scales": what.startswith("if 's'"), **GOOD}
+    parts |= {"what": GOOD_WHAT[kind], kind: what} if kind in GOOD else {}
+    file.write_text(BAD_PLUGIN.format(kind=plugin, kind_upper=plugin.upper(), base=base) + body.format(**parts))
     plan = [{"match": "all", "quantizer": "flexround" if trains else {"name": name, "group_size": 16}, "steps": 4}]
     if trains:
         plan[0]["objective"] = [{"name": name, "weight": 1}, {"name": "mse", "weight": 1}] if kind == "sum" else name

@@ -22,7 +22,7 @@ SCHEMES = [
 ]
 
 
-WIDE = [QuantScheme(bits, group, False) for bits, group in ((3, 32), (4, 64), (2, 96), (8, 128), (3, -1))]
+WIDE = [QuantScheme(bits, group, False) for bits, group in ((3, 32), (4, 64), (2, 96), (8, 128))]  # of 384
 
 
 def problem(rows=7, columns=63):

@@ -61,10 +61,11 @@ def main() -> None:
     for seed in given.seeds:
         for setting in given.settings:
             for method in given.methods:
-                if (method not in PEERS or given.peer_python) and (
-                    method != "nf4" or setting == "w4"
-                ):  # it has one grid
-                    matrix.fill(setting, method, seed)
+                if method in PEERS and not given.peer_python:
+                    continue
+                if method == "nf4" and setting != "w4":  # it has one grid
+                    continue
+                matrix.fill(setting, method, seed)
 
 
 class Matrix:

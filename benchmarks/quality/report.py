@@ -33,9 +33,9 @@ def main() -> None:
     with RESULTS.open(newline="") as file:
         rows = list(csv.DictReader(file))
     tables = [f"## {title}\n\n{_table(group)}" for title, group in _groups(rows).items()]
-    count, lfq = _lfq_table(rows)
+    won, lfq = _lfq_table(rows)
     text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    count = f"The last block by LFQ in place of MSE, KL lower at p < .01: {count}."
+    count = f"The last block by LFQ in place of MSE, KL lower at p < .01: {won}."
     lead = f"## LFQ on against off\n\n{count}\n\n{lfq}"
     _replace(ROOT / "docs" / "results.md", text, "\n\n".join([_summary(rows), lead, *tables]))
     readme = ROOT / "README.md"
@@ -86,7 +86,7 @@ def _summary(rows: Rows) -> str:
         cells = []
         for group in groups.values():
             own = [row for row in group if row["method"] == method]
-            cells.append(_shown(_mean(own, "kl"), COLUMNS["kl"][1]) if own else "")
+            cells.append(_shown(_mean(own, "kl"), COLUMNS["kl"][1]))
         lines.append(f"| {method} | {' | '.join(cells)} |")
     ratios = []
     for group in groups.values():
@@ -111,9 +111,12 @@ def _lfq_table(rows: Rows) -> tuple[str, str]:
     for title, group in _groups(rows).items():
         methods = _by_method(group)
         for method, own in methods.items():
+            pairs = {suffix: _paired(own, methods.get(method + suffix, [])) for suffix in LFQ}
+            there = [off for off, _ in pairs.values() if off]
+            if not there:
+                continue
             columns = []
-            for suffix in LFQ:
-                off, on = _paired(own, methods.get(method + suffix, []))
+            for suffix, (off, on) in pairs.items():
                 if not on:
                     columns.append(" |  | ")
                     continue
@@ -122,8 +125,7 @@ def _lfq_table(rows: Rows) -> tuple[str, str]:
                 cells[suffix] += 1
                 p = "< .0001" if found.p < 1e-4 else f"{found.p:.4f}"
                 columns.append(f"{statistics.mean(on):#.4g} | {found.difference:+#.2g} | {p}")
-            if any(column.strip(" |") for column in columns):
-                lines.append(f"| {title} | {method} | {_mean(own, 'kl'):#.4g} | {' | '.join(columns)} |")
+            lines.append(f"| {title} | {method} | {statistics.mean(there[0]):#.4g} | {' | '.join(columns)} |")
     count = "; ".join(f"`{suffix}`: {won[suffix]} of {cells[suffix]} cells" for suffix in LFQ if cells[suffix])
     return count, "\n".join(lines)
 
