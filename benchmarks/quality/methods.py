@@ -47,11 +47,14 @@ def _last_by(name: str, objective: Any) -> Callable[[Setting], Plan]:
 
 def _recipe(setting: Setting) -> Plan:
     quantizer = setting.quantizer("adaround", init="awq")
-    rest = {"match": "all", "quantizer": quantizer, **setting.training(), "steps": setting.steps * 9 // 16}
-    return [{**rest, "match": "last", "objective": ANCHORED, "steps": setting.steps * 2 // 5}, rest]
+    blocks = {"objective": NORMALISED, "steps": setting.steps * 5 // 8}
+    last = {"objective": ANCHORED, "steps": setting.steps * 9 // 20}
+    rest = {"match": "all", "quantizer": quantizer, **setting.training(), **blocks}
+    return [{**rest, **last, "match": "last"}, rest]
 
 
-ANCHORED = [{"name": "logit_ce", "weight": 1}, {"name": "mse", "normalised": True, "weight": 5}]
+NORMALISED = {"name": "mse", "normalised": True}
+ANCHORED = [{"name": "logit_ce", "weight": 1}, {**NORMALISED, "weight": 5}]
 RECIPE = "recipe"
 LFQ = {"+lfq": "logit_ce", "+lfq anchored": ANCHORED}  # the last block by LFQ
 METHODS: dict[str, Callable[[Setting], Plan]] = {
@@ -73,6 +76,6 @@ ABLATIONS: dict[str, Callable[[Setting], Plan]] = {
         for name in ("kl", "reverse_kl", "js", "topk_kl", "logit_mse", "hard_ce")
     },
     **{f"gptq correct {share}": _everywhere("gptq", correct=share) for share in (0.25, 1.0)},
-    "flexround normalised": _everywhere("flexround", objective={"name": "mse", "normalised": True}),
+    "flexround normalised": _everywhere("flexround", objective=NORMALISED),
     "flexround massive": _everywhere("flexround", objective={"name": "mse", "massive": 100.0}),
 }
