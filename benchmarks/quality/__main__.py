@@ -36,7 +36,9 @@ _, status, usage = os.wait4(subprocess.Popen(sys.argv[2:]).pid, 0)
 open(sys.argv[1], "w").write(str(usage.ru_maxrss * 1024))
 sys.exit(os.waitstatus_to_exitcode(status))
 """
-SEQUENCES, SELECTION, HELD_OUT = 136, 8, 32
+SEQUENCES, HELD_OUT = 136, 32
+SELECTION = 8
+SELECTION_AT_THE_END = 2  # for a recipe that compares its start and its end, and no steps between
 
 
 def main() -> None:
@@ -91,7 +93,8 @@ class Matrix:
             return
         folder = given.work / "-".join(names.values())
         data = {"dataset": str(self.calibration), "seq_len": given.seq_len, "seed": seed}
-        data |= {"num_samples": given.sequences - SELECTION, "num_held_out": SELECTION}
+        selection = SELECTION_AT_THE_END if method == RECIPE else SELECTION
+        data |= {"num_samples": given.sequences - selection, "num_held_out": selection}
         if method in PEERS:
             versions = _versions(given.peer_python, ("torch", "transformers", "auto-round"))
             command = self._peer(_tokens(self.checkpoint, data, folder), folder, setting, PEERS[method], seed)

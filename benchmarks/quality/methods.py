@@ -47,8 +47,8 @@ def _last_by(name: str, objective: Any) -> Callable[[Setting], Plan]:
 
 def _recipe(setting: Setting) -> Plan:
     quantizer = setting.quantizer("adaround", init="awq")
-    blocks = {"objective": NORMALISED, "steps": setting.steps * 5 // 8}
-    last = {"objective": ANCHORED, "steps": setting.steps * 9 // 20}
+    blocks = {"objective": NORMALISED, "steps": setting.steps * 23 // 40}
+    last = {"objective": ANCHORED, "steps": setting.steps * 17 // 40}
     rest = {"match": "all", "quantizer": quantizer, **setting.training(), **blocks}
     return [{**rest, **last, "match": "last"}, rest]
 
