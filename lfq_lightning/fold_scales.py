@@ -14,20 +14,20 @@ from lfq_lightning.plan import LayerPlan
 from lfq_lightning.quantizers import ClosedFormQuantizer
 from lfq_lightning.ranks import Ranks
 from lfq_lightning.registry import plugin_name
-from lfq_lightning.solve import Inputs
+from lfq_lightning.solve import Inputs, Observed
 
 
 def fold_scales(
     block: DecoderBlock, layers: dict[str, LayerPlan], inputs: Inputs, family: Family, dtype: torch.dtype, ranks: Ranks
-) -> None:
-    """Scale the inputs of layers whose quantizer wants it, in place.
+) -> Observed:
+    """Scale the inputs of layers whose quantizer wants it, in place; return what their quantizers have seen.
 
     With s from the quantizer's `input_scale`, the layer's weight becomes W·diag(s), and what makes its input (a norm,
     or a linear layer whose outputs reach it one by one) is divided by s; both in `dtype`, as they ship. A pair whose
     shapes disagree (v → o under grouped queries) is left alone.
     """
     pairs = _pairs(block, layers, family, dtype)
-    linears = block.linears()
+    linears, observed = block.linears(), Observed()
     watching = {linears[pair.readers[0]]: pair.quantizer for pair in pairs}
     if pairs:
         observe_halves(watching.values(), partial(_observe, block, watching, inputs), ranks)
@@ -41,6 +41,9 @@ def fold_scales(
         scale = _divide(pair.source, input_scale, dtype, family.unit_offset)
         for name in pair.readers:
             linears[name].weight.mul_(scale)
+        if pair.quantizer.divide_inputs(scale):
+            observed[tuple(pair.readers)] = pair.quantizer.statistics()
+    return observed
 
 
 @dataclass(frozen=True)

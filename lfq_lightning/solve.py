@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 
 # Yields hidden states (B, T, D) and masks (B, T) of this rank's even (0) or odd (1) sequences, each time anew.
 Inputs = Callable[[int], Iterator[tuple[Tensor, Tensor]]]
+# Statistics of quantizers by the layers they stand for, over all ranks.
+Observed = dict[tuple[str, ...], list[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ def solve(
     scale_dtype: torch.dtype,
     reference: Inputs,
     ranks: Ranks,
+    observed: Observed,
 ) -> dict[str, Solution]:
     """Quantise the linear layers of `block` in closed form, in place, and return each layer's solution.
 
@@ -65,6 +68,7 @@ def solve(
         scale_dtype: the dtype in which scales ship.
         reference: the full-precision model's hidden states before the block; read only by quantizers that ask for it.
         ranks: who else calibrates this block.
+        observed: what is known of some layers' inputs already (fold_scales); taken from, so that it is freed.
     """
     teacher = copy.deepcopy(block) if any(layer.needs_reference for layer in layers.values()) else block
     solutions: dict[str, Solution] = {}
@@ -79,7 +83,7 @@ def solve(
         firsts = [names[0] for names in stage]
         seen = partial(_inputs_of, block, firsts, inputs)
         wanted = partial(_inputs_of, teacher, firsts, reference)
-        solutions |= _solve_stage(block.linears(), groups, layers, seen, wanted, scale_dtype, ranks)
+        solutions |= _solve_stage(block.linears(), groups, layers, seen, wanted, scale_dtype, ranks, observed)
         return_freed_memory()  # of a stage: several times its weights
     return solutions
 
@@ -96,7 +100,7 @@ class _Stacked:
 
     def observe(self, rows: Tensor, wanted: Tensor | None) -> None:
         self.tokens += len(rows)
-        if self.quantizer.needs_inputs and len(rows):
+        if len(rows):
             self.quantizer.observe(rows)
             if self.corrects and wanted is not None:
                 self.quantizer.observe_reference(rows, wanted)
@@ -110,9 +114,11 @@ def _solve_stage(
     wanted: Callable[[int], Iterator[list[Tensor]]],
     scale_dtype: torch.dtype,
     ranks: Ranks,
+    observed: Observed,
 ) -> dict[str, Solution]:
     """Quantise layers that read one tensor, or each expert's own; those of a group have one plan and are stacked."""
     stacks: list[_Stacked] = []
+    watching: list[_Stacked] = []  # those that have to be shown their inputs
     for reads, names in ((reads, names) for reads, of_one in enumerate(groups) for names in of_one):
         plan = layers[names[0]]
         if issubclass(plan.closed_form.cls, DenseQuantizer):
@@ -129,14 +135,19 @@ def _solve_stage(
         weight = torch.cat([linears[name].weight.detach() for name in names])
         weight = weight[ranks.rows(len(weight))]
         quantizer = plan.closed_form.build(weight, plan.scheme, scale_dtype)
+        known = observed.pop(tuple(names), None)
+        if known is not None:
+            for mine, theirs in zip(quantizer.statistics(), known, strict=True):
+                mine.copy_(theirs)
         stacks.append(_Stacked(names, reads, quantizer, plan.needs_reference))
-    watching = [stack.quantizer for stack in stacks if stack.quantizer.needs_inputs]
+        if quantizer.needs_inputs and known is None:
+            watching.append(stacks[-1])
     if watching:
-        observe_halves(watching, partial(_show, stacks, seen, wanted), ranks)
-        counts = [int(count) for count in ranks.total(*(stack.tokens for stack in stacks))]
-        _report_experts(stacks, counts)
-        for stack, count in zip(stacks, counts, strict=True):
-            if stack.quantizer.needs_inputs and count == 0:
+        observe_halves([stack.quantizer for stack in watching], partial(_show, watching, seen, wanted), ranks)
+        counts = [int(count) for count in ranks.total(*(stack.tokens for stack in watching))]
+        _report_experts(watching, counts)
+        for stack, count in zip(watching, counts, strict=True):
+            if count == 0:
                 plan, weight = layers[stack.names[0]], stack.quantizer.weight
                 stack.quantizer = RTN(weight, plan.scheme, scale_dtype)
     solutions: dict[str, Solution] = {}

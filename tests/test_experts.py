@@ -96,7 +96,7 @@ def test_an_experts_codes_are_gptq_of_its_own_tokens(mixture):
 
     attention = {name: layer_plan for name, layer_plan in plan.layers.items() if ".experts." not in name}
     with torch.no_grad():
-        solve(block, attention, inputs, torch.float32, inputs, ONE)
+        solve(block, attention, inputs, torch.float32, inputs, ONE, {})
         hook = block.modules_by_name()[experts].register_forward_pre_hook(lambda _, given: caught.append(given))
         for half in (0, 1):
             block(hidden[half::2])
@@ -106,7 +106,7 @@ def test_an_experts_codes_are_gptq_of_its_own_tokens(mixture):
             rows.append(states[(indices == 2).any(1) & mask[half::2].flatten()])
         assert 0 < sum(map(len, rows)) < mask.sum()
         chosen = {name: layer_plan for name, layer_plan in plan.layers.items() if ".experts." in name}
-        found = solve(block, chosen, inputs, torch.float32, inputs, ONE)[layer].quantized
+        found = solve(block, chosen, inputs, torch.float32, inputs, ONE, {})[layer].quantized
         alone = plan.layers[layer].closed_form.build(weight, plan.layers[layer].scheme, torch.float32)
         for shown in rows:
             alone.observe(shown)

@@ -48,15 +48,35 @@ def check_the_function(folder, also):
     block, untouched = skeleton.block(plan.indices), skeleton.block(plan.indices)
     ((hidden, _),) = batches()(0)
     with torch.no_grad():
-        fold_scales(
+        observed = fold_scales(
             block, plan.layers, batches(), skeleton.checkpoint.family, torch.float32, Ranks(torch.device("cpu"))
         )
         assert torch.allclose(block(hidden), untouched(hidden), rtol=1e-3, atol=1e-3)
+        check_what_was_observed(block, observed)
     before, after = untouched.tensors(), block.tensors()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     source, readers = skeleton.checkpoint.family.folds[0]
     expected = {f"{name}.weight" for name in (source, *readers)} | also
     assert {f"{block.names[0]}.{name}" for name in expected} <= changed
+
+
+def check_what_was_observed(block, observed):
+    """It must be what the layers read now, folded."""
+    assert observed
+    for (first, *_), (hessian, activation, tokens) in observed.items():
+        caught = []
+        hook = block.linears()[first].register_forward_pre_hook(lambda _, given, caught=caught: caught.append(given[0]))
+        masks = []
+        for hidden, mask in [*batches()(0), *batches()(1)]:
+            block(hidden)
+            masks.append(mask)
+        hook.remove()
+        rows = torch.cat([inputs[mask] for inputs, mask in zip(caught, masks, strict=True)]).double()
+        assert tokens == len(rows)
+        assert torch.allclose(
+            hessian.double(), rows.T @ rows, rtol=1e-3, atol=1e-3 * float((rows.T @ rows).abs().max())
+        )
+        assert torch.allclose(activation.double(), rows.abs().sum(0), rtol=1e-3)
 
 
 def test_scaling_helps_where_channels_differ():

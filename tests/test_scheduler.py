@@ -81,7 +81,7 @@ def by_hand(model, text, tmp):
                     split.target = {}
             x, m = splits[0].student, splits[0].mask
             inputs = lambda half, x=x, m=m: iter([(x[half::2], m[half::2])])  # noqa: E731
-            shipped = {n: s for n, s in solve(block, plan.layers, inputs, checkpoint.dtype, inputs, ONE).items()}
+            shipped = {n: s for n, s in solve(block, plan.layers, inputs, checkpoint.dtype, inputs, ONE, {}).items()}
         for name, solution in shipped.items():
             if plan.layers[name].learned:
                 block.train_linear(name, plan.layers[name].learned.build(solution.latent, solution.quantized))

@@ -33,7 +33,7 @@ def test_true_sequential_by_hand(skeleton):
     plan = Plan([Rule("all", {"name": "gptq", "bits": 3, "group_size": 16})]).resolve(skeleton)[1]
     block, inputs = skeleton.block(range(1, 2)), batches()
     with torch.no_grad():
-        solutions = solve(block, plan.layers, inputs, torch.float32, inputs, ONE)
+        solutions = solve(block, plan.layers, inputs, torch.float32, inputs, ONE, {})
         assert list(solutions) == [
             *(f"model.layers.1.self_attn.{x}_proj" for x in "qkvo"),
             *(f"model.layers.1.mlp.{x}_proj" for x in ("gate", "up", "down")),
@@ -63,7 +63,7 @@ def test_layers_without_a_rule_stay(skeleton):
     plan = Plan([Rule("*.down_proj", {"name": "gptq", "group_size": 16})]).resolve(skeleton)[0]
     block = skeleton.block(range(1))
     with torch.no_grad():
-        solutions = solve(block, plan.layers, batches(), torch.float32, batches(), ONE)
+        solutions = solve(block, plan.layers, batches(), torch.float32, batches(), ONE, {})
     assert list(solutions) == ["model.layers.0.mlp.down_proj"]
     for name, linear in skeleton.block(range(1)).linears().items():
         assert torch.equal(linear.weight, block.linears()[name].weight) == (name != "model.layers.0.mlp.down_proj")
@@ -76,7 +76,7 @@ def test_the_reference_is_the_full_precision_layers_input(skeleton, monkeypatch)
     seen = []
     monkeypatch.setattr(GPTQ, "observe_reference", lambda _, inputs, reference: seen.append((inputs, reference)))
     with torch.no_grad():
-        solve(skeleton.block(range(1, 2)), plan.layers, student, torch.float32, teacher, ONE)
+        solve(skeleton.block(range(1, 2)), plan.layers, student, torch.float32, teacher, ONE, {})
         untouched = skeleton.block(range(1, 2))
         expected = []
         for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"):

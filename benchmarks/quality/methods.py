@@ -47,7 +47,7 @@ def _last_by(name: str, objective: Any) -> Callable[[Setting], Plan]:
 
 def _recipe(setting: Setting) -> Plan:
     quantizer = setting.quantizer("adaround", init="awq")
-    blocks = {"objective": NORMALISED, "steps": setting.steps * 23 // 40}
+    blocks = {"objective": NORMALISED, "steps": setting.steps * 3 // 5}
     last = {"objective": ANCHORED, "steps": setting.steps * 17 // 40}
     rest = {"match": "all", "quantizer": quantizer, **setting.training(), **blocks}
     return [{**rest, **last, "match": "last"}, rest]

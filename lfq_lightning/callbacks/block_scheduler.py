@@ -332,8 +332,9 @@ class BlockScheduler(BlockCallback):
         train, dtype = self.splits.train, self.skeleton.checkpoint.dtype
         inputs, reference = (partial(way, self.device) for way in (train.student_batches, train.reference_batches))
         try:
-            fold_scales(self.block, plan.layers, inputs, self.skeleton.checkpoint.family, dtype, self.ranks)
-            return solve(self.block, plan.layers, inputs, dtype, reference, self.ranks)
+            family = self.skeleton.checkpoint.family
+            observed = fold_scales(self.block, plan.layers, inputs, family, dtype, self.ranks)
+            return solve(self.block, plan.layers, inputs, dtype, reference, self.ranks, observed)
         except ArithmeticError as error:
             raise UserError(f"block {plan.index}: {error}; try trainer.precision 32-true or more samples.") from error
 

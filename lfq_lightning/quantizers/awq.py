@@ -21,7 +21,8 @@ class AWQ(NearestQuantizer):
     The scale of a channel is mean|x|^r / mean|w|^(1-r), w relative to its group's largest ("duo scaling"), with the r
     of a grid that makes the least error in the layer's output; it is folded into the norm or layer before
     (families.py), so the model's function stays. Then each group's range is shrunk to what makes the least error in its
-    share of the output. Both errors come from the Hessian Σxxᵀ, so no activations are kept.
+    share of the output. Both errors come from the Hessian Σxxᵀ, so no activations are kept. Where a scale is folded,
+    inputs are those of the block in full precision, as in the authors' code: layers do not wait for those before them.
 
     Args:
         grid: exponents r tried, evenly spaced from 0 to below 1 (and no scaling at all).
@@ -74,6 +75,11 @@ class AWQ(NearestQuantizer):
             if error < best_error:
                 best_scale, best_error = scale, error
         return best_scale
+
+    def divide_inputs(self, scale: Tensor) -> bool:
+        self.hessian /= scale[:, None] * scale
+        self.activation /= scale
+        return True
 
     def solve(self) -> None:
         width = self.scheme.group_of(self.weight.shape[1])

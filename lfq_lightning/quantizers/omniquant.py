@@ -23,7 +23,7 @@ class OmniQuant(LearnedQuantizer):
 
     paper = "OmniQuant (arXiv 2308.13137), section 3.2, equation 2"
     default_init: ClassVar = {"name": "rtn", "ratios": 1}
-    # The paper's 2560 steps of 1e-2 can take a factor from 4 to anywhere; some hundred need a tenfold rate to get as far.
+    # The paper's 2560 steps of 1e-2 can take a factor from 4 to anywhere; some hundred need ten times that.
     rates: ClassVar = {"gamma": 50.0, "beta": 50.0}
 
     def __init__(self, latent: Tensor, start: QuantizedTensor) -> None:

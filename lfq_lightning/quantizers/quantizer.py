@@ -101,6 +101,13 @@ class ClosedFormQuantizer(Quantizer):
         """
         raise NotImplementedError
 
+    def divide_inputs(self, scale: Tensor) -> bool:
+        """Make the `statistics` those of inputs divided by `scale` (I,), and return True; False: observe them anew.
+
+        Called on a quantizer with `scales_inputs`, once its scale has been folded; the one that solves gets them.
+        """
+        return False
+
     @abstractmethod
     def solve(self) -> None:
         """Find the codes. Called once, after the last `observe`."""
