@@ -100,7 +100,7 @@ def block_memory(plan: BlockPlan, skeleton: ModelSkeleton, setting: Setting) -> 
     forward = tokens * (3 * widest + 6 * config.hidden_size) * max(setting.compute_bytes, setting.stream_bytes)
     read = block + (width * weights // len(plan.indices) if width != 4 else 0)
     solve = block + forward + head
-    solved, beside = 0, dict[int, int]()  # what the other experts' stacks hold, observed in the same pass
+    solved, folded, beside = 0, 0, dict[int, int]()  # what the other experts' stacks hold, observed in the same pass
     for names, layer in _stacks(shapes, plan.layers):
         columns, rows = shapes[names[0]][1], sum(shapes[name][0] for name in names)
         kind = layer.closed_form.cls
@@ -109,8 +109,11 @@ def block_memory(plan: BlockPlan, skeleton: ModelSkeleton, setting: Setting) -> 
         solved += rows * columns * (5 if layer.learned else 1)
         others = beside.get(columns, 0)
         solve = max(solve, block + solved + others + 4 * rows * columns + max(observed + forward, own))
+        if kind.scales_inputs:
+            folded += observed + 4 * rows * columns
         if ".experts." in names[0]:
             beside[columns] = others + observed + 12 * rows * columns
+    solve = max(solve, block + folded + forward)  # scales are searched for all layers at once
     sizes = (read, solve, _train(plan, shapes, setting, head))
     return BlockMemory(*(int(size * _SLACK[setting.on_gpu]) for size in sizes))
 
