@@ -149,7 +149,7 @@ def test_learned_nearly_so(runs, name):
 
 def test_bf16_nearly_so(runs):
     one, two = (metrics(runs / which / "bf16")["held_out"]["kl"] for which in ("one", "two"))
-    assert abs(one - two) < 0.02 * one
+    assert abs(one - two) < 0.05 * one  # products of other shapes round otherwise, and roundings of weights flip
 
 
 def test_uneven_rows_and_shares():
