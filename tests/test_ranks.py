@@ -42,8 +42,9 @@ LEARNED = {
         {"match": "all", "quantizer": {"name": "signround", **GRID}, "steps": 8, "batch_size": 4},
     ],
 }
+# in bf16 no start that is searched or solved: GPTQ's jumps (2 % of the KL) where the block before differs by a rounding
+NEAREST = [{**rule, "quantizer": {**FLEXROUND, "init": "rtn"}} for rule in LEARNED["flexround"]]
 SETTINGS = {
-    "bf16": {"precision": "bf16-mixed"},
     "clipped and accumulated": {"gradient_clip_val": 0.5, "accumulate_grad_batches": 2},
 }
 
@@ -78,6 +79,7 @@ def runs(tmp_path_factory, llama, text_file):
     plans = {**CLOSED_FORM, **LEARNED}
     wanted = [(name, plan, {}) for name, plan in plans.items()]
     wanted += [(name, LEARNED["flexround"], trainer) for name, trainer in SETTINGS.items()]
+    wanted.append(("bf16", NEAREST, {"precision": "bf16-mixed"}))
     for name, plan, trainer in wanted:
         commands.append((name, command(name, plan, trainer, folder / "two" / name)))
     # stopped in the middle of block 1, with one and with two ranks, and gone on with the other number
@@ -149,7 +151,11 @@ def test_learned_nearly_so(runs, name):
 
 def test_bf16_nearly_so(runs):
     one, two = (metrics(runs / which / "bf16")["held_out"]["kl"] for which in ("one", "two"))
-    assert abs(one - two) < 0.05 * one  # products of other shapes round otherwise, and roundings of weights flip
+    assert abs(one - two) < 0.02 * one
+    firsts = [
+        json.loads((runs / which / "bf16" / "journal.jsonl").read_text().split("\n")[0]) for which in ("one", "two")
+    ]
+    assert firsts[0]["kl_before"] == pytest.approx(firsts[1]["kl_before"], rel=1e-5)  # nothing is trained yet
 
 
 def test_uneven_rows_and_shares():
