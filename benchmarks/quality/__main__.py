@@ -53,6 +53,9 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=SEQUENCES, help="calibration sequences, selection included")
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument(
+        "--recipe-steps", type=int, nargs=2, default=[120, 85], help="of `recipe`: a block, on the last"
+    )
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--work", type=Path, required=True, help="a folder for what lies between")
     parser.add_argument("--shared", action="store_true", help="other work runs beside: leave the seconds out")
@@ -87,7 +90,7 @@ class Matrix:
 
     def fill(self, label: str, method: str, seed: int) -> None:
         """Run one cell and append its row, unless the row is there."""
-        given, setting = self.given, _setting(label, self.given.steps, self.given.batch_size)
+        given, setting = self.given, _setting(label, self.given)
         names = {"model": self.name, "setting": label, "method": method, "seed": str(seed), "steps": str(given.steps)}
         if _finished(names):
             return
@@ -131,9 +134,10 @@ class Matrix:
         return [str(word) for word in [*command, "--batch-size", setting.batch_size, "--seed", seed]]
 
 
-def _setting(label: str, steps: int, batch_size: int) -> Setting:
+def _setting(label: str, given: argparse.Namespace) -> Setting:
     bits, _, group = label.removeprefix("w").partition("g")
-    return Setting(int(bits), int(group) if group else -1, False, steps, batch_size)
+    size = int(group) if group else -1
+    return Setting(int(bits), size, False, given.steps, given.batch_size, tuple(given.recipe_steps))
 
 
 def _split(text: Path, share: float, work: Path) -> tuple[Path, Path]:

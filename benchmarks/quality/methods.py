@@ -16,6 +16,7 @@ class Setting:
     symmetric: bool
     steps: int
     batch_size: int
+    recipe_steps: tuple[int, int]  # a block, and on the last
 
     def quantizer(self, name: str, **options: Any) -> dict[str, Any]:
         grid = {"bits": self.bits, "group_size": self.group_size, "symmetric": self.symmetric}
@@ -47,30 +48,30 @@ def _last_by(name: str, objective: Any) -> Callable[[Setting], Plan]:
 
 def _recipe(setting: Setting) -> Plan:
     quantizer = setting.quantizer("adaround", init="awq")
-    blocks = {"objective": NORMALISED, "steps": setting.steps * 3 // 5}
-    last = {"objective": ANCHORED, "steps": setting.steps * 17 // 40}
-    rest = {"match": "all", "quantizer": quantizer, **setting.training(), **blocks}
-    return [{**rest, **last, "match": "last"}, rest]
+    blocks, last = setting.recipe_steps
+    rest = {"match": "all", "quantizer": quantizer, **setting.training(), "objective": NORMALISED, "steps": blocks}
+    return [{**rest, "match": "last", "objective": ANCHORED, "steps": last}, rest]
 
 
 NORMALISED = {"name": "mse", "normalised": True}
 ANCHORED = [{"name": "logit_ce", "weight": 1}, {**NORMALISED, "weight": 5}]
 RECIPE = "recipe"
-LFQ = {"+lfq": "logit_ce", "+lfq anchored": ANCHORED}  # the last block by LFQ
+_BASES = ("gptq", "flexround", "omniquant", "block_ap")
 METHODS: dict[str, Callable[[Setting], Plan]] = {
     "rtn": _everywhere("rtn"),
     "nf4": lambda _: [{"match": "all", "quantizer": "nf4"}],
     "awq": _everywhere("awq"),
     **{
-        f"{name}{suffix}": _last_by(name, objective) if objective else _everywhere(name)
-        for name in ("gptq", "flexround", "omniquant", "block_ap")
-        for suffix, objective in {"": None, **LFQ}.items()
+        f"{name}{suffix}": plan(name)
+        for name in _BASES
+        for suffix, plan in {"": _everywhere, "+lfq": lambda name: _last_by(name, "logit_ce")}.items()
     },
     RECIPE: _recipe,
 }
 
-# the last block by other objectives, and blocks by other squared errors; FlexRound each time
+# the last block by other objectives, and FlexRound's blocks by other squared errors
 ABLATIONS: dict[str, Callable[[Setting], Plan]] = {
+    **{f"{name}+lfq anchored": _last_by(name, ANCHORED) for name in _BASES},
     **{
         f"flexround+{name}": _last_by("flexround", name)
         for name in ("kl", "reverse_kl", "js", "topk_kl", "logit_mse", "hard_ce")

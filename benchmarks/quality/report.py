@@ -10,10 +10,11 @@ from collections import defaultdict
 from pathlib import Path
 
 from benchmarks.quality.__main__ import PEERS, RESULTS
-from benchmarks.quality.methods import ABLATIONS, LFQ, METHODS, RECIPE
+from benchmarks.quality.methods import ABLATIONS, METHODS, RECIPE
 from lfq_lightning.evaluation.paired import compare
 
 ROOT = Path(__file__).parents[2]
+LFQ = ("+lfq", "+lfq anchored")  # suffixes of a method whose last block is by LFQ
 BEGIN, END = "<!-- quality: begin -->", "<!-- quality: end -->"
 COLUMNS = {
     "kl": ("KL to FP", "#.3g"),
