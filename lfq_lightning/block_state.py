@@ -43,10 +43,11 @@ class BlockState:
     def keep_if_best(self, loss: float) -> None:
         """Take note of the held-out loss at this step. Raises UserError if it is no number."""
         if not loss < float("inf"):
-            raise UserError(
-                f"block {self.module.plan.index}: the held-out loss is {loss} at step {self.step}; lower its lr, or "
-                "look for broken values in the model."
+            plan = self.module.plan
+            cure = (
+                "lower its lr" if self.step else f"nothing is trained yet: look into {plan.objective.name}'s token_loss"
             )
+            raise UserError(f"block {plan.index}: the held-out loss is {loss} at step {self.step}; {cure}.")
         self.checked_step, self.last_loss = self.step, loss
         if loss < self.best_loss:
             self.best_loss, self.best_step = loss, self.step

@@ -23,8 +23,8 @@ def fold_scales(
     """Scale the inputs of layers whose quantizer wants it, in place; return what their quantizers have seen.
 
     With s from the quantizer's `input_scale`, the layer's weight becomes W·diag(s), and what makes its input (a norm,
-    or a linear layer whose outputs reach it one by one) is divided by s; both in `dtype`, as they ship. A pair whose
-    shapes disagree (v → o under grouped queries) is left alone.
+    or a linear layer whose outputs reach it one by one) is divided by s, in `dtype` as it ships. A pair whose shapes
+    disagree (v → o under grouped queries) is left alone.
     """
     pairs = _pairs(block, layers, family, dtype)
     linears, observed = block.linears(), Observed()
@@ -42,7 +42,7 @@ def fold_scales(
         for name in pair.readers:
             linears[name].weight.mul_(scale)
         if pair.quantizer.divide_inputs(scale):
-            observed[tuple(pair.readers)] = pair.quantizer.statistics()
+            observed |= dict.fromkeys(pair.readers, pair.quantizer.statistics())
     return observed
 
 

@@ -288,7 +288,7 @@ def check_group(scheme: QuantScheme, name: str, skeleton: ModelSkeleton, index: 
     fitting = [str(k) for k in range(16, min(widths) + 1) if all(width % k == 0 for width in widths)]
     raise UserError(
         f"{where}: group_size {size} does not divide the {in_features} inputs of {name}; "
-        f"sizes that fit all its block's layers: {', '.join(fitting)}, or -1 (per output channel)."
+        f"what fits all its block's layers: {', '.join([*fitting, '-1'])} (-1: per output channel)."
     )
 
 

@@ -14,12 +14,11 @@ def search_scale(
     scheme: QuantScheme,
     scale_dtype: torch.dtype,
     ratios: int,
-    smallest: float = 0.5,
     hessian: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the scale (O, G, 1) in `scale_dtype` and the zero point (O, G, 1) uint8 with the least error.
 
-    Candidates shrink the range of each group by `ratios` factors from 1 down to `smallest`; a symmetric grid has one
+    Candidates shrink the range of each group by `ratios` factors from 1 down to a half; a symmetric grid has one
     more negative level than positive ones, so both signs of the scale are tried.
 
     Args:
@@ -37,18 +36,18 @@ def search_scale(
     rows = max(1, (_AT_ONCE_ON_GPU if weight.is_cuda else _AT_ONCE) // i)
     for start in range(0, o, rows):
         part = slice(start, start + rows)
-        scale[part], zero_point[part] = _search(grouped[part], scheme, scale_dtype, ratios, smallest, hessian)
+        scale[part], zero_point[part] = _search(grouped[part], scheme, scale_dtype, ratios, hessian)
     return scale, zero_point
 
 
 def _search(
-    grouped: Tensor, scheme: QuantScheme, scale_dtype: torch.dtype, ratios: int, smallest: float, hessian: Tensor | None
+    grouped: Tensor, scheme: QuantScheme, scale_dtype: torch.dtype, ratios: int, hessian: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     low = grouped.amin(-1, keepdim=True).clamp(max=0.0)
     high = grouped.amax(-1, keepdim=True).clamp(min=0.0)
     best_error = torch.full_like(low, torch.inf)
     best_scale, best_zero = torch.ones_like(low), torch.full_like(low, float(scheme.middle_code))
-    for ratio in torch.linspace(1.0, smallest, ratios).tolist():
+    for ratio in torch.linspace(1.0, 0.5, ratios).tolist():
         for scale, zero in _candidates(low, high, scheme, scale_dtype, ratio):
             codes = (grouped / scale).round_().add_(zero).clamp_(0, scheme.max_code)
             error = _size(codes.sub_(zero).mul_(scale).sub_(grouped), hessian)

@@ -27,8 +27,8 @@ log = logging.getLogger(__name__)
 
 # Yields hidden states (B, T, D) and masks (B, T) of this rank's even (0) or odd (1) sequences, each time anew.
 Inputs = Callable[[int], Iterator[tuple[Tensor, Tensor]]]
-# Statistics of quantizers by the layers they stand for, over all ranks.
-Observed = dict[tuple[str, ...], list[Tensor]]
+# Statistics of the quantizers that have seen a layer's inputs already, over all ranks.
+Observed = dict[str, list[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,8 @@ def solve(
 
     Layers with a DenseQuantizer get its weight and no solution.
 
-    True-sequential (GPTQ, section 4): a layer's quantizer sees inputs made by the already quantised layers before it.
+    True-sequential (GPTQ, section 4): a layer's quantizer sees inputs made by the already quantised layers before it,
+    unless `observed` has its inputs.
     Layers that read the same tensor and have the same plan (q, k, v; gate, up) share one solve, and what reads the
     same tensor one pass; so do all experts' gate and up, and all experts' down. An expert that no token chose is
     rounded to nearest. Each rank shows the quantizers its own sequences, and solves its share of the rows.
@@ -135,7 +136,9 @@ def _solve_stage(
         weight = torch.cat([linears[name].weight.detach() for name in names])
         weight = weight[ranks.rows(len(weight))]
         quantizer = plan.closed_form.build(weight, plan.scheme, scale_dtype)
-        known = observed.pop(tuple(names), None)
+        known = observed.get(names[0])
+        for name in names:
+            observed.pop(name, None)
         if known is not None:
             for mine, theirs in zip(quantizer.statistics(), known, strict=True):
                 mine.copy_(theirs)
@@ -205,7 +208,8 @@ def _whole(quantizer: ClosedFormQuantizer, names: list[str], rows: int, ranks: R
     except UserError:
         raise
     except ValueError as error:  # no QuantizedTensor
-        raise UserError(f"quantizer {plugin_name(type(quantizer))}: {error}, for {' + '.join(names)}.") from error
+        of = f"quantizer {plugin_name(type(quantizer))}"
+        raise UserError(f"{of}: {error}, for {' + '.join(names)}; mend solve or export.") from error
     if exported.codes.shape != shape or quantizer.latent.shape != shape:
         raise UserError(
             f"quantizer {plugin_name(type(quantizer))}: codes and latent are {tuple(exported.codes.shape)} and "
@@ -214,7 +218,9 @@ def _whole(quantizer: ClosedFormQuantizer, names: list[str], rows: int, ranks: R
     parts = (exported.codes, exported.scale, exported.zero_point, quantizer.latent)
     codes, scale, zero_point, latent = (ranks.gather_rows(part, rows) for part in parts)
     if not scale.isfinite().all():
-        raise UserError(f"quantizer {plugin_name(type(quantizer))}: NaN or infinite scale in {names[0]}.")
+        raise UserError(
+            f"quantizer {plugin_name(type(quantizer))}: NaN or infinite scale in {names[0]}; mend its solve."
+        )
     return QuantizedTensor(codes, scale, zero_point, exported.scheme), latent
 
 

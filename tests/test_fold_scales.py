@@ -24,7 +24,8 @@ def batches():
 def test_v_is_folded_with_its_bias(tmp_path):
     """With as many key heads as query heads; elsewhere that pair's shapes do not fit."""
     model = save_tiny(tmp_path, "qwen2", num_key_value_heads=4)
-    check_the_function(model, {"self_attn.v_proj.weight", "self_attn.v_proj.bias", "self_attn.o_proj.weight"})
+    inner = {"self_attn.v_proj.weight", "self_attn.v_proj.bias", "self_attn.o_proj.weight", "mlp.down_proj.weight"}
+    check_the_function(model, inner)
 
 
 def test_a_channel_too_small_for_the_dtype_is_left_alone():
@@ -55,17 +56,17 @@ def check_the_function(folder, also):
         check_what_was_observed(block, observed)
     before, after = untouched.tensors(), block.tensors()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    source, readers = skeleton.checkpoint.family.folds[0]
-    expected = {f"{name}.weight" for name in (source, *readers)} | also
+    norms = [pair for pair in skeleton.checkpoint.family.folds if "norm" in pair[0]]
+    expected = {f"{name}.weight" for source, readers in norms for name in (source, *readers)} | also
     assert {f"{block.names[0]}.{name}" for name in expected} <= changed
 
 
 def check_what_was_observed(block, observed):
     """It must be what the layers read now, folded."""
     assert observed
-    for (first, *_), (hessian, activation, tokens) in observed.items():
+    for name, (hessian, activation, tokens) in observed.items():
         caught = []
-        hook = block.linears()[first].register_forward_pre_hook(lambda _, given, caught=caught: caught.append(given[0]))
+        hook = block.linears()[name].register_forward_pre_hook(lambda _, given, caught=caught: caught.append(given[0]))
         masks = []
         for hidden, mask in [*batches()(0), *batches()(1)]:
             block(hidden)

@@ -5,7 +5,7 @@ import torch
 
 from lfq_lightning.head import Head
 from lfq_lightning.objectives import OBJECTIVES
-from lfq_lightning.ops.linear_soft_ce import linear_soft_ce, logit_moment
+from lfq_lightning.ops.linear_soft_ce import linear_soft_ce, logit_moment, reference
 
 SHAPES = [(1, 1, 2), (3, 5, 7), (63, 33, 1000), (513, 16, 4097), (1000, 100, 63)]
 
@@ -27,16 +27,20 @@ def sample(tokens, width, vocabulary):
 
 
 @pytest.mark.parametrize(("tokens", "width", "vocabulary"), SHAPES)
-def test_loss_and_gradient(tokens, width, vocabulary):
+def test_loss_and_gradient(monkeypatch, tokens, width, vocabulary):
     hidden, teacher, weight = sample(tokens, width, vocabulary)
     expected, gradient, _ = naive(hidden, teacher, weight)
+    moment = logit_moment(teacher, weight)[1]
+    monkeypatch.setattr(reference, "_ROW_LOGITS", 3 * vocabulary)
+    without = linear_soft_ce(hidden, weight, moment)
     hidden.requires_grad_()
-    loss = linear_soft_ce(hidden, weight, logit_moment(teacher, weight)[1])
+    loss = linear_soft_ce(hidden, weight, moment)
     loss.sum().backward()
     size = float(
         (hidden @ weight.T).detach().abs().max()
     )  # the loss is a difference of two numbers as large as the logits
     assert torch.allclose(loss.double(), expected, rtol=1e-5, atol=1e-6 * size)
+    assert torch.allclose(without.double(), expected, rtol=1e-5, atol=1e-6 * size)
     assert (hidden.grad.double() - gradient).norm() <= 1e-5 * gradient.norm()
 
 

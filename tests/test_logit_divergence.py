@@ -82,7 +82,7 @@ def test_chunks_do_not_change_the_value():
 def test_likely_tokens_far_apart_stay_finite():
     weight = torch.eye(5) * 200
     hidden, teacher = torch.eye(5)[:2], torch.eye(5)[1:3]
-    for name in ("reverse_kl", "js", "topk_kl", "kl"):
+    for name in ("reverse_kl", "js", "topk_kl", {"name": "topk_kl", "k": 2}, "kl"):
         objective, head = OBJECTIVES.parse(name).build(), Head(torch.nn.Identity(), weight)
         h = hidden.clone().requires_grad_()
         objective.token_loss(h, objective.target(teacher, head), head).sum().backward()

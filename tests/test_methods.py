@@ -133,6 +133,10 @@ BAD_OBJECTIVE = """
     def token_loss(self, hidden, target, head):
         return {what}
 """
+BAD_DIVERGENCE = """
+    def divergence(self, student, teacher):
+        return {what}
+"""
 BAD = {  # what returns nonsense: its base class and its body
     "quantizer": ("LearnedQuantizer", BAD_LEARNED),
     "grid": ("LearnedQuantizer", BAD_LEARNED),
@@ -141,6 +145,7 @@ BAD = {  # what returns nonsense: its base class and its body
     "objective": ("Objective", BAD_OBJECTIVE),
     "sum": ("Objective", BAD_OBJECTIVE),
     "target": ("Objective", BAD_OBJECTIVE),
+    "divergence": ("DivergenceObjective", BAD_DIVERGENCE),
 }
 GOOD = {"grid": "self.start_scale, self.start_zero", "target": "{}"}
 GOOD_WHAT = {"grid": "super().forward()", "target": "hidden.mean(-1)"}  # beside a bad grid, a bad target
@@ -168,6 +173,7 @@ GOOD_WHAT = {"grid": "super().forward()", "target": "hidden.mean(-1)"}  # beside
         ),
         ("objective", "target['hidden'].mean(-1)", "its loss has no gradient"),
         ("sum", "(hidden - target['hidden']).square().mean()", r"bad_sum_\d+: token_loss returned \(\) for .* tokens"),
+        ("divergence", "(student - teacher).square().mean()", r"divergence returned \(\) for .* tokens"),
         ("target", "[hidden]", "target must return a dict of tensors"),
         ("target", "{'some': hidden[:3]}", "each with a row for each of the"),
         ("dense", "self.weight[:, :3]", r"export returned \(32, 3\) for model.layers.0.self_attn.q_proj"),
@@ -188,12 +194,13 @@ def test_plugins_that_return_nonsense(kind, what, message, config, capsys, tmp_p
     name = f"bad_{kind}_{abs(hash(what))}"
     file = tmp_path / f"{name}.py"
     base, body = BAD[kind]
-    trains = base == "Objective"
+    trains = base.endswith("Objective")
     plugin = "objective" if trains else "quantizer"
     parts = {"what": what, "scales": what.startswith("if 's'"), **GOOD}
     parts |= {"what": GOOD_WHAT[kind], kind: what} if kind in GOOD else {}
     file.write_text(BAD_PLUGIN.format(kind=plugin, kind_upper=plugin.upper(), base=base) + body.format(**parts))
-    plan = [{"match": "all", "quantizer": "flexround" if trains else {"name": name, "group_size": 16}, "steps": 4}]
+    match = "last" if kind == "divergence" else "all"
+    plan = [{"match": match, "quantizer": "flexround" if trains else {"name": name, "group_size": 16}, "steps": 4}]
     if trains:
         plan[0]["objective"] = [{"name": name, "weight": 1}, {"name": "mse", "weight": 1}] if kind == "sum" else name
     path = config(plan=plan, plugins=[str(file)])

@@ -155,6 +155,19 @@ def test_the_best_step_beats_the_start_and_rounding_to_nearest(name, symmetric):
     assert min(errors) <= ((inputs @ (rtn.export().dequantize() - weight).T) ** 2).mean()
 
 
+@pytest.mark.parametrize("name", ["omniquant", "signround"])
+def test_the_ends_of_a_stretched_grid(name):
+    """Each end moves by its own factor, but for the half level by which a whole zero point may miss it."""
+    start = solved({"name": "rtn", "ratios": 1}, QuantScheme(3, 9, symmetric=False))
+    quantizer = QUANTIZERS.parse(name).build(start.latent, start.export())
+    low, high = torch.rand(2, 7, 7, 1, generator=torch.Generator().manual_seed(0)) * 0.5 + 0.5
+    scale, zero = quantizer.stretched_grid(low, high)
+    before, z = start.export().scale, start.export().zero_point
+    assert torch.allclose(7 * scale, before * (z * low + (7 - z) * high), rtol=1e-5)
+    assert bool(((zero * scale - z * before * low).abs() <= scale * 0.5001).all())
+    assert torch.equal(zero, zero.round()) and not torch.equal(zero, z.float())
+
+
 @pytest.mark.parametrize("name", ["signround", {"name": "flexround", "offset": True}], ids=str)
 def test_what_has_left_its_range_comes_back(name):
     start = solved("rtn", QuantScheme(3, 9, symmetric=False))

@@ -7,22 +7,34 @@ from lfq_lightning.quant_scheme import QuantScheme
 from lfq_lightning.scale_search import search_scale
 
 
-def error_of(group, scale, zero, scheme):
+def error_of(group, scale, zero, scheme, hessian):
     codes = ((group / scale).round() + zero).clamp(0, scheme.max_code)
-    return float(((codes - zero) * scale - group).square().sum())
+    error = (codes - zero) * scale - group
+    return float(error @ hessian @ error)
 
 
+@pytest.mark.parametrize("measure", ["plain", "diagonal", "blocks"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("scheme", [QuantScheme(3, 10), QuantScheme(2, 10, False), QuantScheme(4, -1)], ids=str)
-def test_no_candidate_is_better(scheme, dtype):
+def test_no_candidate_is_better(scheme, dtype, measure):
     weight = torch.randn(6, 50, generator=torch.Generator().manual_seed(0))
-    scale, zero = search_scale(weight, scheme, dtype, ratios=20)
+    width = scheme.group_of(50)
+    inputs = torch.randn(50 // width, 99, width, generator=torch.Generator().manual_seed(1)) * torch.logspace(
+        -1, 1, width
+    )
+    blocks = inputs.transpose(1, 2) @ inputs
+    diagonal = blocks.diagonal(dim1=1, dim2=2)
+    hessian = {"plain": None, "diagonal": diagonal.flatten(), "blocks": blocks}[measure]
+    by_group = {"plain": torch.eye(width).expand_as(blocks), "diagonal": diagonal.diag_embed(), "blocks": blocks}[
+        measure
+    ]
+    scale, zero = search_scale(weight, scheme, dtype, ratios=20, hessian=hessian)
     assert scale.dtype == dtype
-    groups = weight.double().view(6, -1, scheme.group_of(50))
+    groups = weight.double().view(6, -1, width)
     for o in range(6):
         for g in range(groups.shape[1]):
-            group = groups[o, g]
-            found = error_of(group, scale[o, g].double(), zero[o, g].double(), scheme)
+            group, by = groups[o, g], by_group[g].double()
+            found = error_of(group, scale[o, g].double(), zero[o, g].double(), scheme, by)
             low, high = min(group.min().item(), 0), max(group.max().item(), 0)
             for ratio in torch.linspace(1, 0.5, 20).tolist():
                 if scheme.symmetric:
@@ -33,7 +45,7 @@ def test_no_candidate_is_better(scheme, dtype):
                     candidates = [(step, min(max(round(-low * ratio / step), 0), scheme.max_code))]
                 for size, z in candidates:
                     size = torch.tensor(size).to(dtype).double()
-                    assert found <= error_of(group, size, z, scheme) * (1 + 1e-5)
+                    assert found <= error_of(group, size, z, scheme, by) * (1 + 1e-5)
 
 
 def test_the_range_is_used():

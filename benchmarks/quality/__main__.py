@@ -53,9 +53,8 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=SEQUENCES, help="calibration sequences, selection included")
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument(
-        "--recipe-steps", type=int, nargs=2, default=[120, 85], help="of `recipe`: a block, on the last"
-    )
+    helped = "of `recipe`: steps a block, steps on the last, batch size"
+    parser.add_argument("--recipe", type=int, nargs=3, default=[120, 85, 8], help=helped)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--work", type=Path, required=True, help="a folder for what lies between")
     parser.add_argument("--shared", action="store_true", help="other work runs beside: leave the seconds out")
@@ -137,7 +136,7 @@ class Matrix:
 def _setting(label: str, given: argparse.Namespace) -> Setting:
     bits, _, group = label.removeprefix("w").partition("g")
     size = int(group) if group else -1
-    return Setting(int(bits), size, False, given.steps, given.batch_size, tuple(given.recipe_steps))
+    return Setting(int(bits), size, False, given.steps, given.batch_size, tuple(given.recipe))
 
 
 def _split(text: Path, share: float, work: Path) -> tuple[Path, Path]:

@@ -16,7 +16,7 @@ class Setting:
     symmetric: bool
     steps: int
     batch_size: int
-    recipe_steps: tuple[int, int]  # a block, and on the last
+    recipe: tuple[int, int, int]  # its steps a block, those on the last, its batch size
 
     def quantizer(self, name: str, **options: Any) -> dict[str, Any]:
         grid = {"bits": self.bits, "group_size": self.group_size, "symmetric": self.symmetric}
@@ -48,8 +48,8 @@ def _last_by(name: str, objective: Any) -> Callable[[Setting], Plan]:
 
 def _recipe(setting: Setting) -> Plan:
     quantizer = setting.quantizer("adaround", init="awq")
-    blocks, last = setting.recipe_steps
-    rest = {"match": "all", "quantizer": quantizer, **setting.training(), "objective": NORMALISED, "steps": blocks}
+    steps, last, batch_size = setting.recipe
+    rest = {"match": "all", "quantizer": quantizer, "objective": NORMALISED, "steps": steps, "batch_size": batch_size}
     return [{**rest, "match": "last", "objective": ANCHORED, "steps": last}, rest]
 
 

@@ -25,7 +25,7 @@ from lfq_lightning.fold_scales import fold_scales
 from lfq_lightning.formats.compressed_tensors import CompressedTensors
 from lfq_lightning.head import Head
 from lfq_lightning.held_out import final_metrics
-from lfq_lightning.lens_kl import lens_kl
+from lfq_lightning.lens import Lens
 from lfq_lightning.model_skeleton import ModelSkeleton
 from lfq_lightning.ops.path import describe
 from lfq_lightning.peak_memory import peak_bytes, reset_peak
@@ -220,7 +220,10 @@ class BlockScheduler(BlockCallback):
         self.data.place(self.splits, plan, 0)
         with self._forward_only():
             self.start_loss, self.start_hidden = self._held_out()
-            self.start_kl = self._lens_kl(self.start_hidden)
+            head = self._head()
+            self.lens = Lens(self.splits.held_out, head, self.ranks, self.device)
+            self.start_kl = self.lens.kl(self.start_hidden, head)
+            del head
         self.state.keep_if_best(self.start_loss)
         self._find_place(plan)
         self.saving.stop_at_once = not plan.learned
@@ -250,7 +253,7 @@ class BlockScheduler(BlockCallback):
             for split in self.splits.each():
                 split.advance_student(self.block, self.device)
             self._check_finite(plan.index, "quantised", [split.student for split in self.splits.each()])
-            kl_after = self._lens_kl(self.splits.held_out.student) if plan.learned else self.start_kl
+            kl_after = self.lens.kl(self.splits.held_out.student, self._head()) if plan.learned else self.start_kl
             report = self._report(plan, shipped, kl_after)
         self.peak_bytes = max(self.peak_bytes, report.peak_bytes)
         self._let_go()
@@ -262,7 +265,7 @@ class BlockScheduler(BlockCallback):
 
     def _let_go(self) -> None:
         """Free the block; the next one is read only then."""
-        del self.block, self.current, self.state, self.solved
+        del self.block, self.current, self.state, self.solved, self.lens
         self.module.block = None
         strategy = self.trainer.strategy
         strategy.optimizers, strategy.lr_scheduler_configs = [], []
@@ -410,9 +413,6 @@ class BlockScheduler(BlockCallback):
     def _write_shard(self, number: int, tensors: dict[str, Tensor]) -> None:
         self.ranks.once(lambda: self.folder.write_shard(number, tensors))
         self.folder.note_shard(number, tensors)
-
-    def _lens_kl(self, outputs: Tensor) -> float:
-        return lens_kl(outputs, self.splits.held_out, self._head(), self.ranks, self.device)
 
     def _report(self, plan: BlockPlan, shipped: dict[str, QuantizedTensor], kl_after: float) -> BlockReport:
         tokens, held_out = (self.data.seq_len * len(split) for split in self.splits.each())

@@ -35,7 +35,8 @@ class DivergenceObjective(Objective):
         return logit_divergence(hidden, target["readout"], head.weight, self._tempered, softcap=head.softcap)
 
     def _tempered(self, student: Tensor, teacher: Tensor) -> Tensor:
-        return self.divergence(student / self.temperature, teacher / self.temperature) * self.temperature**2
+        losses = self.divergence(student / self.temperature, teacher / self.temperature)
+        return self.one_per_token(losses, len(student), "divergence") * self.temperature**2
 
     @abstractmethod
     def divergence(self, student: Tensor, teacher: Tensor) -> Tensor:

@@ -67,11 +67,14 @@ class Objective(nn.Module, ABC):
 
     def checked_loss(self, hidden: Tensor, target: dict[str, Tensor], head: Head | None) -> Tensor:
         """Return `token_loss`. Raises UserError if it is not one number per token."""
-        losses, tokens = self.token_loss(hidden, target, head), len(hidden)
+        return self.one_per_token(self.token_loss(hidden, target, head), len(hidden), "token_loss")
+
+    def one_per_token(self, losses: object, tokens: int, method: str) -> Tensor:
+        """Return what `method` has returned. Raises UserError if it is not one number per token."""
         if not isinstance(losses, Tensor) or losses.shape != (tokens,):
             got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
             raise UserError(
-                f"objective {plugin_name(type(self))}: token_loss returned {got} for {tokens} tokens; return one loss "
+                f"objective {plugin_name(type(self))}: {method} returned {got} for {tokens} tokens; return one loss "
                 "per token."
             )
         return losses

@@ -24,7 +24,7 @@ class AdaRound(LearnedQuantizer):
     and the export take the hard rounding, ν > 0; at the start that is `init`'s. The scale of each group is learned too.
 
     Args:
-        sharpness: β at the last step; it is 1 at the first.
+        sharpness: what β grows to, from 1 at the first step.
     """
 
     paper = "AdaRound (arXiv 2004.10568), section 3.2, equations 21 to 23"

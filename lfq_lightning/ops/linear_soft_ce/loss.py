@@ -29,6 +29,13 @@ def logit_moment(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return reference.logit_moment(hidden, weight)
 
 
+def log_sum_exp(hidden: Tensor, weight: Tensor) -> Tensor:
+    """Return logsumexp(W h) (M,) as `logit_moment` does."""
+    if runs_triton(weight.device) and weight.dtype != torch.float64:
+        return logit_moment(hidden, weight)[0]
+    return reference.log_sum_exp(hidden, weight)
+
+
 def logit_mean(hidden: Tensor, weight: Tensor, moment: Tensor) -> Tensor:
     """Return the mean logit Σ_v p_v z_v = m·h (M,) under the distribution whose moment Wᵀp is `moment` (M, D).
 
@@ -40,11 +47,13 @@ def logit_mean(hidden: Tensor, weight: Tensor, moment: Tensor) -> Tensor:
 class _LinearSoftCE(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, teacher_moment: Tensor) -> Tensor:
-        lse, moment = logit_moment(hidden, weight)
-        loss = lse - logit_mean(hidden, weight, teacher_moment)
-        ctx.save_for_backward(moment.sub_(teacher_moment))
-        ctx.hidden_dtype = hidden.dtype
-        return loss
+        if ctx.needs_input_grad[0]:  # in a held-out check there is no gradient, and half the products do
+            lse, moment = logit_moment(hidden, weight)
+            ctx.save_for_backward(moment.sub_(teacher_moment))
+            ctx.hidden_dtype = hidden.dtype
+        else:
+            lse = log_sum_exp(hidden, weight)
+        return lse - logit_mean(hidden, weight, teacher_moment)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:

@@ -28,18 +28,20 @@ class _LogitDivergence(torch.autograd.Function):
     ) -> Tensor:
         sums = torch.promote_types(weight.dtype, torch.float32)
         loss = torch.empty(len(hidden), dtype=sums, device=hidden.device)
-        gradient = torch.empty(hidden.shape, dtype=sums, device=hidden.device)
+        trains = ctx.needs_input_grad[0]
+        gradient = torch.empty(hidden.shape if trains else 0, dtype=sums, device=hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, len(hidden), tokens):
                 part = slice(start, start + tokens)
                 teacher_logits = (teacher[part].to(weight.dtype) @ weight.T).to(sums)
                 logits = (hidden[part].to(weight.dtype) @ weight.T).to(sums)
-                with torch.enable_grad():
-                    logits.requires_grad_()
+                with torch.set_grad_enabled(trains):
+                    logits.requires_grad_(trains)
                     value = divergence(soft_cap(logits, softcap), soft_cap(teacher_logits, softcap))
-                    (slope,) = torch.autograd.grad(value.sum(), logits)
                 loss[part] = value.detach()
-                gradient[part] = (slope.to(weight.dtype) @ weight).to(sums)
+                if trains:
+                    (slope,) = torch.autograd.grad(value, logits, torch.ones_like(value))
+                    gradient[part] = (slope.to(weight.dtype) @ weight).to(sums)
         ctx.save_for_backward(gradient)
         ctx.hidden_dtype = hidden.dtype
         return loss
