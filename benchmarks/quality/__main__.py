@@ -38,7 +38,7 @@ sys.exit(os.waitstatus_to_exitcode(status))
 """
 SEQUENCES, HELD_OUT = 136, 32
 SELECTION = 8
-SELECTION_AT_THE_END = 2  # for a recipe that compares its start and its end, and no steps between
+SELECTION_AT_THE_END = 2  # where only the start and the end are compared, and no steps between
 
 
 def main() -> None:
@@ -95,14 +95,15 @@ class Matrix:
             return
         folder = given.work / "-".join(names.values())
         data = {"dataset": str(self.calibration), "seq_len": given.seq_len, "seed": seed}
-        selection = SELECTION_AT_THE_END if method == RECIPE else SELECTION
+        at_the_end = method == RECIPE  # soft rounding is worth checking only once it has hardened
+        selection = SELECTION_AT_THE_END if at_the_end else SELECTION
         data |= {"num_samples": given.sequences - selection, "num_held_out": selection}
         if method in PEERS:
             versions = _versions(given.peer_python, ("torch", "transformers", "auto-round"))
             command = self._peer(_tokens(self.checkpoint, data, folder), folder, setting, PEERS[method], seed)
         else:
             versions = _versions(sys.executable, ("torch", "transformers", "lightning", "lfq-lightning"))
-            command = self._ours(data, folder, method, {**METHODS, **ABLATIONS}[method](setting), seed)
+            command = self._ours(data, folder, {**METHODS, **ABLATIONS}[method](setting), seed, at_the_end)
         base = given.work / "-".join((names | {"method": method.partition("+")[0]}).values())
         if base != folder and (base / "config.json").exists():
             command += ["--reuse", str(base)]
@@ -118,9 +119,9 @@ class Matrix:
             *(row[key] for key in ("model", "setting", "method", "seed", "kl", "top1_agreement", "seconds")), flush=True
         )
 
-    def _ours(self, data: dict[str, Any], folder: Path, method: str, plan: Plan, seed: int) -> list[str]:
+    def _ours(self, data: dict[str, Any], folder: Path, plan: Plan, seed: int, at_the_end: bool) -> list[str]:
         config = {"seed_everything": seed, "model": {"checkpoint": self.checkpoint}, "data": data, "plan": plan}
-        if method == RECIPE:  # soft rounding is worth checking only once it has hardened
+        if at_the_end:
             config["trainer"] = {"val_check_interval": 1.0}
         file = folder.with_suffix(".json")
         file.write_text(json.dumps({**config, "output": str(folder)}))
