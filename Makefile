@@ -73,7 +73,7 @@ comparison: $(PEER)/installed $(MODEL) $(TINY)/config.json
 			--calibration $(TINY)/unseen.txt --held-out-share 0.15 --other $(DATA)/wikitext2-valid.txt || exit 1; \
 	done
 	$(QUALITY) --model smollm2-135m=$(MODEL) --settings w3g64 w2g64 --seeds 1 --sequences 40 --seq-len 512 --steps 50 \
-		--recipe 130 90 2 --methods recipe autoround flexround flexround+lfq gptq gptq+lfq rtn \
+		--recipe 115 80 2 --methods recipe autoround flexround flexround+lfq gptq gptq+lfq rtn \
 		--calibration $(DATA)/wikitext2-valid.txt --other $(DATA)/tinystories.txt
 	$(BIN)/python -m benchmarks.quality.report
 
