@@ -44,9 +44,7 @@ class BlockState:
         """Take note of the held-out loss at this step. Raises UserError if it is no number."""
         if not loss < float("inf"):
             plan = self.module.plan
-            cure = (
-                "lower its lr" if self.step else f"nothing is trained yet: look into {plan.objective.name}'s token_loss"
-            )
+            cure = "lower its lr" if self.step else f"nothing is trained yet, so look into {plan.objective.name}"
             raise UserError(f"block {plan.index}: the held-out loss is {loss} at step {self.step}; {cure}.")
         self.checked_step, self.last_loss = self.step, loss
         if loss < self.best_loss:

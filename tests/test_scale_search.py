@@ -19,15 +19,15 @@ def error_of(group, scale, zero, scheme, hessian):
 def test_no_candidate_is_better(scheme, dtype, measure):
     weight = torch.randn(6, 50, generator=torch.Generator().manual_seed(0))
     width = scheme.group_of(50)
-    inputs = torch.randn(50 // width, 99, width, generator=torch.Generator().manual_seed(1)) * torch.logspace(
-        -1, 1, width
-    )
+    inputs = torch.randn(50 // width, 99, width, generator=torch.Generator().manual_seed(1))
+    inputs *= torch.logspace(-1, 1, width)
     blocks = inputs.transpose(1, 2) @ inputs
     diagonal = blocks.diagonal(dim1=1, dim2=2)
-    hessian = {"plain": None, "diagonal": diagonal.flatten(), "blocks": blocks}[measure]
-    by_group = {"plain": torch.eye(width).expand_as(blocks), "diagonal": diagonal.diag_embed(), "blocks": blocks}[
-        measure
-    ]
+    hessian, by_group = {
+        "plain": (None, torch.eye(width).expand_as(blocks)),
+        "diagonal": (diagonal.flatten(), diagonal.diag_embed()),
+        "blocks": (blocks, blocks),
+    }[measure]
     scale, zero = search_scale(weight, scheme, dtype, ratios=20, hessian=hessian)
     assert scale.dtype == dtype
     groups = weight.double().view(6, -1, width)

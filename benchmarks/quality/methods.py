@@ -62,9 +62,9 @@ METHODS: dict[str, Callable[[Setting], Plan]] = {
     "nf4": lambda _: [{"match": "all", "quantizer": "nf4"}],
     "awq": _everywhere("awq"),
     **{
-        f"{name}{suffix}": plan(name)
+        f"{name}{suffix}": _last_by(name, "logit_ce") if suffix else _everywhere(name)
         for name in _BASES
-        for suffix, plan in {"": _everywhere, "+lfq": lambda name: _last_by(name, "logit_ce")}.items()
+        for suffix in ("", "+lfq")
     },
     RECIPE: _recipe,
 }

@@ -223,7 +223,6 @@ class BlockScheduler(BlockCallback):
             head = self._head()
             self.lens = Lens(self.splits.held_out, head, self.ranks, self.device)
             self.start_kl = self.lens.kl(self.start_hidden, head)
-            del head
         self.state.keep_if_best(self.start_loss)
         self._find_place(plan)
         self.saving.stop_at_once = not plan.learned
