@@ -24,6 +24,7 @@ class PackedLinear(nn.Module):
 
     packed: Tensor
     grid: Tensor
+    arrivals: Tensor
     scale: Tensor
     scale_and_zero: Tensor
     zero_point: Tensor
@@ -40,7 +41,7 @@ class PackedLinear(nn.Module):
             from lfq_lightning.ops.packed_matmul import triton
 
             tiled = triton.tile(quantized)
-            buffers = {"packed": tiled.words, "grid": tiled.grid}
+            buffers = {"packed": tiled.words, "grid": tiled.grid, "arrivals": tiled.arrivals}
         elif self.way == "int4 kernel":
             weight = cpu_int4.int4_weight(quantized)
             buffers = {"packed": weight.packed, "scale_and_zero": weight.scale_and_zero}
@@ -66,7 +67,8 @@ class PackedLinear(nn.Module):
             from lfq_lightning.ops.packed_matmul import triton
 
             bits, group = self.scheme.num_bits, self.scheme.group_of(self.in_features)
-            return triton.matmul(rows, triton.TiledWeight(self.packed, self.grid, self.scale_dtype, bits, group))
+            tiled = triton.TiledWeight(self.packed, self.grid, self.arrivals, self.scale_dtype, bits, group)
+            return triton.matmul(rows, tiled)
         if self.way == "int4 kernel":
             weight = cpu_int4.Int4Weight(self.packed, self.scale_and_zero, self.zero_point, self.out_features)
             return cpu_int4.int4_matmul(rows, weight)

@@ -43,6 +43,7 @@ class Case:
     arguments: dict[str, Any]
     warps: int
     stages: int = 3
+    architectures: tuple[int, ...] = ARCHITECTURES
 
 
 @dataclass(frozen=True)
@@ -112,22 +113,24 @@ def cases() -> Iterator[Case]:
         yield Case(f"unpack {bits}", bitstream.unpack_kernel, _spread({"words": "*i32", "codes": "*u8", **sizes}), 4)
     for bits in packed_matmul.WIDTHS:
         for dtype, short in ((torch.float16, "fp16"), (torch.bfloat16, "bf16")):
-            # split inputs leave partial sums in fp32; inputs that fill no whole tile are masked
-            for m, group, even, split in (
-                (1, 128, True, True),
-                (1, 32, False, False),
-                (16, 128, True, False),
-                (32, 128, False, True),
-                (64, 128, True, False),
-                (256, 128, False, False),
+            # inputs that fill no whole tile are masked
+            for m, group, even, architectures in (
+                (1, 128, True, ARCHITECTURES),
+                (1, 32, False, ARCHITECTURES),
+                (16, 128, True, ARCHITECTURES),
+                (32, 128, False, ARCHITECTURES),
+                (64, 128, True, ARCHITECTURES),
+                (128, 128, False, (80,)),
+                (256, 128, False, (90,)),
             ):
-                block = packed_matmul.block_of(m, bits)
+                block = packed_matmul.block_of(m, bits, large=architectures == (90,))
                 words = packed_matmul.words_per_tile(bits, group, 4096, 4096 // group)
                 constants = packed_matmul.constants(bits, words, group, even, dtype, block, assembly=True)
-                tensors = {"x": f"*{short}", "words grid": "*i32", "out": "*fp32" if split else f"*{short}"}
-                given = {**tensors, "M N K G tiles tiles_each": "i32", "table": "*i32", **constants}
+                tensors = {"x": f"*{short}", "words grid": "*i32", "out": f"*{short}", "parts": "*fp32"}
+                sizes = {"arrivals": "*i32", "M N K G tiles": "i32", "table": "*i32"}
+                given = {**tensors, **sizes, **constants}
                 name = f"packed_matmul {bits} bits {short} m{m} g{group}"
-                yield Case(name, block.kernel, _spread(given), block.warps, block.stages)
+                yield Case(name, block.kernel, _spread(given), block.warps, block.stages, architectures)
 
 
 def _spread(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -162,18 +165,19 @@ def compile_case(index: int, architecture: int) -> Compiled:
 
 
 def _loops(lines: list[str]) -> list[str]:
-    """Return the lines between a label and a later branch back to it."""
+    """Return the lines between a label and a later branch back to it, where no other loop lies between."""
     labels = {found[1]: i for i, line in enumerate(lines) if (found := re.match(r"(\.L_x_\d+):", line))}
-    inside: set[int] = set()
+    loops: list[range] = []
     for i, line in enumerate(lines):
         found = re.search(r"BRA.*`\((\.L_x_\d+)\)", line)
         if found and labels[found[1]] < i - 1:  # one line back is the program's end, which waits for ever
-            inside |= set(range(labels[found[1]], i))
-    return [lines[i] for i in sorted(inside)]
+            loops.append(range(labels[found[1]], i))
+    innermost = [one for one in loops if not any(other != one and other.start in one for other in loops)]
+    return [lines[i] for one in innermost for i in one]
 
 
 def main() -> None:
-    jobs = [(index, architecture) for index in range(len(list(cases()))) for architecture in ARCHITECTURES]
+    jobs = [(index, architecture) for index, case in enumerate(cases()) for architecture in case.architectures]
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         for found in pool.map(compile_case, *zip(*jobs, strict=True), chunksize=8):
             print(json.dumps(asdict(found)), flush=True)

@@ -86,4 +86,6 @@ def test_as_dense_as_the_checkpoint(bits, inputs):
 def test_operator_is_well_formed(kernel_device):
     weight = kernel.tile(random_tensor(20, 64, QuantScheme(3, 32), device=kernel_device))
     x = torch.randn(2, 64, device=kernel_device).half()
-    torch.library.opcheck(kernel._packed_matmul, (x, weight.words, weight.grid, weight.bits, weight.group_size, 1))
+    torch.library.opcheck(
+        kernel._packed_matmul, (x, weight.words, weight.grid, weight.arrivals, weight.bits, weight.group_size, 1)
+    )

@@ -12,12 +12,15 @@ the bytes and FLOP it cannot do without, and the time these take on an H200. Pee
 import argparse
 import csv
 import importlib.metadata
+import os
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from itertools import cycle
 from pathlib import Path
+from xml.etree import ElementTree
 
 import torch
 
@@ -39,7 +42,7 @@ TESTS = {
     "bitstream": "test_bitstream.py",
 }
 QUEUE_CYCLES = 2_000_000  # about a millisecond
-CACHE_BYTES = 2**28  # written between two runs; more than any second-level cache
+CACHE_BYTES = 2**28  # read between two runs, more than any second-level cache; what is written goes out in the next run
 REPEATS = 30
 
 
@@ -54,7 +57,7 @@ def main() -> None:
         return
     if not torch.cuda.is_available():
         sys.exit("benchmarks.kernels needs a CUDA GPU; --dry-run lists the cases without one.")
-    green = {operation: is_green(operation) for operation in given.only}
+    green = tested(given.only)
     copy, matmul = copy_rate(), {dtype: matmul_rate(dtype) for dtype in (torch.bfloat16, torch.float32)}
     rates = ", ".join(f"{dtype} matmul {rate / 1e12:.0f} TFLOP/s" for dtype, rate in matmul.items())
     print(f"{torch.cuda.get_device_name()}: copy {copy / 1e12:.2f} TB/s, {rates}")
@@ -84,10 +87,19 @@ def list_cases(cases: list[Case]) -> None:
         print(f"{case.operation:15} {case.name:34} {numbers}   floor on an H200 {floor:9.1f} µs, by {bound}")
 
 
-def is_green(operation: str) -> bool:
-    """Run the operation's GPU tests."""
-    file = Path(__file__).parents[2] / "tests" / TESTS[operation]
-    return subprocess.run([sys.executable, "-m", "pytest", "-q", "-m", "gpu", str(file)]).returncode == 0
+def tested(operations: list[str]) -> dict[str, bool]:
+    """Run the operations' GPU tests, and tell which are green."""
+    root = Path(__file__).parents[2]
+    files = [f"tests/{TESTS[operation]}" for operation in operations]
+    with tempfile.NamedTemporaryFile(suffix=".xml") as report:
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-n", str(os.cpu_count()), *files]
+        subprocess.run([*command, f"--junit-xml={report.name}"], cwd=root)
+        cases = ElementTree.parse(report.name).findall(".//testcase")
+    green = {}
+    for operation in operations:
+        own = [case for case in cases if case.get("classname") == f"tests.{Path(TESTS[operation]).stem}"]
+        green[operation] = bool(own) and all(case.find(bad) is None for case in own for bad in ("failure", "error"))
+    return green
 
 
 def measure(case: Case, copy: float, matmul: dict[torch.dtype, float]) -> list[dict[str, str]]:
@@ -122,7 +134,7 @@ def measure(case: Case, copy: float, matmul: dict[torch.dtype, float]) -> list[d
 
 def time_side(side: Side) -> tuple[float, int]:
     """Return the median microseconds of one call, cache cold and buffers changing, and the bytes it allocates."""
-    flush = torch.empty(CACHE_BYTES, dtype=torch.uint8, device="cuda")
+    flush = torch.zeros(CACHE_BYTES // 4, device="cuda")
     buffers = cycle(side.buffers)
     for _ in range(3):
         before = torch.cuda.memory_allocated()
@@ -132,7 +144,7 @@ def time_side(side: Side) -> tuple[float, int]:
     times = []
     for _ in range(REPEATS):
         arguments = next(buffers)
-        flush.zero_()
+        flush.sum()
         torch.cuda._sleep(QUEUE_CYCLES)  # until all of the call is in the queue: its launch is not timed
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()

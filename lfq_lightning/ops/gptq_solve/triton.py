@@ -15,7 +15,7 @@ from lfq_lightning.ops.triton_round import clip_to_codes, round_to_grid
 
 SPAN = 128
 ROWS = 32
-WARPS = 4
+WARPS = 1
 
 
 @torch.library.custom_op("lfq::gptq_round_span", mutates_args=("codes", "latent", "errors"))
