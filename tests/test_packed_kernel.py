@@ -47,19 +47,27 @@ def test_product(bits, shape, symmetric, rows, kernel_device):
         assert found.dtype == dtype and bool(((found.double() - exact).abs() <= bound + 1e-6).all())
 
 
-@pytest.mark.parametrize("splits", [1, 2, 5])
-def test_splits_of_the_inputs(splits, kernel_device, monkeypatch):
-    monkeypatch.setattr(kernel, "_multiprocessors", lambda _: splits)
-    quantized = random_tensor(64, 1500, QuantScheme(4, 60 * 5, symmetric=False), device=kernel_device)
-    assert not kernel.fits(quantized), "300 inputs a group are no multiple of 32"
-    quantized = random_tensor(64, 1600, QuantScheme(4, 320, symmetric=False), device=kernel_device)
-    x = torch.randn(2, 1600, device=kernel_device).half()
+def test_groups_that_are_no_multiple_of_32_do_not_fit():
+    assert not kernel.fits(random_tensor(64, 1500, QuantScheme(4, 300)))
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(
+    ("multiprocessors", "most_shared", "outputs", "rows"),
+    [(5, 4096, 64, 2), (2, 4096, 300, 2), (1, 4096, 600, 2), (1, 4096, 300, 70), (2, 1, 300, 2)],
+    ids=["many programs a block", "unequal", "many blocks a program", "many rows", "too many blocks to share"],
+)
+def test_programs_share_blocks(multiprocessors, most_shared, outputs, rows, kernel_device, monkeypatch):
+    monkeypatch.setattr(kernel, "_multiprocessors", lambda _: multiprocessors)
+    monkeypatch.setattr(kernel, "_MOST_SHARED", most_shared)
+    quantized = random_tensor(outputs, 960, QuantScheme(4, 320, symmetric=False), device=kernel_device)
+    x = torch.randn(rows, 960, device=kernel_device).half()
     weight = kernel.tile(quantized)
     found = kernel.matmul(x, weight)
-    torch.testing.assert_close(
-        found.double(), x.double() @ quantized.dequantize().double().T, rtol=1e-2, atol=2e-2 * float(found.abs().max())
-    )
+    exact = x.double() @ quantized.dequantize().double().T
+    torch.testing.assert_close(found.double(), exact, rtol=1e-2, atol=2e-2 * float(found.abs().max()))
     assert torch.equal(found, kernel.matmul(x, weight)), "summed in a fixed order"
+    assert not weight.arrivals.any(), "ready for the next product"
 
 
 def test_other_dtypes_are_computed_in_that_of_the_scales(kernel_device):
