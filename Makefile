@@ -33,12 +33,15 @@ paper-dry-run: $(VENV)/installed
 # What we write, read by transformers in an environment without lfq_lightning: the quickstart's result, and a tied model in
 # every scheme. `interop` adds an untied model, SmolLM2, and three more engines, each in an environment of its own.
 INTEROP := .venv-interop
-interop-fast: $(VENV)/installed runs/quickstart/config.json
-	$(PYTHON) -m venv $(INTEROP)/transformers
-	$(INTEROP)/transformers/bin/pip install --quiet --constraint constraints.txt torch transformers accelerate compressed-tensors
+interop-fast: $(VENV)/installed $(INTEROP)/transformers/installed runs/quickstart/config.json
 	$(BIN)/python tests/interop/greedy.py $(INTEROP)/transformers/bin/python runs/quickstart "What is the capital of France?"
 	$(BIN)/python -m tests.interop.prepare runs/interop-fast tied
 	$(BIN)/python -m tests.interop.check runs/interop-fast --transformers $(INTEROP)/transformers/bin/python
+
+$(INTEROP)/transformers/installed: constraints.txt
+	$(PYTHON) -m venv $(INTEROP)/transformers
+	$(INTEROP)/transformers/bin/pip install --quiet --constraint constraints.txt torch transformers accelerate compressed-tensors
+	touch $@
 
 runs/quickstart/config.json:
 	$(MAKE) quickstart
