@@ -67,8 +67,8 @@ def tile(quantized: QuantizedTensor) -> TiledWeight:
     # (tiles, O, slices, C, 2): word c of a slice holds its inputs 2c and 2c + 1
     codes = F.pad(quantized.codes, (0, -i % length)).view(o, -1, slices, words, 2).transpose(0, 1).int()
     fields = torch.arange(16 // (2 if bits == 3 else bits), device=codes.device)
-    high = fields // 2 * 4 + fields % 2  # the third bits of two words share nibbles
     if bits == 3:
+        high = fields // 2 * 4 + fields % 2  # the third bits of two words share nibbles
         low, (first, second) = codes & 3, (codes >> 2).chunk(2, 2)
         parts = [*(_fill(part, 2 * fields) for part in low.chunk(2, 2)), _fill(first, high + 2) | _fill(second, high)]
     else:
@@ -302,10 +302,14 @@ def _grid(grid, k, near, N, G, GROUP: tl.constexpr, BRAIN: tl.constexpr):
 
 
 @triton.jit
-def _share(units):
-    """Return where the units of this program begin and end: all programs get as many, or one more."""
+def _share(tiles, M, N, ROWS: tl.constexpr, OUTPUTS: tl.constexpr):
+    """Return how many units, tiles of a block, there are, and where this program's begin and end.
+
+    All programs get as many, or one more.
+    """
+    units = tl.cdiv(N, OUTPUTS) * tl.cdiv(M, ROWS) * tiles
     program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
-    return (program * units // programs).to(tl.int32), ((program + 1) * units // programs).to(tl.int32)
+    return units, (program * units // programs).to(tl.int32), ((program + 1) * units // programs).to(tl.int32)
 
 
 @triton.jit
@@ -377,8 +381,7 @@ def few_rows_kernel(
     FIT: tl.constexpr = max(1, ((7 if BRAIN else 10) + PITCH - BITS) // PITCH)  # codes in a float's last bits
     SLICE: tl.constexpr = 2 * WORDS
     STEPS: tl.constexpr = WORDS // STEP  # in which a slice is gone through
-    units = tl.cdiv(N, OUTPUTS) * tl.cdiv(M, ROWS) * tiles
-    begin, end = _share(units)
+    units, begin, end = _share(tiles, M, N, ROWS, OUTPUTS)
     for block in range(begin // tiles, (end - 1) // tiles + 1):
         n, m, near, at, step = _place(words, block, M, N, WORDS, STEP, ROWS, OUTPUTS)
         total = tl.zeros((OUTPUTS, ROWS), dtype=tl.float32)
@@ -416,8 +419,7 @@ def many_rows_kernel(
     SLICES: tl.constexpr = 16 if BITS == 3 else FIELDS
     SLICE: tl.constexpr = 2 * WORDS
     STEPS: tl.constexpr = WORDS // STEP  # in which a slice is gone through
-    units = tl.cdiv(N, OUTPUTS) * tl.cdiv(M, ROWS) * tiles
-    begin, end = _share(units)
+    units, begin, end = _share(tiles, M, N, ROWS, OUTPUTS)
     for block in range(begin // tiles, (end - 1) // tiles + 1):
         n, m, near, at, step = _place(words, block, M, N, WORDS, STEP, ROWS, OUTPUTS)
         total = tl.zeros((OUTPUTS, ROWS), dtype=tl.float32)
