@@ -100,6 +100,11 @@ class ActivationCache:
         """Replace the student's inputs by the block's outputs, in place."""
         self._advance(self.student, block, device)
 
+    def restart_student(self, embeddings: Iterator[Tensor]) -> None:
+        """Replace the student's inputs by the first block's (1, T, D), as they were at the beginning."""
+        for index, rows in enumerate(embeddings):
+            self.student[index] = rows[0]
+
     def set_target(self, make: Callable[[Tensor], dict[str, Tensor]], device: torch.device) -> None:
         """Keep what `make` keeps of the teacher's outputs; it maps (M, D) to tensors with M rows. Pads become 0."""
         for name in self.target:

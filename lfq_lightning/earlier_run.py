@@ -54,6 +54,11 @@ class EarlierRun:
         """
         if number >= len(self._reports):
             return None
+        if any(set(self._reports[number]["shards"]) & set(later["shards"]) for later in self._reports[number + 1 :]):
+            raise UserError(
+                f"reuse: {self.path} ended with a training of the whole model, which its blocks have been through; "
+                "reuse a run without `match: whole`."
+            )
         if self._reports[number]["fingerprint"] == fingerprint:
             return self._reports[number]
         if self.goes_on:

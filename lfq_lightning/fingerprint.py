@@ -49,7 +49,8 @@ def own_facts(plans: list[BlockPlan], data: CalibrationData, checkpoint: Checkpo
         facts |= {f"{name} {where}": getattr(plan, name) for name in ("steps", "lr", "batch_size", "optimizer")}
         facts[f"decoder layers {where}"] = list(plan.indices)
         facts[f"objective {where}"] = repr(plan.objective)
-        facts |= {f"quantizer of {name}": repr(layer) for name, layer in plan.layers.items()}
+        what = "last quantizer" if plan.whole else "quantizer"
+        facts |= {f"{what} of {name}": repr(layer) for name, layer in plan.layers.items()}
         facts |= {f"source of {plugin.name}": _digest([], _source(plugin)) for plugin in _plugins(plan)}
     return facts
 

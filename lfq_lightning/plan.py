@@ -13,6 +13,7 @@ from lfq_lightning.quant_scheme import QuantScheme
 from lfq_lightning.quantizers import QUANTIZERS, ClosedFormQuantizer, DenseQuantizer, LearnedQuantizer
 from lfq_lightning.registry import Plugin, did_you_mean
 
+WHOLE = "whole"
 _SCHEME_KEYS = {"bits": int, "group_size": int, "symmetric": bool}
 
 
@@ -21,9 +22,11 @@ class Rule:
     """One line of the plan, as YAML gives it.
 
     Args:
-        match: `last`, `all`, a block index, a glob on full layer names (`*.down_proj`), or a list of globs.
+        match: `last`, `all`, a block index, a glob on full layer names (`*.down_proj`), or a list of globs; or `whole`:
+            once all blocks are done, all of them together are trained from what they would ship as.
         quantizer: a name, or `{name, bits, group_size, symmetric, …}` with the quantizer's own options; 4 bits, per
-            output channel and symmetric if not said. A learned quantizer also takes `init`, a closed-form one.
+            output channel and symmetric if not said. A learned quantizer also takes `init`, a closed-form one. With
+            `match: whole` a learned one, without these: the grids are there.
         objective: a name, or `{name, …}`; what a learned quantizer minimises, and what every block reports. A list of
             them, each with a `weight`, is their weighted sum.
         steps: optimisation steps of a learned quantizer.
@@ -65,9 +68,11 @@ class BlockPlan:
     """What one block gets. `layers` maps full names; a linear layer not in it stays as it is.
 
     Args:
-        indices: the decoder layers in it; one, or the last few as one block.
+        index: its place in the run.
+        indices: the decoder layers in it; one, or the last few as one block, or all once more.
     """
 
+    index: int
     indices: range
     layers: dict[str, LayerPlan]
     objective: Plugin[Objective]
@@ -78,9 +83,9 @@ class BlockPlan:
     activation_checkpointing: bool
 
     @property
-    def index(self) -> int:
-        """The first of its decoder layers."""
-        return self.indices[0]
+    def whole(self) -> bool:
+        """It trains all blocks, which are done by then, once more."""
+        return self.index != self.indices[0]
 
     @property
     def learned(self) -> bool:
@@ -88,7 +93,7 @@ class BlockPlan:
 
     @property
     def needs_reference(self) -> bool:
-        return any(layer.needs_reference for layer in self.layers.values())
+        return not self.whole and any(layer.needs_reference for layer in self.layers.values())
 
     @property
     def logit_space(self) -> bool:
@@ -110,6 +115,16 @@ class _ParsedRule:
         rule = self.rule
         return self.objective, rule.steps, self.lr, rule.batch_size, self.optimizer, rule.activation_checkpointing
 
+    def plan(self, index: int, indices: range, layers: dict[str, LayerPlan], skeleton: ModelSkeleton) -> BlockPlan:
+        """Return a block's plan by this rule. Raises UserError for an objective that the model's head cannot have."""
+        if self.objective.build().linear_head_only and skeleton.logit_terms[1] is not None:
+            raise UserError(
+                f"{self.where}: objective {self.objective.name} cannot do with this model's soft-capped logits; use "
+                "logit_ce."
+            )
+        objective, steps, lr, batch_size, optimizer, checkpointing = self.training
+        return BlockPlan(index, indices, layers, objective, steps, lr, batch_size, optimizer, checkpointing)
+
 
 @dataclass(frozen=True)
 class _Outcome:
@@ -125,8 +140,12 @@ class Plan:
     def __init__(self, rules: list[Rule]) -> None:
         if not rules:
             raise UserError("plan: it has no rule; give at least `- {match: all, quantizer: …}`.")
-        self._rules = [_parse(rule, f"plan[{i}]") for i, rule in enumerate(rules)]
-        self._final_blocks = max(rule.final_blocks for rule in rules)
+        parsed = [_parse(rule, f"plan[{i}]") for i, rule in enumerate(rules)]
+        self._rules = [each for each in parsed if each.rule.match != WHOLE]
+        self._whole = [each for each in parsed if each.rule.match == WHOLE]
+        if len(self._whole) > 1:
+            raise UserError(f"{self._whole[1].where}: match whole is there twice; one such training ends a run.")
+        self._final_blocks = max((rule.final_blocks for rule in rules), default=1)
 
     def resolve(self, skeleton: ModelSkeleton) -> list[BlockPlan]:
         """Return the plan of each block. Raises UserError for a rule that matches nothing or a group that fits not."""
@@ -148,7 +167,7 @@ class Plan:
                     f"{parsed.where}: match {parsed.rule.match!r} matches nothing; use last, all, a block index from 0 "
                     f"to {len(skeleton) - 1}, or a glob on layer names such as {layers}."
                 )
-        return plans
+        return plans + [_whole_plan(parsed, skeleton, plans) for parsed in self._whole]
 
     def _resolve_block(self, skeleton: ModelSkeleton, indices: range, outcome: "_Outcome") -> BlockPlan:
         layers: dict[str, LayerPlan] = {}
@@ -180,29 +199,32 @@ class Plan:
                     "steps, lr, batch_size, optimizer or activation_checkpointing; make them equal."
                 )
         if not used:  # nothing to do; it only reports
-            return BlockPlan(indices, {}, OBJECTIVES.parse("mse"), 1, 0.0, Rule.batch_size, "adam", False)
+            return BlockPlan(indices[0], indices, {}, OBJECTIVES.parse("mse"), 1, 0.0, Rule.batch_size, "adam", False)
         lead = (learned or used)[0]
-        plan = BlockPlan(
-            indices,
-            layers,
-            lead.objective,
-            lead.rule.steps,
-            lead.lr,
-            lead.rule.batch_size,
-            lead.optimizer,
-            lead.rule.activation_checkpointing,
-        )
+        plan = lead.plan(indices[0], indices, layers, skeleton)
         if plan.logit_space and not last:
             raise UserError(
                 f"{lead.where}: objective {plan.objective.name} compares token distributions, but block {indices[0]} "
                 "is not the last; use `match: last` for it, with `final_blocks: k` to train the last k blocks together."
             )
-        if plan.objective.build().linear_head_only and skeleton.logit_terms[1] is not None:
-            raise UserError(
-                f"{lead.where}: objective {plan.objective.name} cannot do with this model's soft-capped logits; use "
-                "logit_ce."
-            )
         return plan
+
+
+def _whole_plan(parsed: _ParsedRule, skeleton: ModelSkeleton, plans: list[BlockPlan]) -> BlockPlan:
+    """Return the plan of a last training of all that `plans` quantise to integers."""
+    learned = parsed.layer.learned
+    assert learned is not None, "the rule has been checked"
+    layers = {
+        name: LayerPlan(layer.scheme, layer.closed_form, learned)
+        for plan in plans
+        for name, layer in plan.layers.items()
+        if not issubclass(layer.closed_form.cls, DenseQuantizer)
+    }
+    if not layers:
+        raise UserError(f"{parsed.where}: match whole trains what other rules have quantised, and none does.")
+    for scheme in {layer.scheme for layer in layers.values()}:
+        learned.cls.check(scheme, learned.options)
+    return parsed.plan(len(plans), range(len(skeleton)), layers, skeleton)
 
 
 def _matches(match: int | str | list[str], layer: str, index: int, last: bool) -> bool:
@@ -222,9 +244,16 @@ def _parse(rule: Rule, where: str) -> _ParsedRule:
                 raise UserError(f"{name}: {vars(rule)[name]} must be at least 1.")
         if rule.final_blocks > 1 and rule.match != "last":
             raise UserError("final_blocks: it goes with `match: last` only.")
+        if rule.match == WHOLE and isinstance(rule.quantizer, dict) and {*_SCHEME_KEYS, "init"} & set(rule.quantizer):
+            raise UserError(
+                "match whole goes on from the codes and grids that are there; leave bits, group_size, "
+                "symmetric and init to the other rules."
+            )
         if rule.lr is not None and not rule.lr > 0:
             raise UserError(f"lr: {rule.lr} must be positive.")
         layer = _parse_quantizer(rule.quantizer)
+        if rule.match == WHOLE and layer.learned is None:
+            raise UserError("match whole trains, which its quantizer does not; use `scales`, or another learned one.")
         optimizer = rule.optimizer or (layer.learned.cls.default_optimizer if layer.learned else "adam")
         if optimizer not in DEFAULT_LR:
             raise UserError(f"unknown optimizer {optimizer!r}: {did_you_mean(optimizer, DEFAULT_LR)}")

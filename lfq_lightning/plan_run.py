@@ -224,6 +224,7 @@ def _kind(plan: BlockPlan) -> str:
 def _range(same: list[BlockPlan]) -> str:
     indices = [index for plan in same for index in plan.indices]
     span = f"{indices[0]} … {indices[-1]}" if len(indices) > 1 else str(indices[0])
+    span = "the whole" if same[0].whole else span
     quantizers = sorted({(layer.learned or layer.closed_form).name for layer in same[0].layers.values()})
     return f"{span}  {'+'.join(quantizers) or 'full precision'}  {same[0].objective.name}"
 

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,7 @@ _OURS = (  # all that a run may leave in its folder
     f"{JOURNAL}*",
     ".tmp??????",
 )
+_AGAIN = ".again"
 _ASIDE = ("*.partial", ".tmp??????")  # being written when a run was killed: by us, by safetensors and tokenizers
 _VERSIONS = ("lfq-lightning", "torch", "lightning", "transformers", "safetensors", "triton")
 
@@ -81,7 +83,7 @@ class RunFolder:
         self.overwrite = overwrite
         self._weight_map: dict[str, str] = {}
         self._checksums: dict[str, str] = {}
-        self._total_bytes = 0
+        self._bytes: dict[str, int] = {}
 
     @property
     def unfinished(self) -> bool:
@@ -169,12 +171,16 @@ class RunFolder:
                 return f"{name} is not what was written"
         return None
 
-    def write_shard(self, number: int, tensors: dict[str, Tensor]) -> None:
-        """Write shard `number` whole or not at all."""
+    def write_shard(self, number: int, tensors: dict[str, Tensor], again: bool = False) -> None:
+        """Write shard `number` whole or not at all; `again`: beside the one that is there, until the run is finished.
+
+        So a run that ends early has the shards that its journal speaks of.
+        """
         name = shard_name(number, self.shards)
+        file = self.path / (name + _AGAIN if again else name)
         named = {self.family.stored_name(tensor): value for tensor, value in tensors.items()}
-        write_tensors(self.path / name, named, {"format": "pt"})
-        self._checksums[name] = sha256(self.path / name)
+        write_tensors(file, named, {"format": "pt"})
+        self._checksums[name] = sha256(file)
 
     def note_shard(self, number: int, tensors: dict[str, Tensor], digest: str | None = None) -> None:
         """Count a shard in, whoever has written it; its digest is known if it was written here."""
@@ -182,9 +188,9 @@ class RunFolder:
         if digest is not None:
             self._checksums[name] = digest
         self._weight_map |= dict.fromkeys(map(self.family.stored_name, tensors), name)
-        self._total_bytes += sum(tensor.nbytes for tensor in tensors.values())
+        self._bytes[name] = sum(tensor.nbytes for tensor in tensors.values())
 
-    def checksums(self, numbers: range) -> dict[str, str]:
+    def checksums(self, numbers: Iterable[int]) -> dict[str, str]:
         """Return file → SHA-256 of some shards, for the journal."""
         names = [shard_name(number, self.shards) for number in numbers]
         return {name: self._checksums[name] for name in names if name in self._checksums}
@@ -210,7 +216,9 @@ class RunFolder:
                 generation.save_pretrained(self.path)
             for file in checkpoint.licences():
                 shutil.copyfile(file, self.path / file.name)
-        metadata = {"total_size": self._total_bytes, CHECKSUMS: self._checksums}
+        for written in self.path.glob(f"*{_AGAIN}"):
+            written.replace(written.with_suffix(""))
+        metadata = {"total_size": self.total_bytes, CHECKSUMS: self._checksums}
         self.write_json(INDEX, {"metadata": metadata, "weight_map": dict(sorted(self._weight_map.items()))})
         config = _model_config(checkpoint, architecture)
         schemes = {self.family.stored_name(layer): scheme for layer, scheme in schemes.items()}
@@ -246,7 +254,7 @@ class RunFolder:
     @property
     def total_bytes(self) -> int:
         """Bytes of all tensors written so far."""
-        return self._total_bytes
+        return sum(self._bytes.values())
 
     def _content(self) -> list[Path]:
         if not self.path.is_dir():

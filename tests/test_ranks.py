@@ -37,9 +37,10 @@ LEARNED = {
         {**LAST, "quantizer": {**FLEXROUND, "rank": 3, "offset": False}, "final_blocks": 2, "objective": SUM},
         {"match": "all", "quantizer": {"name": "rtn", **GRID}},
     ],
-    "block_ap": [
+    "block_ap, then the whole": [
         {**LAST, "quantizer": {"name": "block_ap", **GRID, "symmetric": False}},
         {"match": "all", "quantizer": {"name": "signround", **GRID}, "steps": 8, "batch_size": 4},
+        {**LAST, "match": "whole", "quantizer": "scales"},
     ],
 }
 # in bf16 no start that is searched or solved: GPTQ's jumps (2 % of the KL) where the block before differs by a rounding

@@ -14,8 +14,8 @@ class BlockReport:
     """What calibrating one block did.
 
     Losses are those of its objective on the held-out split: before training, as it ships, and of the last step; `kl_…`
-    is the KL to full precision (nats per token) of what the head reads after the block. `index` is its first decoder
-    layer; `weights` has for each layer that ships packed what `weight_statistics` says of it.
+    is the KL to full precision (nats per token) of what the head reads after the block. `index` is its place
+    in the run; `weights` has for each layer that ships packed what `weight_statistics` says of it.
     """
 
     index: int

@@ -52,7 +52,8 @@ class BlockScheduler(BlockCallback):
 
     For each block: the teacher runs on the full-precision stream; closed-form quantizers solve on the student stream;
     learned quantizers train from there, and the step with the least held-out loss is kept, the start included; the
-    block ships as a shard; the student stream moves on with the weights that ship.
+    block ships as a shard; the student stream moves on with the weights that ship. With a rule for `whole`, all blocks
+    then train once more as one, from what they would ship as.
 
     Args:
         plan: the rules; first match wins.
@@ -112,11 +113,12 @@ class BlockScheduler(BlockCallback):
         self.saving.listen(self.ranks, trainer.strategy.launcher)
         self.store = StreamStore(self.device, self.folder.path, *self.data.budgets(trainer.num_devices))
         log.info("quantise-dequantise, logit loss and GPTQ on %s: %s", self.device, describe(self.device))
-        (train, self.held_out_tokens), sources = self.ranks.once(self._open)
+        self.tokens, sources = self.ranks.once(self._open)
+        train, held_out = self.tokens
         self.frequency = torch.bincount(
             train.input_ids[train.mask], minlength=self.skeleton.checkpoint.config.vocab_size
         )
-        self.splits = Splits(self._embed("train", train), self._embed("held_out", self.held_out_tokens))
+        self.splits = Splits(self._cache("train", train), self._cache("held_out", held_out))
         self._write_shard(0, self.skeleton.checkpoint.tensors(self.skeleton.outer_names()))
         self.schemes: dict[str, QuantScheme] = {}
         self.peak_bytes = peak_bytes(self.device)
@@ -204,10 +206,11 @@ class BlockScheduler(BlockCallback):
         self.current = self._module(plan)
         with self._forward_only():
             for split in self.splits.each():
-                split.advance_teacher(self.block, self.device, keep=plan.needs_reference)
+                if not plan.whole:  # for which the teacher has run through all blocks already
+                    split.advance_teacher(self.block, self.device, keep=plan.needs_reference)
                 split.set_target(self._target, self.device)
             self._check_finite(plan.index, "full-precision", [split.teacher for split in self.splits.each()])
-            solutions = self._solve(plan)
+            solutions = self._written(plan) if plan.whole else self._solve(plan)
         for name, layer in plan.layers.items():
             if layer.learned is not None:
                 start = solutions.pop(name)  # what training starts from is let go of when its layer has it
@@ -280,7 +283,8 @@ class BlockScheduler(BlockCallback):
                 raise UserError(f"reuse: {earlier.path} did not begin with this model and plan; leave reuse away.")
             if report is None:
                 return plan.index
-            stored = earlier.shard(plan.index + 1, self.folder.shards, self.folder.family)
+            shards = {i + 1: earlier.shard(i + 1, self.folder.shards, self.folder.family) for i in plan.indices}
+            stored = {name: tensor for shard in shards.values() for name, tensor in shard.items()}
             schemes = {name: p.scheme for name, p in plan.layers.items() if f"{name}.weight_packed" in stored}
             with self._forward_only():
                 for split in self.splits.each():
@@ -288,12 +292,13 @@ class BlockScheduler(BlockCallback):
                 block.load(CompressedTensors().dequantize(stored, schemes))
                 for split in self.splits.each():
                     split.advance_student(block, self.device)
-            number = plan.index + 1
-            if earlier.goes_on:
-                self.folder.note_shard(number, stored, *report["shards"].values())
-            else:
-                self._write_shard(number, stored)
-                line = report | {"shards": self.folder.checksums(range(number, number + 1))}
+            for (number, tensors), digest in zip(shards.items(), report["shards"].values(), strict=True):
+                if earlier.goes_on:
+                    self.folder.note_shard(number, tensors, digest)
+                else:
+                    self._write_shard(number, tensors)
+            if not earlier.goes_on:
+                line = report | {"shards": self.folder.checksums(shards)}
                 self.ranks.once(partial(self.folder.append_journal, line))
             self.schemes |= schemes
             self.fingerprint = fingerprint
@@ -301,7 +306,7 @@ class BlockScheduler(BlockCallback):
 
     def _finish(self) -> None:
         """Measure full precision, the last block as it was before training, and what ships; complete the folder."""
-        held_out, tokens = self.splits.held_out, self.held_out_tokens
+        held_out, tokens = self.splits.held_out, self.tokens[1]
         streams = {
             "full_precision": held_out.teacher,
             "before_last_training": self.start_hidden,
@@ -340,6 +345,20 @@ class BlockScheduler(BlockCallback):
         except ArithmeticError as error:
             raise UserError(f"block {plan.index}: {error}; try trainer.precision 32-true or more samples.") from error
 
+    def _written(self, plan: BlockPlan) -> dict[str, Solution]:
+        """Give the block the weights that are on disk, and the student stream what enters the first of its layers."""
+        for split, tokens in zip(self.splits.each(), self.tokens, strict=True):
+            split.restart_student(self._embed(tokens))
+        run, stored = EarlierRun(self.folder.path, goes_on=True), dict[str, Tensor]()
+        for index in plan.indices:
+            stored |= run.shard(index + 1, self.folder.shards, self.folder.family)
+        self.block.load(CompressedTensors().dequantize(stored, self.schemes))
+        found = {name: CompressedTensors().unpack(name, stored, self.schemes[name]) for name in plan.layers}
+        return {
+            name: Solution(quantized, quantized.dequantize().float().to(self.device))
+            for name, quantized in found.items()
+        }
+
     def _open(self) -> tuple[tuple[TokenSet, TokenSet], list[EarlierRun]]:
         """Open the folder, or what an earlier run has left in it; return the data and the runs to take blocks from."""
         goes_on, checkpoint, sources = self.folder.unfinished, self.module.checkpoint, [self.earlier]
@@ -361,11 +380,14 @@ class BlockScheduler(BlockCallback):
             self.folder.open(self.resolved_config, facts, tokens if dear else None)
         return tokens, [earlier for earlier in sources if earlier is not None]
 
-    def _embed(self, name: str, tokens: TokenSet) -> ActivationCache:
+    def _embed(self, tokens: TokenSet) -> Iterator[Tensor]:
+        """Yield what enters the first block, (1, T, D), for each of this rank's sequences."""
         dtype = stream_dtype(self.trainer.precision)
-        mine = tokens.input_ids[self.ranks.share(len(tokens))]
-        rows = (self.skeleton.embed(ids[None]).to(dtype) for ids in mine)
-        return ActivationCache(name, rows, tokens, self.ranks, self.store)
+        for ids in tokens.input_ids[self.ranks.share(len(tokens))]:
+            yield self.skeleton.embed(ids[None]).to(dtype)
+
+    def _cache(self, name: str, tokens: TokenSet) -> ActivationCache:
+        return ActivationCache(name, self._embed(tokens), tokens, self.ranks, self.store)
 
     def _head(self) -> Head:
         """Return the frozen head in the dtype of its products. It is not kept: beside a block it would be large."""
@@ -407,10 +429,10 @@ class BlockScheduler(BlockCallback):
                 if name.startswith(prefix):
                     tensors |= CompressedTensors().pack(name, quantized)
                     self.schemes[name] = quantized.scheme
-            self._write_shard(index + 1, tensors)
+            self._write_shard(index + 1, tensors, again=plan.whole)
 
-    def _write_shard(self, number: int, tensors: dict[str, Tensor]) -> None:
-        self.ranks.once(lambda: self.folder.write_shard(number, tensors))
+    def _write_shard(self, number: int, tensors: dict[str, Tensor], again: bool = False) -> None:
+        self.ranks.once(lambda: self.folder.write_shard(number, tensors, again))
         self.folder.note_shard(number, tensors)
 
     def _report(self, plan: BlockPlan, shipped: dict[str, QuantizedTensor], kl_after: float) -> BlockReport:
@@ -420,7 +442,7 @@ class BlockScheduler(BlockCallback):
         done, todo = sum(flops[self.taken : plan.index + 1]), sum(flops[plan.index + 1 :])
         return BlockReport(
             index=plan.index,
-            name=" + ".join(self.block.names),
+            name="the whole model" if plan.whole else " + ".join(self.block.names),
             objective=plan.objective.name,
             quantizers=sorted({(layer.learned or layer.closed_form).name for layer in plan.layers.values()}),
             loss_before=self.start_loss,

@@ -1,0 +1,151 @@
+"""`match: whole`: after the blocks all of them are trained once more, from what they would ship as."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lfq_lightning.calibration_module import CalibrationModule
+from lfq_lightning.callbacks import BlockCallback
+from lfq_lightning.callbacks.block_scheduler import BlockScheduler
+from lfq_lightning.data import CalibrationData
+from lfq_lightning.errors import UserError
+from lfq_lightning.load_model import load, load_full_precision
+from lfq_lightning.model_skeleton import ModelSkeleton
+from lfq_lightning.plan import Plan, Rule
+from lfq_lightning.trainer import Trainer
+from tests.test_resume import KillAt, KilledError, same_bytes
+
+GRID = {"bits": 2, "group_size": 16, "symmetric": False}
+BLOCKS = [
+    Rule("last", {"name": "flexround", **GRID}, objective="logit_ce", steps=6, batch_size=4, final_blocks=2),
+    Rule("all", {"name": "gptq", **GRID}),
+]
+WHOLE = Rule("whole", "scales", objective="logit_ce", steps=10, batch_size=4, lr=1e-2)
+
+
+def calibrate(model, text, output, *callbacks, rules=(*BLOCKS, WHOLE), reuse=None, **trainer):
+    scheduler = BlockScheduler(list(rules), str(output), reuse=reuse, save_seconds=0.0)
+    data = CalibrationData(str(text), num_samples=12, seq_len=32, num_held_out=5, seed=3)
+    options = {"accelerator": "cpu", "precision": "32-true", "logger": False, **trainer}
+    Trainer(callbacks=[scheduler, *callbacks], **options).run(CalibrationModule(str(model)), data)
+    return output
+
+
+def tensors(folder):
+    return {name: value for file in sorted(folder.glob("*.safetensors")) for name, value in load_file(file).items()}
+
+
+def read(folder):
+    lines = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
+    return json.loads((folder / "metrics.json").read_text()), lines
+
+
+@pytest.fixture(scope="module")
+def runs(llama, text_file, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    plain = calibrate(llama, text_file, folder / "plain", rules=BLOCKS)
+    return plain, calibrate(llama, text_file, folder / "polished")
+
+
+def test_it_goes_on_from_what_the_blocks_ship_and_only_scales_move(runs):
+    (plain, _), (polished, lines) = map(read, runs)
+    assert polished["before_last_training"] == plain["quantized"]
+    assert polished["quantized"]["held_out"]["kl"] < plain["quantized"]["held_out"]["kl"]
+    assert polished["model_bytes"] == plain["model_bytes"]
+    assert [(line["index"], line["name"]) for line in lines][-1] == (len(lines) - 1, "the whole model")
+    before, after = map(tensors, runs)
+    assert set(before) == set(after)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if name.endswith("weight_scale")}
+
+
+def test_what_ships_has_the_loss_that_was_reported(runs, llama, text_file):
+    """The loss of the journal is that of the model as it loads, in fp64 through transformers."""
+    _, lines = read(runs[1])
+    data = CalibrationData(str(text_file), num_samples=12, seq_len=32, num_held_out=5, seed=3)
+    module = CalibrationModule(str(llama))
+    tokens = data.token_sets(module.checkpoint, torch.device("cpu"))[1]
+    student = load(runs[1], dequantize=True)[0].double()
+    teacher = load_full_precision(module.checkpoint, torch.device("cpu")).double()
+    with torch.no_grad():
+        log_q, log_p = (model(input_ids=tokens.input_ids).logits.log_softmax(-1) for model in (student, teacher))
+    entropy = -(log_p.exp() * log_q).sum(-1)[tokens.mask].mean()
+    assert lines[-1]["loss_after"] == pytest.approx(float(entropy), rel=1e-5)
+    assert lines[-1]["kl_after"] == pytest.approx(
+        float((log_p.exp() * (log_p - log_q)).sum(-1)[tokens.mask].mean()), rel=1e-3
+    )
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_run_without_it_can_be_reused(llama, text_file, tmp_path, precision):
+    calibrate(llama, text_file, tmp_path / "plain", rules=BLOCKS, precision=precision)
+    calibrate(llama, text_file, tmp_path / "straight", precision=precision)
+    calibrate(llama, text_file, tmp_path / "after", reuse=str(tmp_path / "plain"), precision=precision)
+    same_bytes(tmp_path / "straight", tmp_path / "after")
+
+
+def test_a_run_with_it_cannot(llama, text_file, tmp_path, runs):
+    with pytest.raises(UserError, match="reuse a run without `match: whole`"):
+        calibrate(llama, text_file, tmp_path / "run", rules=BLOCKS, reuse=str(runs[1]))
+
+
+class KillAtTheEnd(BlockCallback):
+    def on_block_end(self, trainer, report):
+        if report.name == "the whole model":
+            raise KilledError
+
+
+@pytest.mark.parametrize("where", [8, 12, 16, "end"])
+def test_killed_anywhere_the_bytes_are_the_same(runs, llama, text_file, tmp_path, where):
+    """1 batch for each block in closed form, 6 for the last two, then 10."""
+    for _ in range(2 if where == "end" else 1):
+        with pytest.raises(KilledError):
+            calibrate(llama, text_file, tmp_path / "run", KillAtTheEnd() if where == "end" else KillAt(where))
+    calibrate(llama, text_file, tmp_path / "run")
+    same_bytes(runs[1], tmp_path / "run")
+
+
+class Blocks(BlockCallback):
+    def __init__(self):
+        self.indices = []
+
+    def on_block_start(self, trainer, plan):
+        self.indices.append(plan.index)
+
+
+def test_killed_when_all_is_written_no_block_is_calibrated_again(llama, text_file, tmp_path):
+    with pytest.raises(KilledError):
+        calibrate(llama, text_file, tmp_path / "run", KillAtTheEnd())
+    calibrate(llama, text_file, tmp_path / "run", seen := Blocks())
+    assert len(seen.indices) == 1
+
+
+def test_any_learned_quantizer_and_any_grid(llama, text_file, tmp_path):
+    """Blocks of different grids, one layer dense, one without a rule; the codes may move too."""
+    rules = [
+        Rule(["*.v_proj"], "nf4"),
+        Rule(["*.down_proj"], {"name": "rtn", "bits": 8}),
+        Rule(["*.gate_proj", "*.up_proj"], {"name": "awq", **GRID}),
+        Rule("whole", "flexround", objective="logit_ce", steps=20, batch_size=4),
+    ]
+    metrics, _ = read(calibrate(llama, text_file, tmp_path / "run", rules=rules))
+    assert metrics["quantized"]["held_out"]["kl"] < metrics["before_last_training"]["held_out"]["kl"]
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ([*BLOCKS, WHOLE, WHOLE], r"plan\[3\]: match whole is there twice"),
+        ([*BLOCKS, Rule("whole", "gptq")], r"plan\[2\]: match whole trains, which its quantizer does not"),
+        ([*BLOCKS, Rule("whole", {"name": "scales", "bits": 3})], r"plan\[2\]: match whole goes on .* leave bits"),
+        ([*BLOCKS, Rule("whole", {"name": "scales", "init": "rtn"})], "leave bits, group_size, symmetric and init"),
+        ([WHOLE], r"plan\[0\]: match whole trains what other rules have quantised, and none does"),
+        ([Rule("all", "nf4"), WHOLE], "and none does"),
+        ([*BLOCKS, Rule("whole", "scales", final_blocks=2)], "it goes with `match: last` only"),
+    ],
+)
+def test_bad_rules_are_one_sentence(llama, rules, message):
+    with pytest.raises(UserError, match=message):
+        Plan(rules).resolve(ModelSkeleton(CalibrationModule(str(llama)).checkpoint))
