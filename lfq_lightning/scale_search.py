@@ -15,6 +15,7 @@ def search_scale(
     scale_dtype: torch.dtype,
     ratios: int,
     hessian: Tensor | None = None,
+    both_zeros: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Return the scale (O, G, 1) in `scale_dtype` and the zero point (O, G, 1) uint8 with the least error.
 
@@ -26,6 +27,8 @@ def search_scale(
         ratios: number of shrink factors, at least 1 (1 is plain min-max).
         hessian: what the rounding errors e of a group are measured by: nothing, Σe²; a diagonal (I,), Σh·e²; or blocks
             (G, K, K), eᵀHe, which with H = Σxxᵀ is the error of the group's share of the output.
+        both_zeros: of an asymmetric grid, try the zero point below what the range asks for and the one above, not the
+            nearer one only.
     """
     o, i = weight.shape
     grouped = weight.reshape(o, -1, scheme.group_of(i))
@@ -36,19 +39,24 @@ def search_scale(
     rows = max(1, (_AT_ONCE_ON_GPU if weight.is_cuda else _AT_ONCE) // i)
     for start in range(0, o, rows):
         part = slice(start, start + rows)
-        scale[part], zero_point[part] = _search(grouped[part], scheme, scale_dtype, ratios, hessian)
+        scale[part], zero_point[part] = _search(grouped[part], scheme, scale_dtype, ratios, hessian, both_zeros)
     return scale, zero_point
 
 
 def _search(
-    grouped: Tensor, scheme: QuantScheme, scale_dtype: torch.dtype, ratios: int, hessian: Tensor | None
+    grouped: Tensor,
+    scheme: QuantScheme,
+    scale_dtype: torch.dtype,
+    ratios: int,
+    hessian: Tensor | None,
+    both_zeros: bool,
 ) -> tuple[Tensor, Tensor]:
     low = grouped.amin(-1, keepdim=True).clamp(max=0.0)
     high = grouped.amax(-1, keepdim=True).clamp(min=0.0)
     best_error = torch.full_like(low, torch.inf)
     best_scale, best_zero = torch.ones_like(low), torch.full_like(low, float(scheme.middle_code))
     for ratio in torch.linspace(1.0, 0.5, ratios).tolist():
-        for scale, zero in _candidates(low, high, scheme, scale_dtype, ratio):
+        for scale, zero in _candidates(low, high, scheme, scale_dtype, ratio, both_zeros):
             codes = (grouped / scale).round_().add_(zero).clamp_(0, scheme.max_code)
             error = _size(codes.sub_(zero).mul_(scale).sub_(grouped), hessian)
             better = error < best_error
@@ -70,7 +78,7 @@ def _size(errors: Tensor, hessian: Tensor | None) -> Tensor:
 
 
 def _candidates(
-    low: Tensor, high: Tensor, scheme: QuantScheme, scale_dtype: torch.dtype, ratio: float
+    low: Tensor, high: Tensor, scheme: QuantScheme, scale_dtype: torch.dtype, ratio: float, both_zeros: bool
 ) -> list[tuple[Tensor, Tensor]]:
     if scheme.symmetric:
         largest = torch.maximum(-low, high)
@@ -78,8 +86,9 @@ def _candidates(
         scale = _shippable(largest * (ratio / (scheme.middle_code - 0.5)), scale_dtype)
         return [(scale, zero), (-scale, zero)]
     scale = _shippable((high - low) * (ratio / scheme.max_code), scale_dtype)
-    zero = (-low * ratio / scale).round().clamp(0, scheme.max_code)
-    return [(scale, zero)]
+    exact = -low * ratio / scale
+    zeros = [exact.floor(), exact.ceil()] if both_zeros else [exact.round()]
+    return [(scale, zero.clamp(0, scheme.max_code)) for zero in zeros]
 
 
 def _shippable(scale: Tensor, scale_dtype: torch.dtype) -> Tensor:

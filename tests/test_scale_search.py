@@ -1,5 +1,7 @@
 """The scale search against a brute-force loop in fp64."""
 
+import math
+
 import pytest
 import torch
 
@@ -13,10 +15,11 @@ def error_of(group, scale, zero, scheme, hessian):
     return float(error @ hessian @ error)
 
 
+@pytest.mark.parametrize("both_zeros", [False, True])
 @pytest.mark.parametrize("measure", ["plain", "diagonal", "blocks"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("scheme", [QuantScheme(3, 10), QuantScheme(2, 10, False), QuantScheme(4, -1)], ids=str)
-def test_no_candidate_is_better(scheme, dtype, measure):
+def test_no_candidate_is_better(scheme, dtype, measure, both_zeros):
     weight = torch.randn(6, 50, generator=torch.Generator().manual_seed(0))
     width = scheme.group_of(50)
     inputs = torch.randn(50 // width, 99, width, generator=torch.Generator().manual_seed(1))
@@ -28,7 +31,7 @@ def test_no_candidate_is_better(scheme, dtype, measure):
         "diagonal": (diagonal.flatten(), diagonal.diag_embed()),
         "blocks": (blocks, blocks),
     }[measure]
-    scale, zero = search_scale(weight, scheme, dtype, ratios=20, hessian=hessian)
+    scale, zero = search_scale(weight, scheme, dtype, ratios=20, hessian=hessian, both_zeros=both_zeros)
     assert scale.dtype == dtype
     groups = weight.double().view(6, -1, width)
     for o in range(6):
@@ -42,7 +45,9 @@ def test_no_candidate_is_better(scheme, dtype, measure):
                     candidates = [(size, scheme.middle_code), (-size, scheme.middle_code)]
                 else:
                     step = (high - low) * ratio / scheme.max_code
-                    candidates = [(step, min(max(round(-low * ratio / step), 0), scheme.max_code))]
+                    exact = -low * ratio / step
+                    zeros = [math.floor(exact), math.ceil(exact)] if both_zeros else [round(exact)]
+                    candidates = [(step, min(max(zero_point, 0), scheme.max_code)) for zero_point in zeros]
                 for size, z in candidates:
                     size = torch.tensor(size).to(dtype).double()
                     assert found <= error_of(group, size, z, scheme, by) * (1 + 1e-5)

@@ -53,8 +53,8 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=SEQUENCES, help="calibration sequences, selection included")
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--steps", type=int, default=200)
-    helped = "of `recipe`: steps a block, on the last, on all scales in the end; batch size"
-    parser.add_argument("--recipe", type=int, nargs=4, default=[120, 85, 0, 8], help=helped)
+    helped = "of `recipe`: steps a block, steps on the last, batch size"
+    parser.add_argument("--recipe", type=int, nargs=3, default=[120, 85, 8], help=helped)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--work", type=Path, required=True, help="a folder for what lies between")
     parser.add_argument("--shared", action="store_true", help="other work runs beside: leave the seconds out")
@@ -95,7 +95,7 @@ class Matrix:
             return
         folder = given.work / "-".join(names.values())
         data = {"dataset": str(self.calibration), "seq_len": given.seq_len, "seed": seed}
-        at_the_end = method.startswith(RECIPE)  # soft rounding is worth checking only once it has hardened
+        at_the_end = method == RECIPE  # soft rounding is worth checking only once it has hardened
         selection = SELECTION_AT_THE_END if at_the_end else SELECTION
         data |= {"num_samples": given.sequences - selection, "num_held_out": selection}
         if method in PEERS:

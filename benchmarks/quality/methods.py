@@ -1,7 +1,7 @@
 """The rows of the comparison: what each method's plan is."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 Plan = list[dict[str, Any]]
@@ -16,7 +16,7 @@ class Setting:
     symmetric: bool
     steps: int
     batch_size: int
-    recipe: tuple[int, int, int, int]  # its steps a block, on the last, on all scales in the end; its batch size
+    recipe: tuple[int, int, int]  # its steps a block, those on the last, its batch size
 
     def quantizer(self, name: str, **options: Any) -> dict[str, Any]:
         grid = {"bits": self.bits, "group_size": self.group_size, "symmetric": self.symmetric}
@@ -48,17 +48,13 @@ def _last_by(name: str, objective: Any) -> Callable[[Setting], Plan]:
 
 def _recipe(setting: Setting) -> Plan:
     quantizer = setting.quantizer("adaround", init="awq")
-    steps, last, polish, batch_size = setting.recipe
+    steps, last, batch_size = setting.recipe
     rest = {"match": "all", "quantizer": quantizer, "objective": NORMALISED, "steps": steps, "batch_size": batch_size}
-    rules = [{**rest, "match": "last", "objective": ANCHORED, "steps": last}, rest]
-    if polish:
-        rules.append({**POLISH, "steps": polish, "batch_size": batch_size})
-    return rules
+    return [{**rest, "match": "last", "objective": ANCHORED, "steps": last}, rest]
 
 
 NORMALISED = {"name": "mse", "normalised": True}
 ANCHORED = [{"name": "logit_ce", "weight": 1}, {**NORMALISED, "weight": 5}]
-POLISH = {"match": "whole", "quantizer": "scales", "objective": "logit_ce", "lr": 4e-3}
 RECIPE = "recipe"
 _BASES = ("gptq", "flexround", "omniquant", "block_ap")
 METHODS: dict[str, Callable[[Setting], Plan]] = {
@@ -81,7 +77,6 @@ ABLATIONS: dict[str, Callable[[Setting], Plan]] = {
         for name in ("kl", "reverse_kl", "js", "topk_kl", "logit_mse", "hard_ce")
     },
     **{f"gptq correct {share}": _everywhere("gptq", correct=share) for share in (0.25, 1.0)},
-    f"{RECIPE} unpolished": lambda s: _recipe(replace(s, recipe=(*s.recipe[:2], 0, s.recipe[3]))),
     "flexround normalised": _everywhere("flexround", objective=NORMALISED),
     "flexround massive": _everywhere("flexround", objective={"name": "mse", "massive": 100.0}),
 }
