@@ -75,9 +75,11 @@ comparison: $(PEER)/installed $(MODEL) $(TINY)/config.json
 		$(QUALITY) --model tiny-qwen3=$(TINY) --settings w3g64 w2g32 w4 w4g64 --seeds $$seed \
 			--calibration $(TINY)/unseen.txt --held-out-share 0.15 --other $(DATA)/wikitext2-valid.txt || exit 1; \
 	done
-	$(QUALITY) --model smollm2-135m=$(MODEL) --settings w3g64 w2g64 --seeds 1 --sequences 40 --seq-len 512 --steps 50 \
-		--recipe 130 90 2 --methods recipe autoround flexround flexround+lfq gptq gptq+lfq rtn \
-		--calibration $(DATA)/wikitext2-valid.txt --other $(DATA)/tinystories.txt
+	for setting in "w3g64 --recipe 115 80 2" "w2g64 --recipe 130 90 2"; do \
+		$(QUALITY) --model smollm2-135m=$(MODEL) --seeds 1 --sequences 40 --seq-len 512 --steps 50 --settings $$setting \
+			--methods recipe autoround flexround flexround+lfq gptq gptq+lfq rtn \
+			--calibration $(DATA)/wikitext2-valid.txt --other $(DATA)/tinystories.txt || exit 1; \
+	done
 	$(BIN)/python -m benchmarks.quality.report
 
 $(TINY)/config.json: | $(VENV)/installed
