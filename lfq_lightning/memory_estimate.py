@@ -101,7 +101,9 @@ def block_memory(plan: BlockPlan, skeleton: ModelSkeleton, setting: Setting) -> 
     read = block + (width * weights // len(plan.indices) if width != 4 else 0)
     solve = block + forward + head
     solved, folded, beside = 0, 0, dict[int, int]()  # what the other experts' stacks hold, observed in the same pass
-    for names, layer in _stacks(shapes, plan.layers if not plan.whole else {}):
+    if plan.whole:  # the block, its codes, and the weights that round to them
+        solve = max(solve, 9 * weights)
+    for names, layer in _stacks(shapes, {} if plan.whole else plan.layers):
         columns, rows = shapes[names[0]][1], sum(shapes[name][0] for name in names)
         kind = layer.closed_form.cls
         observed = 2 * 4 * columns**2 if kind.needs_inputs else 0

@@ -9,9 +9,13 @@ import pytest
 import torch
 
 from benchmarks.random_llama import save_random_llama
+from lfq_lightning.checkpoints import open_checkpoint
 from lfq_lightning.checkpoints.shape_checkpoint import ShapeCheckpoint
 from lfq_lightning.cli import main
+from lfq_lightning.data import CalibrationData
 from lfq_lightning.model_skeleton import ModelSkeleton
+from lfq_lightning.plan import Rule
+from lfq_lightning.plan_run import Machine, plan_run
 
 ROOT = Path(__file__).parents[1]
 GRID = {"bits": 4, "group_size": 64}
@@ -23,6 +27,13 @@ PLANS = {
         [
             {"match": "last", "quantizer": {**FLEXROUND, "init": "awq"}, "objective": "logit_ce", **TRAINING},
             {"match": "all", "quantizer": {"name": "gptq", **GRID}},
+        ],
+        "bf16-mixed",
+    ),
+    "the whole": (
+        [
+            {"match": "all", "quantizer": {"name": "rtn", **GRID}},
+            {"match": "whole", "quantizer": "scales", "objective": "logit_ce", **TRAINING},
         ],
         "bf16-mixed",
     ),
@@ -104,3 +115,20 @@ def test_what_does_not_fit_or_cannot_be(capsys, tmp_path):
             main([*SMALL, *arguments])
         assert ended.value.code == 2
         assert message in capsys.readouterr().err
+
+
+def test_the_whole_is_planned_for(llama, text_file):
+    """It costs training and no solving, adds no bytes to the result, and is named."""
+    blocks = [Rule("all", {"name": "gptq", "bits": 3, "group_size": 16, "correct": 1.0})]
+    whole = Rule("whole", "scales", objective="logit_ce", steps=10, batch_size=4)
+    data = CalibrationData(str(text_file), num_samples=8, seq_len=32, num_held_out=4)
+    machine = Machine(1, 1, 10**11, False, 1e12, "stated")
+    without, with_it = (plan_run(str(llama), rules, data, "32-true", machine) for rules in (blocks, [*blocks, whole]))
+    (added,) = set(with_it.blocks) - set(without.blocks)
+    assert added.startswith("the whole  scales")
+    assert with_it.blocks[added].train > max(block.peak for block in without.blocks.values())
+    assert with_it.output == without.output
+    skeleton = ModelSkeleton(open_checkpoint(str(llama)))
+    weights = sum(o * i for index in range(len(skeleton)) for o, i in skeleton.linear_shapes(index).values())
+    trained = 6 * weights * whole.steps * whole.batch_size * data.seq_len
+    assert trained < with_it.flop - without.flop < 3 * trained
