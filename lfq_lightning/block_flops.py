@@ -18,7 +18,8 @@ def block_flops(plan: BlockPlan, skeleton: ModelSkeleton, tokens: int, held_out_
     forward = sum(2.0 * o * i * share(name) for name, (o, i) in shapes.items())  # per token
     readout = 4.0 * config.hidden_size * config.vocab_size if plan.logit_space else 0.0
     everything = tokens + held_out_tokens
-    work = 2 * forward * everything + 2 * forward * held_out_tokens
+    passes = 1 if plan.whole else 2  # the teacher is there
+    work = passes * forward * everything + 2 * forward * held_out_tokens
     if not plan.whole and any(layer.closed_form.cls.needs_inputs for layer in plan.layers.values()):
         # each input is summed once, and gate and up of an expert read one; fp32 products count four times
         inputs = {(i, name.rpartition(".")[0] if ".experts." in name else ""): name for name, (_, i) in shapes.items()}

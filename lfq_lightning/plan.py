@@ -164,8 +164,8 @@ class Plan:
             if parsed.where not in outcome.matched:
                 layers = ", ".join(list(skeleton.linear_shapes(0))[:2])
                 raise UserError(
-                    f"{parsed.where}: match {parsed.rule.match!r} matches nothing; use last, all, a block index from 0 "
-                    f"to {len(skeleton) - 1}, or a glob on layer names such as {layers}."
+                    f"{parsed.where}: match {parsed.rule.match!r} matches nothing; use last, all, whole, a block index "
+                    f"from 0 to {len(skeleton) - 1}, or a glob on layer names such as {layers}."
                 )
         return plans + [_whole_plan(parsed, skeleton, plans) for parsed in self._whole]
 
@@ -222,8 +222,11 @@ def _whole_plan(parsed: _ParsedRule, skeleton: ModelSkeleton, plans: list[BlockP
     }
     if not layers:
         raise UserError(f"{parsed.where}: match whole trains what other rules have quantised, and none does.")
-    for scheme in {layer.scheme for layer in layers.values()}:
-        learned.cls.check(scheme, learned.options)
+    try:
+        for layer in layers.values():
+            learned.cls.check(layer.scheme, learned.options)
+    except UserError as error:
+        raise UserError(f"{parsed.where}: {error}") from error
     return parsed.plan(len(plans), range(len(skeleton)), layers, skeleton)
 
 
@@ -251,9 +254,12 @@ def _parse(rule: Rule, where: str) -> _ParsedRule:
             )
         if rule.lr is not None and not rule.lr > 0:
             raise UserError(f"lr: {rule.lr} must be positive.")
-        layer = _parse_quantizer(rule.quantizer)
-        if rule.match == WHOLE and layer.learned is None:
-            raise UserError("match whole trains, which its quantizer does not; use `scales`, or another learned one.")
+        layer = _parse_quantizer(rule.quantizer, known_grid=rule.match != WHOLE)
+        if rule.match == WHOLE and (layer.learned is None or layer.learned.cls.learns_positions):
+            raise UserError(
+                "match whole trains what codes and grids tell of a weight, not where it lay between two levels; use "
+                "`scales`, `block_ap` or `flexround`."
+            )
         optimizer = rule.optimizer or (layer.learned.cls.default_optimizer if layer.learned else "adam")
         if optimizer not in DEFAULT_LR:
             raise UserError(f"unknown optimizer {optimizer!r}: {did_you_mean(optimizer, DEFAULT_LR)}")
@@ -282,7 +288,7 @@ def _parse_objective(value: str | dict[str, Any] | list[dict[str, Any]]) -> Plug
     return objective
 
 
-def _parse_quantizer(value: str | dict[str, Any]) -> LayerPlan:
+def _parse_quantizer(value: str | dict[str, Any], known_grid: bool) -> LayerPlan:
     given = {"name": value} if isinstance(value, str) else dict(value)
     keys: dict[str, Any] = {key: given.pop(key) for key in _SCHEME_KEYS if key in given}
     for key, value in keys.items():
@@ -302,9 +308,11 @@ def _parse_quantizer(value: str | dict[str, Any]) -> LayerPlan:
             "closed-form one such as gptq."
         )
     learned: Plugin[Any] = QUANTIZERS.parse(given, {*_SCHEME_KEYS, "init"})
-    learned.cls.check(scheme, learned.options)
+    if known_grid:
+        learned.cls.check(scheme, learned.options)
     closed_form: Plugin[Any] = QUANTIZERS.parse(init)
-    closed_form.cls.check(scheme, closed_form.options)
+    if known_grid:
+        closed_form.cls.check(scheme, closed_form.options)
     return LayerPlan(scheme, closed_form, learned)
 
 

@@ -31,6 +31,7 @@ from lfq_lightning.preflight import check_shares, check_training, output_bytes
 
 _GPU_RATE = 300e12  # FLOP/s of bf16 products that an H100 sustains in such work; stated, not measured
 _PRODUCT_SIZE = 1024
+_WHOLE = "the whole"
 
 
 @dataclass(frozen=True)
@@ -207,7 +208,9 @@ def print_plan(model: str, plan: RunPlan, machine: Machine) -> bool:
 def _cure(plan: RunPlan, machine: Machine) -> str:
     if plan.writing + plan.process > machine.device_bytes:
         return "the whole model cannot write its own calibration data here; give data.dataset."
-    worst = max(plan.blocks.values(), key=lambda block: block.peak)
+    name, worst = max(plan.blocks.items(), key=lambda item: item[1].peak)
+    if name.startswith(_WHOLE):
+        return "training the whole model at once is the largest; leave `match: whole` away."
     if worst.train < worst.peak:
         return "solving in closed form is the largest; use more processes, or `rtn` as init."
     ways = ["activation_checkpointing: true", "flexround with a `rank`", "more processes"]
@@ -224,7 +227,7 @@ def _kind(plan: BlockPlan) -> str:
 def _range(same: list[BlockPlan]) -> str:
     indices = [index for plan in same for index in plan.indices]
     span = f"{indices[0]} … {indices[-1]}" if len(indices) > 1 else str(indices[0])
-    span = "the whole" if same[0].whole else span
+    span = _WHOLE if same[0].whole else span
     quantizers = sorted({(layer.learned or layer.closed_form).name for layer in same[0].layers.values()})
     return f"{span}  {'+'.join(quantizers) or 'full precision'}  {same[0].objective.name}"
 

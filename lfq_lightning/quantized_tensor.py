@@ -42,9 +42,12 @@ class QuantizedTensor:
 
         Bit-equal to what compressed-tensors computes: the integer difference is exact, only the product rounds.
         """
-        o, i = self.codes.shape
-        steps = self.codes.view(o, self.scale.shape[1], -1).float() - self.zero_point.float()
-        return (steps * self.scale.float()).to(self.scale.dtype).view(o, i)
+        return self.exact().to(self.scale.dtype)
+
+    def exact(self) -> Tensor:
+        """Return the weight (O, I) fp32, not rounded to the scale's dtype: its rounding to the grid gives the codes."""
+        steps = self.codes.view(len(self.codes), self.scale.shape[1], -1).float() - self.zero_point.float()
+        return (steps * self.scale.float()).view(self.codes.shape)
 
     def to(self, device: str | torch.device) -> "QuantizedTensor":
         """Return the same on `device`."""

@@ -113,7 +113,7 @@ class RunFolder:
             raise UserError(f"output: {existing} is a file, so {self.path} cannot be a folder; give another one.")
         if not os.access(existing, os.W_OK):
             raise UserError(f"output: {existing} cannot be written to; give another folder.")
-        there = sum(shard.stat().st_size for shard in self.path.glob("*.safetensors")) if self.unfinished else 0
+        there = sum(shard.stat().st_size for shard in self.path.glob("*.safetensors*")) if self.unfinished else 0
         bytes_needed -= there
         free = shutil.disk_usage(existing).free
         if free < bytes_needed:
@@ -216,8 +216,6 @@ class RunFolder:
                 generation.save_pretrained(self.path)
             for file in checkpoint.licences():
                 shutil.copyfile(file, self.path / file.name)
-        for written in self.path.glob(f"*{_AGAIN}"):
-            written.replace(written.with_suffix(""))
         metadata = {"total_size": self.total_bytes, CHECKSUMS: self._checksums}
         self.write_json(INDEX, {"metadata": metadata, "weight_map": dict(sorted(self._weight_map.items()))})
         config = _model_config(checkpoint, architecture)
@@ -231,6 +229,9 @@ class RunFolder:
             left.unlink()
         for file in self._content():
             to_disk(file)
+        with writing(self.path):
+            for written in self.path.glob(f"*{_AGAIN}"):
+                written.replace(written.with_suffix(""))
         self.write_json("config.json", config)
         for left in (self.path / STATE, self.path / TOKENS):  # last: they are what to go on from
             left.unlink(missing_ok=True)

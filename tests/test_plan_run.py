@@ -30,13 +30,6 @@ PLANS = {
         ],
         "bf16-mixed",
     ),
-    "the whole": (
-        [
-            {"match": "all", "quantizer": {"name": "rtn", **GRID}},
-            {"match": "whole", "quantizer": "scales", "objective": "logit_ce", **TRAINING},
-        ],
-        "bf16-mixed",
-    ),
 }
 PROGRAM = """
 import json, sys

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lfq_lightning.quant_scheme import QuantScheme
+from lfq_lightning.quantizers.awq import AWQ
 from lfq_lightning.scale_search import search_scale
 
 
@@ -51,6 +52,18 @@ def test_no_candidate_is_better(scheme, dtype, measure, both_zeros):
                 for size, z in candidates:
                     size = torch.tensor(size).to(dtype).double()
                     assert found <= error_of(group, size, z, scheme, by) * (1 + 1e-5)
+
+
+def test_awq_at_two_bits_tries_both_zeros():
+    """With inputs that weigh alike its grid is the search's: half the ranges and both zeros, but not if symmetric."""
+    weight = torch.randn(16, 32, generator=torch.Generator().manual_seed(2))
+    for scheme, ratios, both in ((QuantScheme(2, 16, False), 10, True), (QuantScheme(2, 16), 20, False)):
+        awq = AWQ(weight, scheme, torch.float32)
+        awq.observe(torch.eye(32))
+        awq.solve()
+        found = search_scale(weight, scheme, torch.float32, ratios, both_zeros=both)
+        shipped = awq.export()
+        assert torch.equal(shipped.scale, found[0]) and torch.equal(shipped.zero_point, found[1])
 
 
 def test_the_range_is_used():

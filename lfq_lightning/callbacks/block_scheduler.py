@@ -97,7 +97,8 @@ class BlockScheduler(BlockCallback):
         check_training(trainer.num_devices * trainer.num_nodes, self.plans)
         self.folder = RunFolder(self.output, len(self.skeleton) + 1, self.overwrite, self.module.checkpoint.family)
         if launched_rank() == 0:
-            self.folder.check(output_bytes(self.skeleton, self.plans))
+            again = 2 if self.plans[-1].whole else 1  # then all shards are written beside the first ones
+            self.folder.check(again * output_bytes(self.skeleton, self.plans))
         self.earlier = EarlierRun(self.reuse, goes_on=False) if self.reuse else None
         if self.earlier is not None and self.earlier.path.resolve() == self.folder.path.resolve():
             raise UserError("reuse: it is the output itself; give another output.")
@@ -355,7 +356,7 @@ class BlockScheduler(BlockCallback):
         self.block.load(CompressedTensors().dequantize(stored, self.schemes))
         found = {name: CompressedTensors().unpack(name, stored, self.schemes[name]) for name in plan.layers}
         return {
-            name: Solution(quantized, quantized.dequantize().float().to(self.device))
+            name: Solution(quantized.to(self.device), quantized.exact().to(self.device))
             for name, quantized in found.items()
         }
 

@@ -14,7 +14,7 @@ from lfq_lightning.plan import BlockPlan
 
 _ROWS = {
     "full_precision": "full precision",
-    "before_last_training": "before the last block's training",
+    "before_last_training": "before the last training",
     "quantized": "quantised",
 }
 

@@ -29,6 +29,7 @@ class AdaRound(LearnedQuantizer):
 
     paper = "AdaRound (arXiv 2004.10568), section 3.2, equations 21 to 23"
     default_init = "awq"
+    learns_positions = True
     rates: ClassVar = {"position": 25.0, "log_scale": 4.0}
 
     def __init__(self, latent: Tensor, start: QuantizedTensor, *, sharpness: float = 1000.0) -> None:

@@ -26,8 +26,8 @@ class AWQ(NearestQuantizer):
 
     Args:
         grid: exponents r tried, evenly spaced from 0 to below 1 (and no scaling at all).
-        clip: ranges tried per group, shrunk by as much as a half; 1 is plain min-max. With 2 bits half as many, each
-            with both zero points it lies between. The authors leave q and k unclipped.
+        clip: ranges tried per group, shrunk by as much as a half; 1 is plain min-max. On an asymmetric grid of 2 bits
+            half as many, each with both zero points it lies between. The authors leave q and k unclipped.
     """
 
     paper = "AWQ (arXiv 2306.00978), section 3.2, equations 4 and 5; duo scaling and clipping from its code"
@@ -88,8 +88,8 @@ class AWQ(NearestQuantizer):
         blocks = self.hessian.view(groups, width, groups, width).diagonal(dim1=0, dim2=2)
         hessian = blocks.permute(2, 0, 1).contiguous()
         # with four levels, on which side of zero there are two of them matters as much as how wide they stand
-        coarse = self.scheme.num_bits == 2 and self.clip > 1
-        ratios = self.clip // 2 if coarse else self.clip
+        coarse = self.scheme.num_bits == 2 and not self.scheme.symmetric and self.clip > 1
+        ratios = max(2, self.clip // 2) if coarse else self.clip
         grids = [
             search_scale(self.weight, self.scheme, self.scale_dtype, ratios, hessian=h, both_zeros=coarse)
             for h in (hessian, None)

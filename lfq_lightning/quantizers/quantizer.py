@@ -142,6 +142,7 @@ class LearnedQuantizer(Quantizer):
 
     default_init: ClassVar[str | dict[str, Any]] = "rtn"
     default_optimizer: ClassVar[str] = "adam"
+    learns_positions: ClassVar[bool] = False  # from where weights lie between two levels, which codes do not tell
     rates: ClassVar[dict[str, float]] = {}
 
     def __init__(self, latent: Tensor, start: QuantizedTensor) -> None:

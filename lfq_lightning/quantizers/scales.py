@@ -11,8 +11,8 @@ from lfq_lightning.quantizers import QUANTIZERS, LearnedQuantizer
 class Scales(LearnedQuantizer):
     """The scale of each group is learned; codes and zero points stay those that training starts from.
 
-    One number per group: too few to learn the calibration text by heart, so that all blocks can be trained at once,
-    through each other and the head (`match: whole`), where the paper has it.
+    One number per group: few enough that all blocks can be trained at once, through each other (`match: whole`), and
+    with an objective on logits through the head, as in the paper. docs/log.md has what it brings.
     """
 
     paper = "EfficientQAT (arXiv 2407.11062), section 3.3, E2E-QP"

@@ -24,6 +24,7 @@ class SignRound(LearnedQuantizer):
     paper = "SignRound / AutoRound (arXiv 2309.05516), section 3, equations 3 to 5"
     default_init: ClassVar = {"name": "rtn", "ratios": 1}
     default_optimizer = "sign_sgd"
+    learns_positions = True
 
     def __init__(self, latent: Tensor, start: QuantizedTensor) -> None:
         super().__init__(latent, start)

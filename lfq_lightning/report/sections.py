@@ -153,9 +153,13 @@ def weights(runs: Runs) -> dict[str, Any] | None:
     clipped, scales = [], []
     for i, (name, run) in enumerate(runs):
         by_kind: dict[str, list[tuple[float, dict[str, float]]]] = {}
+        shipped: dict[str, tuple[float, dict[str, float]]] = {}
         for block in run.blocks:
             for layer, found in block.get("weights", {}).items():
-                by_kind.setdefault(layer.rpartition(".")[2], []).append((float(block["index"]), found))
+                first = shipped.get(layer)  # a training of the whole comes again to what it found
+                shipped[layer] = (first[0] if first else float(block["index"]), found)
+        for layer, point in shipped.items():
+            by_kind.setdefault(layer.rpartition(".")[2], []).append(point)
         if len(runs) == 1:
             for colour, (kind, points) in enumerate(by_kind.items()):
                 clipped.append(Line(kind, [(x, found["at_ends"]) for x, found in points], colour))

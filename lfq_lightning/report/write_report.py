@@ -99,11 +99,11 @@ def _lost(runs: Runs) -> dict[str, Any]:
     notes = []
     for name, run in runs:
         lead = f"{name}: " if len(runs) > 1 else ""
-        rows.append([f"{lead}before the last block's training", *_cells(run.held_out("before_last_training"))])
+        rows.append([f"{lead}before the last training", *_cells(run.held_out("before_last_training"))])
         rows.append([f"{lead}quantised", *_cells(run.held_out("quantized"))])
         if len(runs) == 1:
             sides = [run.metrics[which]["per_sequence"]["kl"] for which in ("quantized", "before_last_training")]
-            notes.append(f"The last block's training changed the KL {_paired(*sides)}.")
+            notes.append(f"The last training changed the KL {_paired(*sides)}.")
     base = runs[0][1].metrics["quantized"]["per_sequence"]["kl"]
     for name, run in runs[1:]:
         own = run.metrics["quantized"]["per_sequence"]["kl"]
