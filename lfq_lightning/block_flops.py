@@ -20,7 +20,7 @@ def block_flops(plan: BlockPlan, skeleton: ModelSkeleton, tokens: int, held_out_
     everything = tokens + held_out_tokens
     passes = 1 if plan.whole else 2  # the teacher is there
     work = passes * forward * everything + 2 * forward * held_out_tokens
-    if not plan.whole and any(layer.closed_form.cls.needs_inputs for layer in plan.layers.values()):
+    if any(layer.closed_form.cls.needs_inputs for layer in plan.solved.values()):
         # each input is summed once, and gate and up of an expert read one; fp32 products count four times
         inputs = {(i, name.rpartition(".")[0] if ".experts." in name else ""): name for name, (_, i) in shapes.items()}
         sums = sum(2.0 * i * i * share(name) for (i, _), name in inputs.items())

@@ -103,7 +103,7 @@ def block_memory(plan: BlockPlan, skeleton: ModelSkeleton, setting: Setting) -> 
     solved, folded, beside = 0, 0, dict[int, int]()  # what the other experts' stacks hold, observed in the same pass
     if plan.whole:  # the block, its codes, and the weights that round to them
         solve = max(solve, 9 * weights)
-    for names, layer in _stacks(shapes, {} if plan.whole else plan.layers):
+    for names, layer in _stacks(shapes, plan.solved):
         columns, rows = shapes[names[0]][1], sum(shapes[name][0] for name in names)
         kind = layer.closed_form.cls
         observed = 2 * 4 * columns**2 if kind.needs_inputs else 0

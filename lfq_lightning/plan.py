@@ -88,12 +88,17 @@ class BlockPlan:
         return self.index != self.indices[0]
 
     @property
+    def solved(self) -> dict[str, LayerPlan]:
+        """The layers that are solved in closed form; of the whole none, whose codes are there."""
+        return {} if self.whole else self.layers
+
+    @property
     def learned(self) -> bool:
         return any(layer.learned for layer in self.layers.values())
 
     @property
     def needs_reference(self) -> bool:
-        return not self.whole and any(layer.needs_reference for layer in self.layers.values())
+        return any(layer.needs_reference for layer in self.solved.values())
 
     @property
     def logit_space(self) -> bool:
@@ -308,10 +313,9 @@ def _parse_quantizer(value: str | dict[str, Any], known_grid: bool) -> LayerPlan
             "closed-form one such as gptq."
         )
     learned: Plugin[Any] = QUANTIZERS.parse(given, {*_SCHEME_KEYS, "init"})
-    if known_grid:
-        learned.cls.check(scheme, learned.options)
     closed_form: Plugin[Any] = QUANTIZERS.parse(init)
     if known_grid:
+        learned.cls.check(scheme, learned.options)
         closed_form.cls.check(scheme, closed_form.options)
     return LayerPlan(scheme, closed_form, learned)
 

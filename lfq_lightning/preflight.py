@@ -83,7 +83,9 @@ def output_bytes(skeleton: ModelSkeleton, plans: list[BlockPlan]) -> int:
     """Return about how many bytes the packed model takes on disk."""
     width, total = skeleton.checkpoint.dtype.itemsize, outer_bytes(skeleton)
     for plan in plans:
-        for index in plan.indices if not plan.whole else ():
+        if plan.whole:  # its shards take the place of the blocks'
+            continue
+        for index in plan.indices:
             for name, (o, i) in skeleton.linear_shapes(index).items():
                 layer = plan.layers.get(name)
                 bits = 8.0 * width

@@ -33,8 +33,10 @@ LONGER = Rule("last", FLEXROUND, objective="logit_ce", steps=9, batch_size=4)
 SETTINGS = [{"precision": "bf16-mixed"}, {"accumulate_grad_batches": 3}, {"val_check_interval": 0.3}]
 
 
-def calibrate(model, text, output, *callbacks, rules=RULES, overwrite=False, save_seconds=0.0, data=None, **trainer):
-    scheduler = BlockScheduler(rules, str(output), overwrite, save_seconds=save_seconds, resolved_config="a: 1")
+def calibrate(
+    model, text, output, *callbacks, rules=RULES, overwrite=False, reuse=None, save_seconds=0.0, data=None, **trainer
+):
+    scheduler = BlockScheduler(rules, str(output), overwrite, reuse, save_seconds, resolved_config="a: 1")
     settings = {"num_samples": 12, "seq_len": 32, "num_held_out": 5, "seed": 3, **(data or {})}
     options = {"accelerator": "cpu", "precision": "32-true", "logger": False, **trainer}
     Trainer(callbacks=[scheduler, *callbacks], **options).run(

@@ -4,19 +4,17 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from lfq_lightning.calibration_module import CalibrationModule
-from lfq_lightning.callbacks import BlockCallback
-from lfq_lightning.callbacks.block_scheduler import BlockScheduler
 from lfq_lightning.data import CalibrationData
 from lfq_lightning.errors import UserError
 from lfq_lightning.load_model import load, load_full_precision
 from lfq_lightning.model_skeleton import ModelSkeleton
 from lfq_lightning.plan import Plan, Rule
-from lfq_lightning.trainer import Trainer
+from tests import test_resume
 from tests.conftest import save_tiny
-from tests.test_resume import KillAt, KilledError, same_bytes
+from tests.test_resume import Count, KillAfterBlock, KillAt, KilledError, same_bytes
+from tests.test_scheduler import shards
 
 GRID = {"bits": 2, "group_size": 16, "symmetric": False}
 BLOCKS = [
@@ -26,16 +24,9 @@ BLOCKS = [
 WHOLE = Rule("whole", "scales", objective="logit_ce", steps=10, batch_size=4, lr=1e-2)
 
 
-def calibrate(model, text, output, *callbacks, rules=(*BLOCKS, WHOLE), reuse=None, **trainer):
-    scheduler = BlockScheduler(list(rules), str(output), reuse=reuse, save_seconds=0.0)
-    data = CalibrationData(str(text), num_samples=12, seq_len=32, num_held_out=5, seed=3)
-    options = {"accelerator": "cpu", "precision": "32-true", "logger": False, **trainer}
-    Trainer(callbacks=[scheduler, *callbacks], **options).run(CalibrationModule(str(model)), data)
+def calibrate(model, text, output, *callbacks, rules=(*BLOCKS, WHOLE), **options):
+    test_resume.calibrate(model, text, output, *callbacks, rules=list(rules), **options)
     return output
-
-
-def tensors(folder):
-    return {name: value for file in sorted(folder.glob("*.safetensors")) for name, value in load_file(file).items()}
 
 
 def read(folder):
@@ -56,7 +47,7 @@ def test_it_goes_on_from_what_the_blocks_ship_and_only_scales_move(runs):
     assert polished["quantized"]["held_out"]["kl"] < plain["quantized"]["held_out"]["kl"]
     assert polished["model_bytes"] == plain["model_bytes"]
     assert [(line["index"], line["name"]) for line in lines][-1] == (len(lines) - 1, "the whole model")
-    before, after = map(tensors, runs)
+    before, after = map(shards, runs)
     assert set(before) == set(after)
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {name for name in before if name.endswith("weight_scale")}
@@ -92,35 +83,21 @@ def test_a_run_with_it_cannot(llama, text_file, tmp_path, runs):
         calibrate(llama, text_file, tmp_path / "run", rules=BLOCKS, reuse=str(runs[1]))
 
 
-class KillAtTheEnd(BlockCallback):
-    def on_block_end(self, trainer, report):
-        if report.name == "the whole model":
-            raise KilledError
-
-
 @pytest.mark.parametrize("where", [8, 12, 16, "end"])
 def test_killed_anywhere_the_bytes_are_the_same(runs, llama, text_file, tmp_path, where):
     """1 batch for each block in closed form, 6 for the last two, then 10."""
     for _ in range(2 if where == "end" else 1):
         with pytest.raises(KilledError):
-            calibrate(llama, text_file, tmp_path / "run", KillAtTheEnd() if where == "end" else KillAt(where))
+            calibrate(llama, text_file, tmp_path / "run", KillAfterBlock() if where == "end" else KillAt(where))
     calibrate(llama, text_file, tmp_path / "run")
     same_bytes(runs[1], tmp_path / "run")
 
 
-class Blocks(BlockCallback):
-    def __init__(self):
-        self.indices = []
-
-    def on_block_start(self, trainer, plan):
-        self.indices.append(plan.index)
-
-
 def test_killed_when_all_is_written_no_block_is_calibrated_again(llama, text_file, tmp_path):
     with pytest.raises(KilledError):
-        calibrate(llama, text_file, tmp_path / "run", KillAtTheEnd())
-    calibrate(llama, text_file, tmp_path / "run", seen := Blocks())
-    assert len(seen.indices) == 1
+        calibrate(llama, text_file, tmp_path / "run", KillAfterBlock())
+    calibrate(llama, text_file, tmp_path / "run", seen := Count())
+    assert len(seen.blocks) == 1
 
 
 def test_any_learned_quantizer_and_any_grid(llama, text_file, tmp_path):
@@ -155,7 +132,7 @@ def test_any_model_and_setting(text_file, tmp_path, family, quantizer):
     kls = [each["held_out"]["kl"] for each in (metrics["before_last_training"], plain["quantized"])]
     assert kls[0] == pytest.approx(kls[1], rel=1e-2)  # other batches: in bf16 a router may choose anew
     assert lines[-1]["best_step"] > 0 and lines[-1]["loss_after"] < lines[-1]["loss_before"]
-    old, new = tensors(before), tensors(after)
+    old, new = shards(before), shards(after)
     changed = {name for name in old if not torch.equal(old[name], new[name])}
     assert changed and all(name.endswith("weight_scale") for name in changed)
 

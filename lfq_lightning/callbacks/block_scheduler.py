@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections import ChainMap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -284,8 +285,8 @@ class BlockScheduler(BlockCallback):
                 raise UserError(f"reuse: {earlier.path} did not begin with this model and plan; leave reuse away.")
             if report is None:
                 return plan.index
-            shards = {i + 1: earlier.shard(i + 1, self.folder.shards, self.folder.family) for i in plan.indices}
-            stored = {name: tensor for shard in shards.values() for name, tensor in shard.items()}
+            shards = self._shards(earlier, plan)
+            stored = dict(ChainMap(*shards.values()))
             schemes = {name: p.scheme for name, p in plan.layers.items() if f"{name}.weight_packed" in stored}
             with self._forward_only():
                 for split in self.splits.each():
@@ -350,9 +351,7 @@ class BlockScheduler(BlockCallback):
         """Give the block the weights that are on disk, and the student stream what enters the first of its layers."""
         for split, tokens in zip(self.splits.each(), self.tokens, strict=True):
             split.restart_student(self._embed(tokens))
-        run, stored = EarlierRun(self.folder.path, goes_on=True), dict[str, Tensor]()
-        for index in plan.indices:
-            stored |= run.shard(index + 1, self.folder.shards, self.folder.family)
+        stored = dict(ChainMap(*self._shards(EarlierRun(self.folder.path, goes_on=True), plan).values()))
         self.block.load(CompressedTensors().dequantize(stored, self.schemes))
         found = {name: CompressedTensors().unpack(name, stored, self.schemes[name]) for name in plan.layers}
         return {
@@ -419,6 +418,9 @@ class BlockScheduler(BlockCallback):
                 f"block {index}: its {which} activations hold NaN or infinity; the model overflows in "
                 f"{self.trainer.precision}, or its weights are broken; try trainer.precision 32-true."
             )
+
+    def _shards(self, run: EarlierRun, plan: BlockPlan) -> dict[int, dict[str, Tensor]]:
+        return {index + 1: run.shard(index + 1, self.folder.shards, self.folder.family) for index in plan.indices}
 
     def _write(self, plan: BlockPlan, shipped: dict[str, QuantizedTensor]) -> None:
         replaced, dtype = {f"{name}.weight" for name in shipped}, self.skeleton.checkpoint.dtype
