@@ -1,9 +1,10 @@
-"""Packed models against bf16 on this machine: decode, prefill, memory, and the speed of packing and exporting.
+"""Packed models against dense ones on this machine: decode, prefill, memory, and the speed of packing and exporting.
 
     python -m benchmarks.packed_inference --work runs/packed [--smollm2 MODEL.gguf]
 
 A random Llama (D = 2048, 22 blocks, 32000 words: TinyLlama's shape) and SmolLM2, W4g64 rounded to nearest, batch 1;
-each side in a process of its own, alternating; medians of ROUNDS. Rows go to benchmarks/results/packed_inference.csv.
+each side in a process of its own, alternating; medians of ROUNDS. Dense is bf16, or fp32 where the CPU multiplies
+faster so. Rows go to benchmarks/results/packed_inference.csv, in place of those of the same CPU.
 """
 
 import argparse
@@ -22,10 +23,12 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
+from benchmarks.cpu import cpu
 from lfq_lightning.cli import main as lfq
 from lfq_lightning.decode_speed import compare
 from lfq_lightning.ops.bitstream import pack, unpack
 from lfq_lightning.ops.packed_matmul import cpu_int4
+from lfq_lightning.precision import product_dtype
 from lfq_lightning.quant_scheme import QuantScheme
 from lfq_lightning.quantized_tensor import QuantizedTensor
 
@@ -49,16 +52,19 @@ def main() -> None:
         run = _quantised(checkpoint, given.work / f"{name}-w4g64")
         found = [compare(str(run), PROMPT, NEW) for _ in range(ROUNDS)]
         for key in ("prefill", "decode", "model_bytes", "peak_bytes"):
-            values = {side: [getattr(each[side], key) for each in found] for side in ("packed", "bf16")}
+            values = {side: [getattr(each[side], key) for each in found] for side in ("packed", "dense")}
             ours, theirs = (statistics.median(value) for value in values.values())
-            rows.append({"what": f"{name} {key}", "packed": ours, "bf16": theirs, "ratio": ours / theirs})
+            rows.append({"what": f"{name} {key}", "packed": ours, "dense": theirs, "ratio": ours / theirs})
         rows += _export(run, given.work / f"{name}-gptq")
     rows += _products()
     rows += _packing()
+    here = cpu()
+    with RESULTS.open(newline="") as file:
+        others = [row for row in csv.DictReader(file) if row["cpu"] != here]
     with RESULTS.open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["what", "packed", "bf16", "ratio"])
+        writer = csv.DictWriter(file, ["cpu", "what", "packed", "dense", "ratio"])
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows([*others, *({"cpu": here} | row for row in rows)])
     for row in rows:
         print(*row.values())
 
@@ -112,23 +118,23 @@ def _export(run: Path, target: Path) -> list[dict[str, object]]:
 
 
 def _products() -> list[dict[str, object]]:
-    """Measure one product of M rows by the int4 kernel and by dequantising, in ms, and as a ratio to bf16."""
+    """Measure one product of M rows by the int4 kernel and by dequantising, in ms, and as a ratio to dense."""
     o, i = 5632, 2048
     scheme = QuantScheme(4, 64)
     codes = torch.randint(0, 16, (o, i), dtype=torch.uint8)
     middle = torch.full((o, i // 64, 1), scheme.middle_code, dtype=torch.uint8)
     quantized = QuantizedTensor(codes, torch.rand(o, i // 64, 1).bfloat16() + 0.5, middle, scheme)
-    weight, dense = cpu_int4.int4_weight(quantized), quantized.dequantize()
+    dtype = product_dtype(torch.bfloat16, torch.device("cpu"))
+    weight, dense = cpu_int4.Int4Weight(quantized), quantized.dequantize().to(dtype)
     rows: list[dict[str, object]] = []
     for m in (1, 4, 16, 64, 96, 128, 256, 512):
-        x = torch.randn(m, i).bfloat16()
-        bf16 = _median(partial(F.linear, x, dense))
+        x = torch.randn(m, i).to(dtype)
+        theirs = _median(partial(F.linear, x, dense))
         for way, kernel_rows in (("int4 kernel", m), ("dequantised", 0)):
-            cpu_int4.KERNEL_ROWS = kernel_rows
-            ours = _median(partial(cpu_int4.int4_matmul, x, weight))
-            rows.append(
-                {"what": f"{way}, ({m}, {i}) x ({o}, {i}), ms", "packed": ours, "bf16": bf16, "ratio": ours / bf16}
-            )
+            cpu_int4.KERNEL_ROWS = cpu_int4.KERNEL_ROWS_IN_FP32 = kernel_rows
+            ours = _median(partial(weight, x))
+            what = f"{way}, ({m}, {i}) x ({o}, {i}), ms"
+            rows.append({"what": what, "packed": ours, "dense": theirs, "ratio": ours / theirs})
     return rows
 
 

@@ -7,6 +7,8 @@ import csv
 import json
 from pathlib import Path
 
+from benchmarks.cpu import cpu
+
 RESULTS = Path(__file__).parent / "results" / "quickstart.csv"
 METRICS = Path("runs/quickstart/metrics.json")
 MODELS = ("full_precision", "before_last_training", "quantized")
@@ -18,11 +20,12 @@ def main() -> None:
     with RESULTS.open("a", newline="") as file:
         writer = csv.writer(file)
         if new:
-            writer.writerow(["model", *metrics["held_out"], "seconds", "peak_gb", "model_mb"])
+            writer.writerow(["cpu", "model", *metrics["held_out"], "seconds", "peak_gb", "model_mb"])
         for model in MODELS:
             held_out = [f"{value:.5f}" for value in metrics[model]["held_out"].values()]
             size = f"{metrics['model_bytes'] / 1e6:.1f}"
-            writer.writerow([model, *held_out, f"{metrics['seconds']:.1f}", f"{metrics['peak_bytes'] / 1e9:.2f}", size])
+            peak = f"{metrics['peak_bytes'] / 1e9:.2f}"
+            writer.writerow([cpu(), model, *held_out, f"{metrics['seconds']:.1f}", peak, size])
 
 
 if __name__ == "__main__":

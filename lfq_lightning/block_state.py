@@ -1,6 +1,7 @@
 """BlockState: where the training of a block stands, in memory and in a file to go on from."""
 
 import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,16 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lfq_lightning.calibration_block import CalibrationBlock
-from lfq_lightning.errors import UserError
+from lfq_lightning.errors import UserError, one_line
+from lfq_lightning.fingerprint import digest
 from lfq_lightning.ranks import Ranks
 from lfq_lightning.write_file import write_tensors
 
+log = logging.getLogger(__name__)
+
 _NOW, _BEST, _OPTIMIZER, _RANDOM = "now.", "best.", "optimizer.", "random"
 
+_FACTS, _CHECKSUM = "state", "sha256"  # keys of the file's metadata
 _PROGRESS = ("step", "checked_step", "best_step", "best_loss")
 
 
@@ -57,8 +62,12 @@ class BlockState:
             for name, parameter in self._trained():
                 parameter.copy_(self.best[name])
 
-    def save(self, file: Path, trainer: Trainer) -> None:
-        """Write all that the rest of the training depends on, whole or not at all; the first rank writes."""
+    def save(self, file: Path, trainer: Trainer, spent: dict[str, float]) -> None:
+        """Write all that the rest of the training depends on, whole or not at all; the first rank writes.
+
+        Args:
+            spent: what the run has taken so far, to be kept with it.
+        """
         optimizer = trainer.strategy.optimizers[0].state_dict()
         tensors: dict[str, Tensor] = {_RANDOM: torch.get_rng_state()}
         tensors |= {_NOW + name: parameter for name, parameter in self._trained()}
@@ -75,6 +84,7 @@ class BlockState:
             "optimizer": {"param_groups": optimizer["param_groups"], "state": plain},
             "schedulers": [config.scheduler.state_dict() for config in trainer.strategy.lr_scheduler_configs],
             "precision": trainer.precision_plugin.state_dict(),
+            "spent": spent,
         }
         whole: dict[str, Tensor] = {}
         seen: set[int] = set()
@@ -83,13 +93,12 @@ class BlockState:
             if found is not None:  # bitsandbytes gives all parameters one table; a file wants each its own
                 whole[name] = found.clone() if found.data_ptr() in seen else found.contiguous()
                 seen.add(found.data_ptr())
-        self.ranks.once(lambda: write_tensors(file, whole, {"state": json.dumps(facts)}))
+        text = json.dumps(facts)
+        self.ranks.once(lambda: write_tensors(file, whole, {_FACTS: text, _CHECKSUM: _checksum(whole, text)}))
 
     def load(self, file: Path, trainer: Trainer) -> None:
         """Go on from a file; its trainer has this block's optimizer already."""
-        facts = read_facts(file)
-        with safe_open(file, "pt") as stored:
-            tensors = {name: stored.get_tensor(name) for name in stored.keys()}
+        facts, tensors = _read(file)
         self.step, self.checked_step, self.best_step, self.best_loss = (facts[name] for name in _PROGRESS)
         for name, parameter in self._trained():
             self.best[name] = self.ranks.like(parameter, tensors[_BEST + name])
@@ -130,12 +139,29 @@ def _leaves(nested: dict[Any, Any]) -> Iterator[tuple[str, Any]]:
             yield str(key), value
 
 
-def read_facts(file: Path) -> dict[str, Any]:
-    """Return what a state file says beside its tensors; nothing if there is none, or it cannot be read."""
-    if not file.is_file():
-        return {}
+def read_facts(file: Path, fingerprint: str) -> dict[str, Any]:
+    """Return what a state file of this block says beside its tensors; nothing if it is another's, damaged, or none."""
     try:
         with safe_open(file, "pt") as stored:
-            return json.loads(stored.metadata()["state"])
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError):
+            facts = json.loads(stored.metadata()[_FACTS])
+        if facts["fingerprint"] != fingerprint:
+            return {}
+        return _read(file)[0]
+    except FileNotFoundError:
         return {}
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        log.warning("%s is damaged (%s); the block in it is trained from its start", file, one_line(error)[:100])
+        return {}
+
+
+def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return facts and tensors of a state file. Raises ValueError if they are not what was written."""
+    with safe_open(file, "pt") as stored:
+        metadata, tensors = stored.metadata(), {name: stored.get_tensor(name) for name in stored.keys()}
+    if metadata[_CHECKSUM] != _checksum(tensors, metadata[_FACTS]):
+        raise ValueError("its checksum differs")
+    return json.loads(metadata[_FACTS]), tensors
+
+
+def _checksum(tensors: dict[str, Tensor], facts: str) -> str:
+    return digest([tensors[name] for name in sorted(tensors)], facts, *sorted(tensors))

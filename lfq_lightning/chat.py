@@ -2,8 +2,9 @@
 
 import sys
 
+from lfq_lightning.chat_template import Message
 from lfq_lightning.errors import UserError
-from lfq_lightning.generate import Message, answer
+from lfq_lightning.generate import answer
 from lfq_lightning.load_model import load
 from lfq_lightning.ops.path import best_device
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from lfq_lightning import __version__
+from lfq_lightning.ending import prepare_streams, run_to_its_end, use_utf8
 from lfq_lightning.errors import UserError
 from lfq_lightning.quant_scheme import QuantScheme
 
@@ -24,7 +25,7 @@ _HELP = """usage: lfq COMMAND …
   lfq chat MODEL_DIR                                talk with it
   lfq inspect MODEL_DIR                             schemes, sizes, and which engines load it
   lfq export MODEL_DIR --format gptq --output DIR   the same model for another engine; nothing is calibrated again
-  lfq bench MODEL_DIR                               tokens per second and memory against bf16
+  lfq bench MODEL_DIR                               tokens per second and memory against the dense model
   lfq --version
 
 `lightning run …` is `lfq run …`. `lfq COMMAND --help` says more."""
@@ -33,13 +34,11 @@ _MODEL_DIR = "a packed model: output folder of `lfq run` or `lfq export`, or ano
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run a command. A UserError is printed as one sentence, with its exit code."""
-    arguments = sys.argv[1:] if argv is None else argv
-    try:
-        _dispatch(arguments)
-    except UserError as error:
-        print(f"lfq: error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    """Run a command. What goes wrong is printed as one sentence, with an exit code."""
+    if argv is None:
+        use_utf8(sys.argv[1:])
+        prepare_streams()
+    run_to_its_end(lambda: _dispatch(sys.argv[1:] if argv is None else argv))
 
 
 def lightning_main() -> None:
@@ -138,7 +137,7 @@ def _export(arguments: list[str]) -> None:
 
 
 def _bench(arguments: list[str]) -> None:
-    parser = _parser("bench", "Measure prefill, decode and memory of a packed model and of the same one in bf16.")
+    parser = _parser("bench", "Measure prefill, decode and memory of a packed model and of the same one dense.")
     parser.add_argument("model_dir", help=_MODEL_DIR)
     parser.add_argument("--prompt-tokens", type=int, default=128, help="random tokens to read (128)")
     parser.add_argument("--new-tokens", type=int, default=64, help="tokens to write (64)")
@@ -183,10 +182,12 @@ def _plan(arguments: list[str]) -> None:
     parser.add_argument("--tflops", type=float, help="bf16 TFLOP/s that each GPU sustains")
     given, more = parser.parse_known_args(arguments)
     from lfq_lightning.plan_run import parse_machine, plan_config, print_plan
+    from lfq_lightning.precision import choose_precision
     from lfq_lightning.run import read_config
 
     named = ["--model.checkpoint", given.model] if given.model else []
     config = read_config(["run", "--config", given.config, *more, *named, "--output", "planned"])
+    config.trainer.precision = choose_precision(config.trainer.precision, "gpu" if given.gpus else "cpu")
     machine = parse_machine(given.gpus, given.nodes, given.tflops, config.trainer.precision)
     if not print_plan(config.model.checkpoint, plan_config(config, machine), machine):
         sys.exit(1)

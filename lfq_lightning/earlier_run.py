@@ -1,6 +1,5 @@
 """EarlierRun: what a run folder holds, for a run that goes on from it or begins with the same blocks."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,10 @@ from torch import Tensor
 
 from lfq_lightning.errors import UserError
 from lfq_lightning.families import Family
-from lfq_lightning.run_folder import FACTS, JOURNAL, shard_name
+from lfq_lightning.run_folder import FACTS, JOURNAL, RunFolder, shard_name
+from lfq_lightning.seal import sha256, unsealed
+from lfq_lightning.spent import Spent
+from lfq_lightning.user_path import user_path
 
 Facts = dict[str, dict[str, Any]]
 
@@ -25,16 +27,21 @@ class EarlierRun:
     """
 
     def __init__(self, path: str | Path, goes_on: bool) -> None:
-        self.path = Path(path).expanduser()
+        self.path = user_path(path, "reuse")
         self.goes_on = goes_on
         try:
-            self.facts: Facts = json.loads((self.path / FACTS).read_text(encoding="utf-8"))
+            self.facts: Facts = unsealed((self.path / FACTS).read_text(encoding="utf-8"))
             lines = (self.path / JOURNAL).read_text(encoding="utf-8").splitlines(keepends=True)
-            self._reports: list[dict[str, Any]] = [json.loads(line) for line in lines if line.endswith("\n")]
+            self._reports = [unsealed(line) for line in lines if line.endswith("\n")]
         except (OSError, ValueError) as error:
             raise UserError(
-                f"reuse: {path} is not the folder of a run ({error}); give an output of `lfq run`."
+                f"reuse: {path} is not the folder of a run, or is damaged ({error}); give an output of `lfq run`."
             ) from error
+
+    @property
+    def spent(self) -> dict[str, float]:
+        """What the run had taken when its last block was done."""
+        return self._reports[-1]["spent"] if self._reports else vars(Spent())
 
     def check(self, facts: Facts) -> None:
         """Raise UserError naming the first of `facts` in which that run differs from this one."""
@@ -66,12 +73,20 @@ class EarlierRun:
         return None
 
     def shard(self, number: int, shards: int, family: Family) -> dict[str, Tensor]:
-        """Return the tensors of a shard, as the model names them. Raises UserError if it cannot be read."""
+        """Return the tensors of a shard, as the model names them. Raises UserError if it is not what was written."""
         file = self.path / shard_name(number, shards)
         try:
+            if sha256(file) not in self._digests(file.name):
+                raise UserError(
+                    f"reuse: {file} is not what was written (its SHA-256 differs); calibrate from the start."
+                )
             return {family.model_name(name): tensor for name, tensor in load_file(file).items()}
         except (SafetensorError, OSError) as error:
             raise UserError(f"reuse: {file} cannot be read ({error}); calibrate from the start.") from error
+
+    def _digests(self, shard: str) -> set[str]:
+        """Return the checksums that the journal has of a shard: of the block, and of a training of the whole model."""
+        return {report["shards"][shard] for report in self._reports if shard in report["shards"]}
 
     @property
     def _named(self) -> str:
@@ -82,6 +97,15 @@ class EarlierRun:
         if self.goes_on:
             return "make it equal to go on, or give another folder, or start anew with --overwrite true."
         return "make it equal, or calibrate from the start."
+
+
+def begun_precision(output: str, overwrite: bool, reuse: str | None) -> str | None:
+    """Return the precision of the run that a run into `output` resumes, or else reuses; None if there is none."""
+    resumed = RunFolder(output, 0, overwrite).unfinished
+    if not resumed and reuse is None:
+        return None
+    earlier = EarlierRun(output, goes_on=True) if resumed else EarlierRun(str(reuse), goes_on=False)
+    return earlier.facts.get("shared", {}).get("trainer.precision")
 
 
 def _short(value: Any) -> str:

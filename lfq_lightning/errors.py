@@ -10,9 +10,16 @@ class UserError(ValueError):
 
 
 class StoppedError(UserError):
-    """A signal ended the run; what was done is kept, and the same command goes on from there."""
+    """A signal ended the run; what was done is kept, and the same command resumes from there.
 
-    exit_code = 143  # what a shell shows for SIGTERM
+    Args:
+        message: the sentence.
+        number: of the signal.
+    """
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + number  # what a shell shows for it
 
 
 def require(package: str, who: str) -> None:

@@ -1,7 +1,6 @@
 """Fingerprints: what results depend on. A run goes on from a folder, or takes blocks over, only if they agree."""
 
 import hashlib
-import inspect
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import Tensor, uint8
 from lfq_lightning.checkpoints import Checkpoint
 from lfq_lightning.data import CalibrationData
 from lfq_lightning.plan import BlockPlan
+from lfq_lightning.plugin_sources import sources, with_terms
 from lfq_lightning.registry import Plugin
 from lfq_lightning.token_set import TokenSet
 
@@ -32,7 +32,7 @@ def shared_facts(trainer: Trainer, seed: int, tokens: tuple[TokenSet, TokenSet])
     settings = {f"trainer.{name}": getattr(trainer, name) for name in _TRAINER}
     versions = {f"version of {name}": version(name) for name in _VERSIONS}
     data = [value for each in tokens for value in (each.input_ids, each.mask)]
-    return {"seed": seed, "data": _digest(data), "device": trainer.strategy.root_device.type, **settings, **versions}
+    return {"seed": seed, "data": digest(data), "device": trainer.strategy.root_device.type, **settings, **versions}
 
 
 def own_facts(plans: list[BlockPlan], data: CalibrationData, checkpoint: Checkpoint) -> dict[str, Any]:
@@ -51,24 +51,20 @@ def own_facts(plans: list[BlockPlan], data: CalibrationData, checkpoint: Checkpo
         facts[f"objective {where}"] = repr(plan.objective)
         what = "last quantizer" if plan.whole else "quantizer"
         facts |= {f"{what} of {name}": repr(layer) for name, layer in plan.layers.items()}
-        facts |= {f"source of {plugin.name}": _digest([], _source(plugin)) for plugin in _plugins(plan)}
+        facts |= {f"source of {plugin.name}": digest([], sources(plugin)) for plugin in _plugins(plan)}
     return facts
 
 
 def block_fingerprint(before: str, plan: BlockPlan, tensors: dict[str, Tensor]) -> str:
     """Return the fingerprint of a block: its plan, its full-precision tensors, the fingerprint of the block before."""
-    sources = {_source(plugin) for plugin in _plugins(plan)}
+    code = {sources(plugin) for plugin in _plugins(plan)}
     what = repr(replace(plan, activation_checkpointing=False))  # which changes memory, and no result
-    return _digest([tensors[name] for name in sorted(tensors)], before, what, *sorted(sources))
+    return digest([tensors[name] for name in sorted(tensors)], before, what, *sorted(code))
 
 
 def _plugins(plan: BlockPlan) -> list[Plugin[Any]]:
     layers = [p for layer in plan.layers.values() for p in (layer.closed_form, layer.learned) if p is not None]
-    return [*layers, plan.objective]
-
-
-def _source(plugin: Plugin[Any]) -> str:
-    return Path(inspect.getfile(plugin.cls)).read_text(encoding="utf-8")
+    return [term for plugin in (*layers, plan.objective) for term in with_terms(plugin)]
 
 
 def sample_digest(file: Path) -> str:
@@ -82,7 +78,8 @@ def sample_digest(file: Path) -> str:
     return found.hexdigest()
 
 
-def _digest(tensors: list[Tensor], *texts: str) -> str:
+def digest(tensors: list[Tensor], *texts: str) -> str:
+    """Return a digest of all bits of tensors, in order, and of texts."""
     found = hashlib.sha256(repr(texts).encode())
     for tensor in tensors:
         found.update(repr(tensor.shape).encode())

@@ -3,7 +3,8 @@
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-Message = dict[str, str]  # role, content
+from lfq_lightning.chat_template import Message, render
+from lfq_lightning.data.prompt_tokens import check_tokens, prompt_tokens
 
 
 def answer(
@@ -20,12 +21,17 @@ def answer(
     template = bool(tokenizer.chat_template)
     text = messages[-1]["content"]
     if template:
-        text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-    inputs = tokenizer(text, add_special_tokens=not template, return_tensors="pt").to(model.device)
-    inputs.pop("token_type_ids", None)
+        text = render(tokenizer, messages, add_generation_prompt=True)
+    ids = prompt_tokens(tokenizer, text, special=not template)
+    check_tokens([ids], model.config.vocab_size, tokenizer)
+    inputs = torch.tensor([ids], device=model.device)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
     with torch.no_grad():
         output = model.generate(  # type: ignore[operator]
-            **inputs, do_sample=False, max_new_tokens=max_new_tokens, streamer=streamer
+            inputs,
+            attention_mask=torch.ones_like(inputs),
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            streamer=streamer,
         )
-    return str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+    return str(tokenizer.decode(output[0, inputs.shape[1] :], skip_special_tokens=True))

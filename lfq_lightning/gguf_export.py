@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
+from lfq_lightning.checkpoints.checkpoint import read_tokenizer
 from lfq_lightning.errors import UserError, one_line
 from lfq_lightning.gguf_blocks import block_type, blocks
 from lfq_lightning.gguf_tokenizer import tokenizer_fields
@@ -45,7 +45,7 @@ def export_gguf(source: str, output: str) -> Path:
         raise UserError(f"output: {target} exists; give a new file.")
     architecture, interleaved = _check(folder)
     kinds = [block_type(name, scheme, folder.shapes[name][1]) for name, scheme in folder.schemes.items()]
-    tokenizer = AutoTokenizer.from_pretrained(folder.path, local_files_only=True, trust_remote_code=False)
+    tokenizer = read_tokenizer(folder.path)
     fields = tokenizer_fields(tokenizer, folder.config.vocab_size)
     number = next(n for n, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     names = gguf.get_tensor_name_map(number, folder.config.num_hidden_layers)

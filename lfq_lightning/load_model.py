@@ -6,13 +6,15 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lfq_lightning.checkpoints import Checkpoint
+from lfq_lightning.checkpoints.checkpoint import read_generation_config, read_tokenizer
 from lfq_lightning.meta_model import assign_weights, meta_model
 from lfq_lightning.packed_folder import PackedFolder
 from lfq_lightning.packed_linear import PackedLinear
 from lfq_lightning.peak_memory import return_freed_memory
+from lfq_lightning.widen import widen
 
 log = logging.getLogger(__name__)
 
@@ -20,7 +22,9 @@ log = logging.getLogger(__name__)
 def load(
     folder: str | Path, dequantize: bool = False, device: str | torch.device = "cpu"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Return the model of a packed folder, in the dtype it ships in, and its tokenizer; any format in `lfq list`.
+    """Return the model of a packed folder and its tokenizer; any format in `lfq list`.
+
+    What is not packed is in the dtype that ships, or in fp32 on a CPU that multiplies faster so (`product_dtype`).
 
     Its linear layers stay packed (PackedLinear); with `dequantize` they are dense, bit for bit the weights that ship.
     On a GPU (`device="cuda"`) packed layers run as Triton kernels.
@@ -28,8 +32,9 @@ def load(
     Raises UserError if the folder is no packed model, or its files are damaged.
     """
     packed = PackedFolder(folder)
+    generation, tokenizer = read_generation_config(packed.path), read_tokenizer(packed.path)
     ways: Counter[str] = Counter()
-    model = meta_model(packed.config)
+    model = meta_model(packed.config, packed.path)
     weights: dict[str, Tensor] = {}
     for shard in packed.shards():
         # a copy in any case: it lets go of the mapped file
@@ -46,16 +51,18 @@ def load(
         return_freed_memory()
     assign_weights(model, weights, packed.path)
     model.to(device)  # type: ignore[arg-type]  # what is left: rotary tables
+    widen(model)
     if ways:
         log.info("packed layers on %s: %s", device, ", ".join(f"{number} by {way}" for way, number in ways.items()))
-    if (packed.path / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(packed.path, local_files_only=True)
-    return model, AutoTokenizer.from_pretrained(packed.path, local_files_only=True, trust_remote_code=False)
+    if generation is not None:
+        model.generation_config = generation
+    return model, tokenizer
 
 
 def load_full_precision(checkpoint: Checkpoint, device: torch.device) -> PreTrainedModel:
-    """Return the whole model of a checkpoint, in the dtype it is stored in."""
-    model = meta_model(checkpoint.config)
+    """Return the whole model of a checkpoint, in the dtype it is stored in, or in fp32 where that is faster."""
+    model = meta_model(checkpoint.config, checkpoint.path)
     assign_weights(model, checkpoint.tensors(checkpoint.names()), checkpoint.path)
     model.to(device=device)  # type: ignore[call-arg]
+    widen(model)
     return model

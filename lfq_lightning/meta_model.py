@@ -4,18 +4,24 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from lfq_lightning.errors import UserError
+from lfq_lightning.errors import UserError, one_line
 from lfq_lightning.experts import split_experts
 from lfq_lightning.families import FAMILIES
 
 
-def meta_model(config: PretrainedConfig) -> PreTrainedModel:
+def meta_model(config: PretrainedConfig, source: object) -> PreTrainedModel:
     """Return the model on the meta device, frozen and in eval mode; the tables no checkpoint stores are real.
 
     Experts of a mixture are linear layers of their own, as in checkpoints, not one tensor for all.
+
+    Raises UserError, naming `source`, for values that make no model.
     """
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+        try:
+            model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+        except Exception as error:  # a class of transformers stumbles over a value: where, only it knows
+            what = f"{type(error).__name__}: {one_line(error)[:200]}"
+            raise UserError(f"{source}: the values of config.json make no model ({what}); mend it.") from error
         family = FAMILIES.get(config.model_type)
         if family is not None and family.experts:
             split_experts(model, family.experts, config)

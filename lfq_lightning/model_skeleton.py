@@ -8,10 +8,9 @@ from torch import Tensor, nn
 
 from lfq_lightning.checkpoints import Checkpoint
 from lfq_lightning.decoder_block import DecoderBlock
-from lfq_lightning.errors import UserError
 from lfq_lightning.experts import router_names
 from lfq_lightning.head import Head
-from lfq_lightning.meta_model import assign_weights, check_shapes, meta_model
+from lfq_lightning.meta_model import assign_weights, meta_model
 
 
 class _Recorder(nn.Module):
@@ -37,7 +36,10 @@ class ModelSkeleton:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
         family = checkpoint.family
-        self._model = meta_model(checkpoint.config)
+        self._model = meta_model(checkpoint.config, checkpoint.path)
+        tied = set(self._model.all_tied_weights_keys)
+        expected = {name: tuple(tensor.shape) for name, tensor in self._model.state_dict().items() if name not in tied}
+        checkpoint.check_layout(expected)
         blocks = self._model.get_submodule(family.blocks)
         assert isinstance(blocks, nn.ModuleList)
         self._meta_blocks = list(blocks)
@@ -99,10 +101,7 @@ class ModelSkeleton:
         return hidden
 
     def block(self, indices: range, activation_checkpointing: bool = False) -> DecoderBlock:
-        """Read consecutive layers in fp32 as one block, ready for any number of sequences of the embedded length.
-
-        Raises UserError naming the weight if one holds NaN or infinity.
-        """
+        """Read consecutive layers in fp32 as one block, ready for any number of sequences of the embedded length."""
         arguments = [self._recorders[index].arguments for index in indices]
         names = [self.block_name(index) for index in indices]
         return DecoderBlock(names, [self._layer(index) for index in indices], arguments, activation_checkpointing)
@@ -110,15 +109,8 @@ class ModelSkeleton:
     def _layer(self, index: int) -> nn.Module:
         prefix = self._block_prefixes[index]
         tensors = self.checkpoint.tensors(self.block_names(index))
-        for name, tensor in tensors.items():
-            if not tensor.isfinite().all():
-                raise UserError(f"block {index}: {name} holds NaN or infinity; the model is broken, fetch it again.")
         layer = copy.deepcopy(self._meta_blocks[index])
         weights = {name.removeprefix(prefix): tensor.float() for name, tensor in tensors.items()}
-        absent = set(layer.state_dict()) - set(weights)
-        if absent:
-            raise UserError(f"{self.checkpoint.path} has no tensor {prefix}{min(absent)}; fetch the model again.")
-        check_shapes(layer, weights, f"{self.checkpoint.path}, block {index}")
         layer.load_state_dict(weights, assign=True)
         return layer.requires_grad_(False)
 
@@ -141,8 +133,5 @@ class ModelSkeleton:
         if self._ready:
             return
         tensors = self.checkpoint.tensors(self.outer_names())
-        for name, tensor in tensors.items():
-            if not tensor.isfinite().all():
-                raise UserError(f"{name} holds NaN or infinity; the model is broken, fetch it again.")
         assign_weights(self._model, tensors, self.checkpoint.path)
         self._ready = True

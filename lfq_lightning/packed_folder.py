@@ -1,6 +1,5 @@
 """PackedFolder: a packed model on disk, in any of the formats, its shards read one at a time."""
 
-import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,8 +8,9 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
+from lfq_lightning.checkpoints.checkpoint import read_config
 from lfq_lightning.errors import UserError, one_line
 from lfq_lightning.experts import router_names
 from lfq_lightning.families import FAMILIES, PLAIN
@@ -18,10 +18,12 @@ from lfq_lightning.formats import FORMATS, PackFormat, check_layout
 from lfq_lightning.meta_model import meta_model
 from lfq_lightning.quant_scheme import QuantScheme
 from lfq_lightning.quantized_tensor import QuantizedTensor
+from lfq_lightning.seal import changed_files, sha256
+from lfq_lightning.user_path import user_path
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-CHECKSUMS = "sha256"  # key in the index's metadata: file → digest
+SHARD_CHECKSUMS = "sha256"  # key in the index's metadata: file → digest
 
 
 @dataclass(frozen=True)
@@ -46,24 +48,25 @@ class PackedFolder:
 
     Args:
         path: the folder. Raises UserError if it is not one, is damaged, or uses what this package cannot compute with.
+
+    Attributes:
+        changed: small files, such as config.json, that are not what was written beside the weights.
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path).expanduser()
+        self.path = user_path(path, "MODEL_DIR")
         if not (self.path / "config.json").is_file():
             raise UserError(f"{self.path} is not a finished packed model (no config.json); run `lfq run` to make one.")
         if not (self.path / INDEX).is_file() and not (self.path / SINGLE).is_file():
             raise UserError(f"{self.path} has neither {INDEX} nor {SINGLE}; copy the model again.")
         try:
             self.settings: dict[str, Any] = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
-            self.config: PretrainedConfig = AutoConfig.from_pretrained(
-                self.path, local_files_only=True, trust_remote_code=False
-            )
             self.files, self._checksums = self._index()
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise UserError(
                 f"{self.path}: config or index is damaged ({one_line(error)[:100]}); copy the model again."
             ) from error
+        self.config: PretrainedConfig = read_config(self.path)
         self.quantization: dict[str, Any] = self.settings.get("quantization_config") or {}
         if not self.quantization:
             raise UserError(
@@ -72,7 +75,8 @@ class PackedFolder:
         del self.config.quantization_config
         self.family = FAMILIES.get(self.config.model_type, PLAIN)
         self.format_name, self.format = _format_of(self.quantization, self.path)
-        model = meta_model(self.config)
+        self.changed = changed_files(self.path)
+        model = meta_model(self.config, self.path)
         self.shapes, self.routers = _linear_shapes(model), router_names(model)
         self.schemes = self._schemes()
         self._places = {self.family.model_name(name): file for file, names in self.files.items() for name in names}
@@ -130,7 +134,7 @@ class PackedFolder:
                 if Path(file).name != file:
                     raise ValueError(f"{file} is no file name")
                 files.setdefault(file, []).append(name)
-            return dict(sorted(files.items())), index.get("metadata", {}).get(CHECKSUMS, {})
+            return dict(sorted(files.items())), index.get("metadata", {}).get(SHARD_CHECKSUMS, {})
         with safe_open(self.path / SINGLE, "pt") as shard:
             return {SINGLE: list(shard.keys())}, {}
 
@@ -174,12 +178,6 @@ class PackedFolder:
         if absent:
             raise UserError(f"{path} has no tensor {min(absent)}, but the index names it; copy the model again.")
         return {self.family.model_name(name): tensor for name, tensor in tensors.items()}
-
-
-def sha256(path: Path) -> str:
-    """Return the hexadecimal SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _format_of(quantization: dict[str, Any], path: Path) -> tuple[str, PackFormat]:

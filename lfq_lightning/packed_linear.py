@@ -7,15 +7,17 @@ from lfq_lightning.ops.bitstream import pack
 from lfq_lightning.ops.packed_matmul import cpu_int4
 from lfq_lightning.ops.packed_matmul.reference import packed_matmul
 from lfq_lightning.ops.path import runs_triton
+from lfq_lightning.precision import product_dtype
 from lfq_lightning.quantized_tensor import QuantizedTensor
 
 
 class PackedLinear(nn.Module):
-    """y = x Ŵᵀ + b, frozen, in the dtype of the scales, on the device where `quantized` lies.
+    """y = x Ŵᵀ + b, frozen, in the dtype of x, on the device where `quantized` lies.
 
-    On a GPU, weights of 2, 3, 4 and 8 bits go through our Triton kernel; on a CPU, weights of up to 4 bits with bf16
-    scales through PyTorch's int4 kernel (2- and 3-bit codes take 4 bits of memory there). All others are dequantised,
-    tile by tile, in each call. Each way has its own layout, so the layer does not move between kinds of device.
+    On a GPU, weights of 2, 3, 4 and 8 bits go through our Triton kernel; on a CPU, weights in groups of a multiple of
+    32 through PyTorch's int4 kernel, at the precision of bf16 (codes of 2 and 3 bits take 4 bits of memory there, wider
+    ones 8). All others are dequantised, tile by tile, in each call. Each way has its own layout, so the layer does not
+    move between kinds of device.
 
     Args:
         quantized: the weight (O, I).
@@ -26,7 +28,6 @@ class PackedLinear(nn.Module):
     grid: Tensor
     arrivals: Tensor
     scale: Tensor
-    scale_and_zero: Tensor
     zero_point: Tensor
 
     def __init__(self, quantized: QuantizedTensor, bias: Tensor | None) -> None:
@@ -37,26 +38,26 @@ class PackedLinear(nn.Module):
         self.device_type = quantized.codes.device.type
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.way = _way(quantized)
+        buffers: dict[str, Tensor] = {}
         if self.way == "Triton kernel":
             from lfq_lightning.ops.packed_matmul import triton
 
             tiled = triton.tile(quantized)
             buffers = {"packed": tiled.words, "grid": tiled.grid, "arrivals": tiled.arrivals}
         elif self.way == "int4 kernel":
-            weight = cpu_int4.int4_weight(quantized)
-            buffers = {"packed": weight.packed, "scale_and_zero": weight.scale_and_zero}
+            self.int4 = cpu_int4.Int4Weight(quantized)
         else:
-            buffers = {"packed": pack(quantized.codes, quantized.scheme.num_bits), "scale": quantized.scale}
-        if self.way != "Triton kernel":
-            buffers["zero_point"] = quantized.zero_point
+            packed = pack(quantized.codes, quantized.scheme.num_bits)
+            buffers = {"packed": packed, "scale": quantized.scale, "zero_point": quantized.zero_point}
         for name, tensor in buffers.items():
             self.register_buffer(name, tensor, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.packed.device.type != self.device_type:
+        device = next(self.buffers()).device
+        if device.type != self.device_type:
             raise UserError(
-                f"this model was packed for {self.device_type} and moved to {self.packed.device.type}; load it there: "
-                f"lfq_lightning.load(DIR, device={self.packed.device.type!r})."
+                f"this model was packed for {self.device_type} and moved to {device.type}; load it there: "
+                f"lfq_lightning.load(DIR, device={device.type!r})."
             )
         rows = x.reshape(-1, self.in_features)
         product = self._product(rows).view(*x.shape[:-1], self.out_features)
@@ -70,9 +71,9 @@ class PackedLinear(nn.Module):
             tiled = triton.TiledWeight(self.packed, self.grid, self.arrivals, self.scale_dtype, bits, group)
             return triton.matmul(rows, tiled)
         if self.way == "int4 kernel":
-            weight = cpu_int4.Int4Weight(self.packed, self.scale_and_zero, self.zero_point, self.out_features)
-            return cpu_int4.int4_matmul(rows, weight)
-        return packed_matmul(rows, self.packed, self.scale, self.zero_point, self.scheme)
+            return self.int4(rows)
+        wide = product_dtype(rows.dtype, rows.device)
+        return packed_matmul(rows.to(wide), self.packed, self.scale, self.zero_point, self.scheme).to(rows.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.in_features} → {self.out_features}, {self.scheme}, {self.way}"

@@ -13,6 +13,7 @@ from lfq_lightning.model_skeleton import ModelSkeleton
 from lfq_lightning.plan import BlockPlan
 from lfq_lightning.precision import compute_dtype
 from lfq_lightning.quantizers import DenseQuantizer
+from lfq_lightning.ranks import Ranks
 
 
 def check_trainer(
@@ -62,6 +63,16 @@ def check_shares(ranks: int, data: CalibrationData) -> None:
                 f"data.{name}: {vars(data)[name]} sequences do not divide among {ranks} processes; give a multiple of "
                 f"{ranks}."
             )
+
+
+def check_same_precision(precision: str, ranks: Ranks) -> None:
+    """Raise UserError if processes, each on its own machine, have chosen different precisions for `auto`."""
+    (halves,) = ranks.total(compute_dtype(precision).itemsize == 2)
+    if halves not in (0, ranks.size):
+        raise UserError(
+            f"trainer.precision: auto is bf16-mixed for {halves:.0f} of {ranks.size} processes, 32-true for the "
+            "others; name one of them."
+        )
 
 
 def check_training(ranks: int, plans: list[BlockPlan]) -> None:

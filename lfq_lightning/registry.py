@@ -145,6 +145,9 @@ def load_plugin_file(path: Path) -> None:
     sys.modules[path.stem] = module
     try:
         spec.loader.exec_module(module)
-    except (SyntaxError, ImportError) as error:
+    except (UserError, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # it may raise anything, and may even ask to leave
         del sys.modules[path.stem]
-        raise UserError(f"plugins: {path} cannot be imported: {error}; mend the file.") from error
+        what = f"{type(error).__name__}: {one_line(error)[:200]}"
+        raise UserError(f"plugins: {path} cannot be imported ({what}); mend the file.") from error

@@ -9,9 +9,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lfq_lightning.errors import UserError, one_line
+from lfq_lightning.read_yaml import read_yaml, read_yaml_file
 from lfq_lightning.registry import did_you_mean, load_plugin_file
 
 warnings.filterwarnings("ignore", message=".*isinstance.treespec.*|.*does not have many workers.*|.*returned `None`.*")
@@ -30,8 +29,11 @@ from lfq_lightning.callbacks.block_scheduler import BlockScheduler  # noqa: E402
 from lfq_lightning.callbacks.console import Console  # noqa: E402
 from lfq_lightning.callbacks.live_metrics import LiveMetrics  # noqa: E402
 from lfq_lightning.callbacks.report import Report  # noqa: E402
+from lfq_lightning.check_config import check_config  # noqa: E402
 from lfq_lightning.data import CalibrationData  # noqa: E402
+from lfq_lightning.earlier_run import begun_precision  # noqa: E402
 from lfq_lightning.plan import Rule  # noqa: E402
+from lfq_lightning.precision import choose_precision  # noqa: E402
 from lfq_lightning.ranks import launched_rank  # noqa: E402
 from lfq_lightning.run_folder import LOGS  # noqa: E402
 from lfq_lightning.trainer import Trainer  # noqa: E402
@@ -77,9 +79,16 @@ class CommandLine(LightningCLI):
         except ArgumentError as error:
             known = {*self._parser("run").get_defaults().keys(), *(field.name for field in fields(Rule))}
             raise UserError(_with_cure(one_line(error), known)) from error
+        if "run" in self.config:
+            sections = {"data": CalibrationData, "model": CalibrationModule}
+            check_config(self.config.run.as_dict(), sections)
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         config: Namespace = self.config_init.run
+        trainer = self.config.run.trainer  # what is chosen here stands in the YAML that is kept
+        begun = begun_precision(config.output, config.overwrite, config.reuse)
+        trainer.precision = choose_precision(trainer.precision, trainer.accelerator, begun)
+        kwargs["precision"] = trainer.precision
         resolved = self._parser("run").dump(self.config.run, skip_none=False)
         scheduler = BlockScheduler(
             config.plan, config.output, config.overwrite, config.reuse, config.save_seconds, resolved
@@ -161,11 +170,11 @@ def _load_plugins(arguments: list[str]) -> None:
         if option in {"--config", "-c", "--plugins"} and not value:
             value = arguments[position + 1] if position + 1 < len(arguments) else ""
         if option in {"--config", "-c"} and Path(value).is_file():
-            content = _yaml(Path(value).read_text(), value)
+            content = read_yaml_file(Path(value))
             named = content.get("plugins") if isinstance(content, dict) else None
             beside = Path(value).parent
         elif option == "--plugins":
-            named, beside = _yaml(value, "--plugins"), Path()
+            named, beside = read_yaml(value, "--plugins"), Path()
         else:
             continue
         if isinstance(named, str):
@@ -174,13 +183,6 @@ def _load_plugins(arguments: list[str]) -> None:
             raise UserError(f"plugins: {named!r} is not a list of Python files; write `plugins: [my_objective.py]`.")
         for file in named or []:
             load_plugin_file(Path(file) if Path(file).is_file() else beside / file)
-
-
-def _yaml(text: str, where: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{where} is not YAML: {one_line(error)}") from error
 
 
 def _with_cure(message: str, known: set[str]) -> str:

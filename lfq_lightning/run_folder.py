@@ -1,6 +1,7 @@
 """RunFolder: what a run leaves on disk. Nothing half-done looks finished, and what is done can be gone on from."""
 
 import fnmatch
+import hashlib
 import json
 import logging
 import os
@@ -10,20 +11,23 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lfq_lightning.checkpoints import LICENCES, Checkpoint
+from lfq_lightning.checkpoints import Checkpoint
+from lfq_lightning.checkpoints.small_files import write_small_files
 from lfq_lightning.engines import engines
-from lfq_lightning.errors import UserError
+from lfq_lightning.errors import UserError, one_line
 from lfq_lightning.families import PLAIN, Family
 from lfq_lightning.formats.compressed_tensors import CompressedTensors
 from lfq_lightning.model_card import CARD, model_card
-from lfq_lightning.packed_folder import CHECKSUMS, INDEX, sha256
+from lfq_lightning.packed_folder import INDEX, SHARD_CHECKSUMS
 from lfq_lightning.quant_scheme import QuantScheme
+from lfq_lightning.seal import CHECKSUMS, recorded_files, sealed, sha256, unsealed
 from lfq_lightning.stream_store import STREAM
 from lfq_lightning.token_set import TokenSet
+from lfq_lightning.user_path import user_path
 from lfq_lightning.write_file import append_lines, to_disk, write_tensors, write_text, writing
 
 log = logging.getLogger(__name__)
@@ -34,30 +38,20 @@ STATE = "state.safetensors"
 TOKENS = "tokens.safetensors"
 LOGS = "logs"  # Lightning's loggers may write here before the run does
 EVALUATION = "evaluation"  # what `lfq eval` measured
-_OURS = (  # all that a run may leave in its folder
-    "model-?????-of-?????.safetensors*",
-    f"{INDEX}*",
-    f"{CARD}*",
-    *LICENCES,
-    "*config.json*",
-    "metrics.json*",
-    "versions.json*",
-    "report.html*",
-    f"{FACTS}*",
-    f"{STATE}*",
-    f"{TOKENS}*",
-    "lfq.yaml*",
-    "tokenizer*",
-    "chat_template.jinja",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    f"{JOURNAL}*",
-    ".tmp??????",
-)
+LOCK = ".lock"
+_SCRATCH = "small-files.partial"
+_SHARD = "model-?????-of-?????.safetensors"
+_OURS = {  # what a run writes by these names; its tokenizer's files and licences are recorded in checksums.json
+    *(INDEX, CARD, "config.json", "metrics.json", "versions.json", "report.html", "lfq.yaml", CHECKSUMS, LOCK),
+    *(FACTS, STATE, TOKENS, JOURNAL),
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json"),
+    f"{EVALUATION}/evaluation.json",
+}
+_PATTERNS = (_SHARD, ".tmp??????", f"{EVALUATION}/answers-????????????????.jsonl", f"{_SCRATCH}/*")
+_RECORDED = (INDEX, CARD, FACTS, "lfq.yaml", "versions.json")  # too; what holds times carries its own checksum
+_ENDS = (".partial", ".again")  # of names that are being written
 _AGAIN = ".again"
-_ASIDE = ("*.partial", ".tmp??????")  # being written when a run was killed: by us, by safetensors and tokenizers
 _VERSIONS = ("lfq-lightning", "torch", "lightning", "transformers", "safetensors", "triton")
 
 
@@ -78,12 +72,41 @@ class RunFolder:
 
     def __init__(self, path: str | Path, shards: int, overwrite: bool = False, family: Family = PLAIN) -> None:
         self.family = family
-        self.path = Path(path).expanduser()
+        self.path = user_path(path, "output")
         self.shards = shards
         self.overwrite = overwrite
         self._weight_map: dict[str, str] = {}
         self._checksums: dict[str, str] = {}
         self._bytes: dict[str, int] = {}
+        self._lock: FileLock | None = None
+        self._made = False  # the folder, to be locked
+
+    def lock(self) -> None:
+        """Take the folder for this process alone. Raises UserError if another run has it."""
+        self._made = not self.path.exists()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = FileLock(self.path / LOCK, timeout=0)
+            self._lock.acquire()
+        except Timeout as error:
+            self._lock = None
+            raise UserError(
+                f"output: {self.path} is in use by another run; wait for its end, or give another folder."
+            ) from error
+        except OSError as error:
+            raise UserError(
+                f"output: {self.path} cannot be written to ({one_line(error)}); give another folder."
+            ) from error
+
+    def unlock(self) -> None:
+        """Give the folder back; one that was made for this run and has nothing in it goes."""
+        if self._lock is None:
+            return
+        (self.path / LOCK).unlink(missing_ok=True)
+        self._lock.release()
+        self._lock = None
+        if self._made and not any(self.path.iterdir()):
+            self.path.rmdir()
 
     @property
     def unfinished(self) -> bool:
@@ -100,7 +123,7 @@ class RunFolder:
         if self.path.is_file():
             raise UserError(f"output: {self.path} is a file; give a folder.")
         if self._content():
-            foreign = [entry.name for entry in self._content() if not _is_ours(entry)]
+            foreign = [name for name in self._content() if not self._is_ours(name)]
             if foreign or not (self.path / JOURNAL).is_file():
                 named = ", ".join(sorted(foreign)[:3]) or "none of a run"
                 raise UserError(f"output: {self.path} holds other files ({named}); give a new or empty folder.")
@@ -123,7 +146,11 @@ class RunFolder:
             )
 
     def open(
-        self, resolved_config: str | None, facts: dict[str, Any], tokens: tuple[TokenSet, TokenSet] | None
+        self,
+        resolved_config: str | None,
+        facts: dict[str, Any],
+        tokens: tuple[TokenSet, TokenSet] | None,
+        spent: dict[str, float],
     ) -> None:
         """Empty the folder of an earlier run, start the journal, and note what the run depends on.
 
@@ -131,18 +158,24 @@ class RunFolder:
             resolved_config: YAML text to keep.
             facts: what a run must agree in to go on from here; written last.
             tokens: the calibration data, where making it again is dear.
+            spent: what making it has taken.
         """
         # Config first: what is left is no model then. The journal last: until then the folder is known as a run's.
-        for old in sorted(self._content(), key=lambda entry: (entry.name == JOURNAL, entry.name != "config.json")):
-            shutil.rmtree(old) if old.is_dir() else old.unlink()
+        for old in sorted(
+            self._content(), key=lambda name: (name == JOURNAL, name == CHECKSUMS, name != "config.json")
+        ):
+            (self.path / old).unlink()
+        for folder in sorted((entry for entry in self.path.rglob("*") if entry.is_dir()), reverse=True):
+            if folder.name != LOGS and not any(folder.iterdir()):
+                folder.rmdir()
         self.path.mkdir(parents=True, exist_ok=True)
         (self.path / JOURNAL).touch()
         if resolved_config is not None:
             self.write_text("lfq.yaml", resolved_config)
         self.write_json("versions.json", {name: found for name in _VERSIONS if (found := _version(name))})
         if tokens is not None:
-            self._write_tokens(tokens)
-        self.write_json(FACTS, facts)
+            self._write_tokens(tokens, spent)
+        self.write_json(FACTS, sealed(facts))
 
     def reopen(self, blocks: int) -> None:
         """Keep of the journal what can be gone on from: its whole lines, up to the first whose shard is not intact.
@@ -164,7 +197,11 @@ class RunFolder:
     def _broken(self, line: str) -> str | None:
         if not line.endswith("\n"):
             return "the last line of the journal is torn"
-        for name, digest in json.loads(line)["shards"].items():
+        try:
+            shards = unsealed(line)["shards"]
+        except ValueError:
+            return "a line of the journal is damaged"
+        for name, digest in shards.items():
             if not (self.path / name).is_file():
                 return f"{name} is missing"
             if sha256(self.path / name) != digest:
@@ -197,7 +234,7 @@ class RunFolder:
 
     def append_journal(self, line: dict[str, Any]) -> None:
         """Add one JSON line to the journal and bring it to the disk."""
-        append_lines(self.path / JOURNAL, [json.dumps(line)])
+        append_lines(self.path / JOURNAL, [json.dumps(sealed(line))])
 
     def finish(
         self,
@@ -208,15 +245,8 @@ class RunFolder:
         metrics: dict[str, Any],
     ) -> None:
         """Write metrics, tokenizer, index and, last of all, config.json: from here on it is a model."""
-        self.write_json("metrics.json", metrics)
-        with writing(self.path):
-            checkpoint.tokenizer().save_pretrained(self.path)
-            generation = checkpoint.generation_config()
-            if generation is not None:
-                generation.save_pretrained(self.path)
-            for file in checkpoint.licences():
-                shutil.copyfile(file, self.path / file.name)
-        metadata = {"total_size": self.total_bytes, CHECKSUMS: self._checksums}
+        self.write_json("metrics.json", sealed(metrics))
+        metadata = {"total_size": self.total_bytes, SHARD_CHECKSUMS: self._checksums}
         self.write_json(INDEX, {"metadata": metadata, "weight_map": dict(sorted(self._weight_map.items()))})
         config = _model_config(checkpoint, architecture)
         schemes = {self.family.stored_name(layer): scheme for layer, scheme in schemes.items()}
@@ -225,42 +255,73 @@ class RunFolder:
             config["quantization_config"] = CompressedTensors().config(schemes, ignore)
             loads = engines(CompressedTensors(), schemes, ignore)
             self.write_text(CARD, model_card(config, schemes, loads, metrics))
-        for left in (file for pattern in _ASIDE for file in self.path.glob(pattern)):
-            left.unlink()
-        for file in self._content():
-            to_disk(file)
+        text = json.dumps(config, indent=2) + "\n"
         with writing(self.path):
+            self._write_small_files(checkpoint, text)
+            for left in self.path.glob("*.partial"):
+                left.unlink()
+            for left in self.path.glob(".tmp??????"):  # of safetensors and tokenizers, in a run that was killed
+                left.unlink()
+            for name in self._content():
+                to_disk(self.path / name)
             for written in self.path.glob(f"*{_AGAIN}"):
                 written.replace(written.with_suffix(""))
-        self.write_json("config.json", config)
+        self.write_text("config.json", text)
         for left in (self.path / STATE, self.path / TOKENS):  # last: they are what to go on from
             left.unlink(missing_ok=True)
 
-    def _write_tokens(self, sets: tuple[TokenSet, TokenSet]) -> None:
+    def _write_small_files(self, checkpoint: Checkpoint, config: str) -> None:
+        """Write tokenizer, generation config and licences; checksums.json records them before they take their names."""
+        scratch = self.path / _SCRATCH
+        shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed here
+        scratch.mkdir()
+        write_small_files(checkpoint, scratch)
+        small = [file.relative_to(scratch) for file in sorted(scratch.rglob("*")) if file.is_file()]
+        digests = {file.as_posix(): sha256(scratch / file) for file in small}
+        beside = [name for name in _RECORDED if (self.path / name).is_file()]
+        digests |= {name: sha256(self.path / name) for name in beside}
+        digests["config.json"] = hashlib.sha256(config.encode()).hexdigest()
+        self.write_json(CHECKSUMS, sealed(digests))
+        for file in small:
+            (self.path / file).parent.mkdir(exist_ok=True)
+            (scratch / file).replace(self.path / file)
+        shutil.rmtree(scratch)
+
+    def _write_tokens(self, sets: tuple[TokenSet, TokenSet], spent: dict[str, float]) -> None:
         named = zip(("train", "held_out"), sets, strict=True)
         tensors = {f"{name}.{part}": vars(tokens)[part] for name, tokens in named for part in ("input_ids", "mask")}
-        write_tensors(self.path / TOKENS, tensors, {})
+        write_tensors(self.path / TOKENS, tensors, {"spent": json.dumps(spent)})
 
-    def read_tokens(self) -> tuple[TokenSet, TokenSet] | None:
-        """Return the calibration data that a run here has kept."""
+    def read_tokens(self) -> tuple[tuple[TokenSet, TokenSet], dict[str, float]] | None:
+        """Return the calibration data that a run here has kept, and what making it took."""
         try:
-            stored = load_file(self.path / TOKENS)
+            with safe_open(self.path / TOKENS, "pt") as file:
+                stored = {name: file.get_tensor(name) for name in file.keys()}
+                spent = json.loads(file.metadata()["spent"])
             train, held_out = (
                 TokenSet(stored[f"{name}.input_ids"], stored[f"{name}.mask"]) for name in ("train", "held_out")
             )
-        except (OSError, SafetensorError, KeyError):
+        except (OSError, SafetensorError, KeyError, ValueError):
             return None
-        return train, held_out
+        return (train, held_out), spent
 
     @property
     def total_bytes(self) -> int:
         """Bytes of all tensors written so far."""
         return sum(self._bytes.values())
 
-    def _content(self) -> list[Path]:
-        if not self.path.is_dir():
-            return []
-        return [entry for entry in self.path.iterdir() if entry.name != LOGS and not _passes(entry.name)]
+    def _content(self) -> list[str]:
+        """Return the files in the folder, by their paths in it; loggers' and what goes by itself left out."""
+        files = [entry for entry in self.path.rglob("*") if entry.is_file() or entry.is_symlink()]
+        names = [file.relative_to(self.path).as_posix() for file in files if not _passes(file.name)]
+        return [name for name in names if name != LOCK and not name.startswith(f"{LOGS}/")]
+
+    def _is_ours(self, name: str) -> bool:
+        """Tell whether a run has written this file, by its name or by its record."""
+        for end in _ENDS:
+            name = name.removesuffix(end)
+        known = name in _OURS or any(fnmatch.fnmatchcase(name, pattern) for pattern in _PATTERNS)
+        return known or name in recorded_files(self.path)
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         self.write_text(name, json.dumps(content, indent=2) + "\n")
@@ -282,12 +343,6 @@ def _model_config(checkpoint: Checkpoint, architecture: str) -> dict[str, Any]:
 def _passes(name: str) -> bool:
     """Tell whether a file goes by itself: activations, which have no name but for a moment, or on NFS until the end."""
     return name.endswith(STREAM) or name.startswith(".nfs")
-
-
-def _is_ours(entry: Path) -> bool:
-    if entry.is_dir():
-        return entry.name == EVALUATION
-    return any(fnmatch.fnmatch(entry.name, pattern) for pattern in _OURS)
 
 
 def _version(distribution: str) -> str | None:

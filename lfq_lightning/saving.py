@@ -1,4 +1,4 @@
-"""Saving: when the training of a block is saved, and how a SIGTERM ends a run."""
+"""Saving: when the training of a block is saved, and how a signal ends a run."""
 
 import signal
 import threading
@@ -9,12 +9,16 @@ from typing import Any, NoReturn
 from lfq_lightning.errors import StoppedError, UserError
 from lfq_lightning.ranks import Ranks
 
+_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
+
 
 class Saving:
-    """Watches the clock and SIGTERM, which a job scheduler sends before it kills. All ranks agree on every answer.
+    """Watches the clock, and signals: SIGTERM, which a job scheduler sends before it kills, Ctrl-C, a closed terminal.
+
+    All ranks agree on every answer.
 
     Attributes:
-        stop_at_once: nothing of the current phase can be saved, so that SIGTERM ends it on the spot.
+        stop_at_once: nothing of the current phase can be saved, so that a signal ends it on the spot.
 
     Args:
         interval_seconds: how much time may be lost; 0 saves at every step.
@@ -27,25 +31,29 @@ class Saving:
             raise UserError(f"save_seconds: {interval_seconds} is negative; give how much time may be lost, or 0.")
         self.interval_seconds = interval_seconds
         self.stop_at_once = True
-        self._asked = False
-        self._listens = False
-        self._before: Any = signal.SIG_DFL
+        self._asked: int | None = None  # the signal that was heard
+        self._before: dict[int, Any] = {}
         self.done()
 
     def listen(self, ranks: Ranks, launcher: Any) -> None:
-        """Take SIGTERM from now on, and hand it to the processes that Lightning's launcher has started, if it has."""
+        """Take the signals from now on, and hand them to the processes that Lightning's launcher has started.
+
+        One that is ignored, as `nohup` wants it of SIGHUP, stays so.
+        """
         self.ranks, self._launcher = ranks, launcher
         if threading.current_thread() is not threading.main_thread():
             return  # only the main thread hears signals
-        found = signal.signal(signal.SIGTERM, self._hear)
-        self._before = self._before if self._listens else found
-        self._listens = True
+        for number in _SIGNALS:
+            if signal.getsignal(number) == signal.SIG_IGN:
+                continue
+            found = signal.signal(number, self._hear)
+            self._before.setdefault(number, found)
 
     def unlisten(self) -> None:
-        """Leave SIGTERM to whoever had it before."""
-        if self._listens:
-            signal.signal(signal.SIGTERM, self._before)
-            self._listens = False
+        """Leave the signals to whoever had them before."""
+        for number, before in self._before.items():
+            signal.signal(number, before)
+        self._before = {}
 
     def due(self) -> bool:
         """Tell whether the interval is over, by the first rank's clock."""
@@ -57,20 +65,23 @@ class Saving:
         self._saved = time.monotonic()
 
     def stopping(self) -> bool:
-        """Tell whether any rank was sent SIGTERM."""
-        return self.ranks.total(self._asked) != [0]
+        """Tell whether any rank was sent a signal."""
+        return self.ranks.total(self._asked is not None) != [0]
 
     def stop(self, where: str) -> NoReturn:
         """End the run. The first rank says so; of the others an exit code would have their launcher kill it."""
         if not self.ranks.first:
             raise SystemExit(0)
+        number = self._asked if self._asked is not None else signal.SIGTERM
         raise StoppedError(
-            f"stopped by SIGTERM at {where}; run the same command again, without --overwrite, to go on from there."
+            f"stopped by {signal.Signals(number).name} at {where}; run the same command again, without --overwrite, to "
+            "resume from there.",
+            number,
         )
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
-        if self._launcher is not None and not self._asked:
+        if self._launcher is not None and self._asked is None:
             self._launcher.kill(number)
-        self._asked = True
+        self._asked = number
         if self.stop_at_once:
             self.stop("a point with nothing to save")

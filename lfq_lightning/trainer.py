@@ -11,6 +11,7 @@ from lfq_lightning.callbacks.block_scheduler import BlockScheduler
 from lfq_lightning.data import CalibrationData
 from lfq_lightning.errors import UserError
 from lfq_lightning.fsdp2 import FSDP2, launched
+from lfq_lightning.precision import AUTO, choose_precision
 
 
 class Trainer(pl.Trainer):
@@ -20,6 +21,7 @@ class Trainer(pl.Trainer):
         devices: on each node; as many as torchrun or srun has started if not said, else one.
         num_nodes: likewise.
         strategy: `fsdp2` for more than one process if not said.
+        precision: `auto` is what the device multiplies fast in (`choose_precision`).
     """
 
     def __init__(
@@ -28,7 +30,7 @@ class Trainer(pl.Trainer):
         devices: list[int] | str | int | None = None,
         num_nodes: int | None = None,
         strategy: str | Strategy = "auto",
-        precision: str = "bf16-mixed",
+        precision: str = AUTO,
         max_epochs: int = -1,
         val_check_interval: float = 0.25,
         num_sanity_val_steps: int = 0,
@@ -47,7 +49,7 @@ class Trainer(pl.Trainer):
             devices=devices,
             num_nodes=num_nodes,
             strategy=strategy,
-            precision=precision,  # type: ignore[arg-type]
+            precision=choose_precision(precision, kwargs.get("accelerator", "auto")),  # type: ignore[arg-type]
             max_epochs=max_epochs,
             val_check_interval=val_check_interval,
             num_sanity_val_steps=num_sanity_val_steps,
@@ -65,9 +67,9 @@ class Trainer(pl.Trainer):
         """
         everyone = self.callbacks  # type: ignore[attr-defined]
         schedulers = [callback for callback in everyone if isinstance(callback, BlockScheduler)]
-        for scheduler in schedulers:
-            scheduler.prepare(self, model, datamodule)
         try:
+            for scheduler in schedulers:
+                scheduler.prepare(self, model, datamodule)
             self.fit(model, datamodule=datamodule)
         except Exception:
             if self.strategy.launcher is not None:
@@ -78,7 +80,7 @@ class Trainer(pl.Trainer):
                 self.strategy.disconnect_at_exit()
         finally:
             for scheduler in schedulers:
-                scheduler.saving.unlisten()
+                scheduler.release()
         if not all(scheduler.finished for scheduler in schedulers):
             raise UserError(
                 f"the run was stopped before its last block; finished shards are in {schedulers[0].folder.path}, but "

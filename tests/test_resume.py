@@ -19,6 +19,7 @@ from lfq_lightning.data import CalibrationData
 from lfq_lightning.errors import StoppedError, UserError
 from lfq_lightning.fingerprint import own_facts, sample_digest
 from lfq_lightning.plan import Rule
+from lfq_lightning.seal import sealed, unsealed
 from lfq_lightning.trainer import Trainer
 from tests.conftest import save_tiny
 
@@ -255,9 +256,9 @@ def test_changed_bytes_are_refused(left, llama, text_file, tmp_path):
     shutil.copyfile(text_file, text)
     with pytest.raises(UserError, match=r"another data.dataset"):
         calibrate(llama, text, left)
-    facts = json.loads((left / "facts.json").read_text())
+    facts = unsealed((left / "facts.json").read_text())
     facts["own"]["data.dataset"] = str(text)  # as if it had begun with that file
-    (left / "facts.json").write_text(json.dumps(facts))
+    (left / "facts.json").write_text(json.dumps(sealed(facts)))
     text.write_bytes(text_file.read_bytes().replace(b"beer", b"wine"))
     with pytest.raises(UserError, match=r"another data \("):
         calibrate(llama, text, left)
@@ -271,9 +272,9 @@ def test_changed_weights_are_refused(left, llama, text_file, tmp_path):
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"another model file model.safetensors"):
         calibrate(model, text_file, left)
-    facts = json.loads((left / "facts.json").read_text())
+    facts = unsealed((left / "facts.json").read_text())
     facts["own"]["model file model.safetensors"] = sample_digest(model / "model.safetensors")
-    (left / "facts.json").write_text(json.dumps(facts))  # as if no sample had met that weight
+    (left / "facts.json").write_text(json.dumps(sealed(facts)))  # as if no sample had met that weight
     with pytest.raises(UserError, match=r"other weights in block 0"):
         calibrate(model, text_file, left)
 

@@ -22,7 +22,7 @@ PROMPT_TOKENS, NEW_TOKENS, PROMPTS = 16, 48, 100
 def full_precision(checkpoint: str) -> PreTrainedModel:
     """Return the model of a checkpoint with its weights in fp32, GGUF included."""
     opened = open_checkpoint(checkpoint)
-    model = meta_model(opened.config)
+    model = meta_model(opened.config, checkpoint)
     assign_weights(model, opened.tensors(opened.names()), checkpoint)
     return model.float()
 

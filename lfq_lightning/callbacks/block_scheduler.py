@@ -18,6 +18,7 @@ from lfq_lightning.block_module import BlockModule
 from lfq_lightning.block_state import BlockState, read_facts
 from lfq_lightning.calibration_block import CalibrationBlock
 from lfq_lightning.callbacks import CALLBACKS, BlockCallback, BlockReport
+from lfq_lightning.checkpoints.small_files import check_small_files
 from lfq_lightning.earlier_run import EarlierRun
 from lfq_lightning.errors import UserError
 from lfq_lightning.final_block_module import FinalBlockModule
@@ -32,7 +33,7 @@ from lfq_lightning.ops.path import describe
 from lfq_lightning.peak_memory import peak_bytes, reset_peak
 from lfq_lightning.plan import BlockPlan, Plan, Rule
 from lfq_lightning.precision import compute_dtype, stream_dtype
-from lfq_lightning.preflight import check_trainer, check_training, output_bytes
+from lfq_lightning.preflight import check_same_precision, check_trainer, check_training, output_bytes
 from lfq_lightning.quant_scheme import QuantScheme
 from lfq_lightning.quantized_tensor import QuantizedTensor
 from lfq_lightning.ranks import launched_rank, ranks_of
@@ -40,6 +41,7 @@ from lfq_lightning.report.weight_statistics import weight_statistics
 from lfq_lightning.run_folder import RunFolder
 from lfq_lightning.saving import Saving
 from lfq_lightning.solve import Solution, solve
+from lfq_lightning.spent import Spent
 from lfq_lightning.stream_store import StreamStore
 from lfq_lightning.token_set import TokenSet
 from lfq_lightning.weighted_mean import WeightedMean
@@ -83,6 +85,8 @@ class BlockScheduler(BlockCallback):
         self.saving = Saving(save_seconds)
         self.resolved_config = resolved_config
         self.prepared = False
+        self.locked: RunFolder | None = None
+        self.spent = Spent()
         self.finished = False
         self.state: BlockState
         self.check_every: int
@@ -91,27 +95,42 @@ class BlockScheduler(BlockCallback):
 
     def prepare(self, trainer: Trainer, module: LightningModule, data: LightningDataModule | None) -> None:
         """Check everything that can be checked without weights and data. Raises UserError; changes nothing on disk."""
-        self.run_started = time.perf_counter()
+        self.run_started, self.peak_bytes = time.perf_counter(), 0
         self.module, self.data = check_trainer(trainer, module, data)
         self.skeleton = ModelSkeleton(self.module.checkpoint)
         self.plans = self.plan.resolve(self.skeleton)
         check_training(trainer.num_devices * trainer.num_nodes, self.plans)
         self.folder = RunFolder(self.output, len(self.skeleton) + 1, self.overwrite, self.module.checkpoint.family)
         if launched_rank() == 0:
+            check_small_files(self.module.checkpoint)
             again = 2 if self.plans[-1].whole else 1  # then all shards are written beside the first ones
             self.folder.check(again * output_bytes(self.skeleton, self.plans))
         self.earlier = EarlierRun(self.reuse, goes_on=False) if self.reuse else None
         if self.earlier is not None and self.earlier.path.resolve() == self.folder.path.resolve():
             raise UserError("reuse: it is the output itself; give another output.")
+        if launched_rank() == 0:
+            self.folder.lock()
+            self.locked = self.folder
         self.prepared = True
+
+    def release(self) -> None:
+        """Leave signals and the folder to others."""
+        self.saving.unlisten()
+        if self.locked is not None:
+            self.locked.unlock()
+            self.locked = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if not self.prepared:
             self.prepare(trainer, pl_module, trainer.datamodule)  # type: ignore[attr-defined]
 
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.release()
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.trainer, self.device = trainer, trainer.strategy.root_device
         self.ranks = ranks_of(trainer)
+        check_same_precision(trainer.precision, self.ranks)
         self.saving.listen(self.ranks, trainer.strategy.launcher)
         self.store = StreamStore(self.device, self.folder.path, *self.data.budgets(trainer.num_devices))
         log.info("quantise-dequantise, logit loss and GPTQ on %s: %s", self.device, describe(self.device))
@@ -123,7 +142,6 @@ class BlockScheduler(BlockCallback):
         self.splits = Splits(self._cache("train", train), self._cache("held_out", held_out))
         self._write_shard(0, self.skeleton.checkpoint.tensors(self.skeleton.outer_names()))
         self.schemes: dict[str, QuantScheme] = {}
-        self.peak_bytes = peak_bytes(self.device)
         for listener in self._listeners():
             listener.on_run_start(self.trainer, self.plans)
         self.fingerprint = ""
@@ -149,7 +167,7 @@ class BlockScheduler(BlockCallback):
             return
         stopping = self.saving.stopping()  # here all of the steps before is done, their held-out check included
         if stopping or self.saving.due():
-            self.state.save(self.folder.state_file, trainer)
+            self.state.save(self.folder.state_file, trainer, vars(self._spent()))
             self.saving.done()
         if stopping:
             self.saving.stop(f"block {self.current.plan.index}, step {self.state.step}")
@@ -234,10 +252,11 @@ class BlockScheduler(BlockCallback):
 
     def _find_place(self, plan: BlockPlan) -> None:
         """Begin the block's training where an earlier run has left it, if it has."""
-        left = self.ranks.once(lambda: read_facts(self.folder.state_file))
-        self.state.step = left["step"] if left.get("fingerprint") == self.fingerprint else 0
+        left = self.ranks.once(lambda: read_facts(self.folder.state_file, self.fingerprint))
+        self.state.step = left.get("step", 0)
         if self.state.step:
-            log.info("block %d goes on from step %d", plan.index, self.state.step)
+            log.info("block %d resumes from step %d", plan.index, self.state.step)
+            self.spent = self.spent.most(left["spent"])
         self.module.first_step = self.state.step
         self.data.place(self.splits, plan, self.state.step)
         batches = plan.steps * self.trainer.accumulate_grad_batches if plan.learned else 1
@@ -262,7 +281,8 @@ class BlockScheduler(BlockCallback):
         self.peak_bytes = max(self.peak_bytes, report.peak_bytes)
         self._let_go()
         written = self.folder.checksums(range(plan.indices.start + 1, plan.indices.stop + 1))
-        line = vars(report) | {"fingerprint": self.fingerprint, "shards": written}
+        line = vars(report) | {"fingerprint": self.fingerprint, "shards": written, "precision": self.trainer.precision}
+        line["spent"] = vars(self._spent())
         self.ranks.once(lambda: self.folder.append_journal(line))
         for listener in self._listeners():
             listener.on_block_end(self.trainer, report)
@@ -318,8 +338,7 @@ class BlockScheduler(BlockCallback):
         metrics = final_metrics(streams, head, tokens, self.frequency, self.ranks)
         metrics |= {
             "model_bytes": self.folder.total_bytes,
-            "seconds": time.perf_counter() - self.run_started,
-            "peak_bytes": max(self.peak_bytes, peak_bytes(self.device)),
+            **vars(self._spent()),
         }
         dense = [name for name in self.skeleton.all_linears() if name not in self.schemes]
         dense += self.skeleton.routers()
@@ -362,6 +381,7 @@ class BlockScheduler(BlockCallback):
     def _open(self) -> tuple[tuple[TokenSet, TokenSet], list[EarlierRun]]:
         """Open the folder, or what an earlier run has left in it; return the data and the runs to take blocks from."""
         goes_on, checkpoint, sources = self.folder.unfinished, self.module.checkpoint, [self.earlier]
+        checkpoint.check_finite()
         dear = self.data.generated
         own = own_facts(self.plans, self.data, checkpoint)
         if goes_on:
@@ -369,15 +389,18 @@ class BlockScheduler(BlockCallback):
             begun.check({"own": own})
             sources = [begun, self.earlier]
         kept = self.folder.read_tokens() if goes_on and dear else None
-        tokens = kept or self.data.token_sets(checkpoint, self.device)
+        if kept is not None:
+            self.spent = self.spent.most(kept[1])
+        tokens = kept[0] if kept is not None else self.data.token_sets(checkpoint, self.device)
         facts = {"shared": shared_facts(self.trainer, self.data.seed, tokens), "own": own}
         for earlier in filter(None, sources):
             earlier.check(facts)
         if goes_on:
             self.folder.reopen(blocks=len(self.plans) - 1)  # with the last one comes what is measured of the whole
-            sources[0] = EarlierRun(self.folder.path, goes_on=True)
+            sources[0] = begun = EarlierRun(self.folder.path, goes_on=True)
+            self.spent = self.spent.most(begun.spent)
         else:
-            self.folder.open(self.resolved_config, facts, tokens if dear else None)
+            self.folder.open(self.resolved_config, facts, tokens if dear else None, vars(self._spent()))
         return tokens, [earlier for earlier in sources if earlier is not None]
 
     def _embed(self, tokens: TokenSet) -> Iterator[Tensor]:
@@ -459,6 +482,11 @@ class BlockScheduler(BlockCallback):
             weights={name: weight_statistics(quantized) for name, quantized in shipped.items()},
             eta_seconds=(now - self.blocks_started) * todo / done,
         )
+
+    def _spent(self) -> Spent:
+        """Return what the run has taken so far, with what earlier parts of it took."""
+        seconds = self.spent.seconds + time.perf_counter() - self.run_started
+        return Spent(seconds, max(self.spent.peak_bytes, self.peak_bytes, peak_bytes(self.device)))
 
     def _listeners(self) -> list[BlockCallback]:
         everyone = self.trainer.callbacks  # type: ignore[attr-defined]

@@ -7,6 +7,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 
 from lfq_lightning.callbacks import CALLBACKS, BlockCallback
+from lfq_lightning.errors import UserError
 from lfq_lightning.report.write_report import REPORT, write_report
 
 log = logging.getLogger(__name__)
@@ -19,5 +20,9 @@ class Report(BlockCallback):
     paper = "ours"
 
     def on_run_end(self, trainer: Trainer, metrics: dict[str, Any], folder: Path) -> None:
-        if trainer.is_global_zero:
+        if not trainer.is_global_zero:
+            return
+        try:
             log.info("%s", write_report([str(folder)], folder / REPORT))
+        except UserError as error:  # the model is finished, whatever becomes of the page about it
+            log.warning("the report was not written: %s `lfq report %s` makes it again.", error, folder)

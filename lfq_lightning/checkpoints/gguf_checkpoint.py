@@ -1,13 +1,15 @@
 """GGUFCheckpoint: a GGUF file, dequantised tensor by tensor."""
 
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from lfq_lightning.checkpoints.checkpoint import Checkpoint
-from lfq_lightning.errors import UserError
+from lfq_lightning.errors import UserError, one_line
+from lfq_lightning.meta_model import meta_model
 
 
 class GGUFCheckpoint(Checkpoint):
@@ -20,23 +22,26 @@ class GGUFCheckpoint(Checkpoint):
             raise UserError("reading GGUF needs the gguf package: pip install 'lfq-lightning[gguf]'.") from error
         try:
             reader = gguf.GGUFReader(path)
-        except (ValueError, IndexError) as error:
-            raise UserError(f"{path} is not a readable GGUF file ({error}); fetch it again.") from error
+            self._architecture: str = reader.fields["general.architecture"].contents()
+            numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
+            number = numbers[self._architecture]
+        except Exception as error:  # whatever a cut-off or foreign file makes the reader stumble over
+            raise UserError(f"{path} is not a readable GGUF file ({one_line(error)[:100]}); fetch it again.") from error
         self._dequantize = gguf.dequantize
         self._stored = {tensor.name: tensor for tensor in reader.tensors}
-        self._architecture: str = reader.fields["general.architecture"].contents()
         try:
             config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
-        except ValueError as error:
-            raise UserError(f"{path}: architecture {self._architecture!r} is not known here: {error}") from error
+        except Exception as error:  # likewise
+            raise UserError(
+                f"{path}: no config can be made of a GGUF of architecture {self._architecture!r} "
+                f"({one_line(error)[:200]}); give the Hugging Face folder."
+            ) from error
         config.dtype = self.dtype
         super().__init__(path, config)
         if self.family.experts:
             raise UserError(f"{path}: mixtures of experts are not read from GGUF; give the Hugging Face folder.")
-        numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
-        name_map = gguf.get_tensor_name_map(numbers[self._architecture], config.num_hidden_layers)
-        with torch.device("meta"):
-            wanted = AutoModelForCausalLM.from_config(config).state_dict()
+        name_map = gguf.get_tensor_name_map(number, config.num_hidden_layers)
+        wanted = meta_model(config, path).state_dict()
         found = {name: name_map.get_name(name, try_suffixes=(".weight", ".bias")) for name in wanted}
         self._names = {name: stored for name, stored in found.items() if stored in self._stored}
 
@@ -46,6 +51,9 @@ class GGUFCheckpoint(Checkpoint):
 
     def names(self) -> list[str]:
         return sorted(self._names)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(map(int, reversed(self._stored[stored].shape))) for name, stored in self._names.items()}
 
     def tensors(self, names: list[str]) -> dict[str, Tensor]:
         missing = [name for name in names if name not in self._names]
@@ -69,6 +77,10 @@ class GGUFCheckpoint(Checkpoint):
         return [self.path]
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self._tokenizer
+
+    @cached_property
+    def _tokenizer(self) -> PreTrainedTokenizerBase:  # transformers parses the whole header for it: seconds
         return AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name, local_files_only=True)
 
     def generation_config(self) -> GenerationConfig | None:

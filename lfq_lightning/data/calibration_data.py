@@ -8,6 +8,7 @@ from lightning.pytorch import LightningDataModule
 
 from lfq_lightning.activation_cache import BatchLoader, Splits
 from lfq_lightning.checkpoints import Checkpoint
+from lfq_lightning.data.prompt_tokens import check_tokens
 from lfq_lightning.data.read_documents import check_documents
 from lfq_lightning.data.read_prompts import read_prompts
 from lfq_lightning.data.read_source import SourceReader
@@ -16,6 +17,7 @@ from lfq_lightning.errors import UserError
 from lfq_lightning.peak_memory import host_bytes
 from lfq_lightning.plan import BlockPlan
 from lfq_lightning.token_set import TokenSet
+from lfq_lightning.user_path import user_path
 
 
 class CalibrationData(LightningDataModule):
@@ -72,7 +74,9 @@ class CalibrationData(LightningDataModule):
 
     def files(self) -> list[Path]:
         """Return the local files that the sequences are made of."""
-        named = [Path(name).expanduser() for s in self.sources for name in (s.source, s.prompts) if name is not None]
+        named = [
+            user_path(name, "data.dataset") for s in self.sources for name in (s.source, s.prompts) if name is not None
+        ]
         return [file for file in named if file.is_file()]
 
     def budgets(self, processes: int) -> tuple[int, int]:
@@ -134,6 +138,7 @@ class CalibrationData(LightningDataModule):
         parts = zip(sources, shares(sources, self.num_samples), shares(sources, self.num_held_out), strict=True)
         read = [reader.read(source, samples, held_out) for source, samples, held_out in parts]
         train, held_out = (_interleave([part[which] for part in read]) for which in (0, 1))
+        check_tokens([*train, *held_out], checkpoint.config.vocab_size, reader.tokenizer)
         return TokenSet.from_lists(train, self.seq_len), TokenSet.from_lists(held_out, self.seq_len)
 
 

@@ -1,9 +1,11 @@
 """Read prompts for a model to answer."""
 
-import json
 from pathlib import Path
+from typing import Any
 
-from lfq_lightning.errors import UserError, one_line
+from lfq_lightning.data.read_text import lines_of, mend, read_jsonl, read_text
+from lfq_lightning.errors import UserError
+from lfq_lightning.user_path import user_path
 
 
 def read_prompts(path: Path, where: str) -> list[str]:
@@ -11,19 +13,18 @@ def read_prompts(path: Path, where: str) -> list[str]:
 
     Raises UserError, beginning with `where`, if the file cannot be read, has none, or a row has no prompt.
     """
-    try:
-        lines = [line for line in path.expanduser().read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{where}: {path} cannot be read ({one_line(error)}); give a .txt or a .jsonl.") from error
-    if not lines:
+    path = user_path(path, where)
+    if path.suffix.lower() == ".jsonl":
+        prompts = [_prompt(row, place) for place, row in read_jsonl(path, where)]
+    else:
+        prompts = [line for line in lines_of(read_text(path, where)) if line.strip()]
+    if not prompts:
         raise UserError(f"{where}: {path} is empty; give a prompt a line.")
-    if path.suffix != ".jsonl":
-        return lines
-    prompts = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-            prompts.append(str(row["prompt"] if "prompt" in row else row["question"]))
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{where}: {path} line {number} has no `prompt` or `question`; mend the row.") from error
     return prompts
+
+
+def _prompt(row: Any, place: str) -> str:
+    prompt = row.get("prompt", row.get("question")) if isinstance(row, dict) else None
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise UserError(f"{place} has no `prompt` or `question` that is a text; mend the row.")
+    return mend(prompt)

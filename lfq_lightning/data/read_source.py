@@ -7,12 +7,13 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from jinja2 import TemplateError
 from transformers import PreTrainedModel
 
+from lfq_lightning.chat_template import render
 from lfq_lightning.checkpoints import Checkpoint
 from lfq_lightning.data.leading_bos import leading_bos
 from lfq_lightning.data.pack_sequences import pack_sequences
+from lfq_lightning.data.prompt_tokens import text_tokens
 from lfq_lightning.data.read_documents import Document, read_documents
 from lfq_lightning.data.read_prompts import read_prompts
 from lfq_lightning.data.self_generate import self_generate
@@ -41,6 +42,7 @@ class SourceReader:
         self.seq_len, self.pack, self.seed, self.device = seq_len, pack, seed, device
         self.shortest = 2 if pack else max(2, seq_len // _SHORTEST_SHARE)
         self.times_written = 0
+        self.dropped = 0  # windows of the last source that were too short
 
     def read(self, source: Source, num_samples: int, num_held_out: int) -> tuple[list[list[int]], list[list[int]]]:
         """Return `num_samples` training sequences, and the held-out ones.
@@ -52,10 +54,12 @@ class SourceReader:
         make = self._generated if source.generated else self._documents
         train, held_out = make(source, num_samples, num_held_out)
         if len(train) + len(held_out) < num_samples + num_held_out:
+            short = f"{self.dropped} were dropped as shorter than {self.shortest}; " if self.dropped else ""
+            pack = "set `data.pack: true`, which fills windows with several of them, " if self.dropped else ""
             raise UserError(
                 f"data: {source.source} gives {len(train) + len(held_out)} sequences of {self.seq_len} tokens, but "
-                f"num_samples + num_held_out is {num_samples + num_held_out}; lower one of them or seq_len, or give "
-                "more text."
+                f"num_samples + num_held_out is {num_samples + num_held_out}; {short}{pack}lower one of the numbers or "
+                "seq_len, or give more text."
             )
         random.Random(self.seed).shuffle(train)
         return train[:num_samples], held_out
@@ -94,6 +98,7 @@ class SourceReader:
             self.pack,
         )
         self.times_written += 1
+        self.dropped = short
         kept = self._packed(kept)[:wanted]
         self._log(source, len(kept), f"{short} dropped as shorter than {self.shortest} tokens", kept)
         return kept
@@ -118,6 +123,7 @@ class SourceReader:
             # enough to choose from; a hub dataset may never end
             if len(documents) >= 8 * wanted and (not self.pack or tokens >= 8 * wanted * self.seq_len):
                 break
+        self.dropped = short
         random.Random(self.seed).shuffle(documents)
         held_out: list[list[int]] = []
         while len(documents) > 1 and len(self._packed(held_out)) < num_held_out:
@@ -147,17 +153,13 @@ class SourceReader:
         tokenizer = self.tokenizer
         if isinstance(document, str):
             lead = leading_bos(tokenizer)
-            tokens = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+            tokens = text_tokens(tokenizer, document)
             step = self.seq_len - len(lead)
             yield from (lead + tokens[start : start + step] for start in range(0, len(tokens), step))
             return
         if not tokenizer.chat_template:
             raise UserError("data: `messages` need a chat template, and this model has none; give `text` instead.")
-        try:
-            text = tokenizer.apply_chat_template(document, tokenize=False)
-        except TemplateError as error:
-            raise UserError(f"data: the chat template refuses {str(document)[:80]}…: {error}; mend the row.") from error
-        yield tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][: self.seq_len]
+        yield text_tokens(tokenizer, render(tokenizer, document.messages, tools=document.tools))[: self.seq_len]
 
     def _log(self, source: Source, count: int, dropped: str, sequences: list[list[int]]) -> None:
         mean = sum(map(len, sequences)) / max(1, len(sequences))

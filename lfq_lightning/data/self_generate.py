@@ -4,13 +4,24 @@ import itertools
 import random
 
 import torch
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
+from lfq_lightning.chat_template import render
 from lfq_lightning.checkpoints import Checkpoint
 from lfq_lightning.data.pack_sequences import pack_sequences
+from lfq_lightning.data.prompt_tokens import check_tokens, prompt_tokens, text_tokens
+from lfq_lightning.data.roomy_cache import roomy_cache
 from lfq_lightning.errors import UserError
 
-_BATCH = 40
+_BATCH = 80
 _LONGEST_QUESTION = 64
 _PATIENCE = 20  # gives up after this many times the wanted number of samples were too short
 _MARK = "\u2042"  # stands for the user's words while the chat template is cut around them
@@ -48,6 +59,8 @@ def self_generate(
     device = model.device
     ends = end_ids(checkpoint.generation_config(), checkpoint.config, tokenizer)
     asked = _Prompts(prompts, tokenizer, seq_len, seed) if prompts is not None else None
+    given = asked.tokens if asked is not None else tokens or [[tokenizer.bos_token_id]]
+    check_tokens(given, checkpoint.config.vocab_size, tokenizer)
     kept: list[list[int]] = []
     short = 0
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -76,19 +89,20 @@ class _Prompts:
         if not tokens:
             raise UserError(f"data.seq_len: {seq_len} leaves no room for an answer to any prompt; give more.")
         random.Random(seed).shuffle(tokens)
-        self._tokens = itertools.cycle(tokens)
+        self.tokens = tokens
+        self._endless = itertools.cycle(tokens)
 
     def take(self, count: int) -> list[list[int]]:
-        return list(itertools.islice(self._tokens, count))
+        return list(itertools.islice(self._endless, count))
 
 
 def as_tokens(prompts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Return each prompt's tokens, put through the chat template, up to where the answer begins, if there is one."""
     if not tokenizer.chat_template:
-        return [tokenizer(prompt)["input_ids"] for prompt in prompts]
+        return [prompt_tokens(tokenizer, prompt, special=True) for prompt in prompts]
     turns = ([{"role": "user", "content": prompt}] for prompt in prompts)
-    texts = (str(tokenizer.apply_chat_template(t, tokenize=False, add_generation_prompt=True)) for t in turns)
-    return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    texts = (render(tokenizer, turn, add_generation_prompt=True) for turn in turns)
+    return [text_tokens(tokenizer, text) for text in texts]
 
 
 def _answer(model: PreTrainedModel, prompts: list[list[int]], seq_len: int, ends: set[int]) -> list[list[int]]:
@@ -109,14 +123,13 @@ def _ask_and_answer(
 
 def _template_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """Return the template's tokens before the user's words, and from there to the start of the answer."""
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": _MARK}], tokenize=False, add_generation_prompt=True
-    )
-    before, _, after = str(text).partition(_MARK)
-    return (
-        tokenizer(before, add_special_tokens=False)["input_ids"],
-        tokenizer(after, add_special_tokens=False)["input_ids"],
-    )
+    text = render(tokenizer, [{"role": "user", "content": _MARK}], add_generation_prompt=True)
+    before, mark, after = text.partition(_MARK)
+    if not mark:
+        raise UserError(
+            "data.dataset: the chat template leaves out what the user says, so none can be asked; give a text."
+        )
+    return text_tokens(tokenizer, before), text_tokens(tokenizer, after)
 
 
 def end_ids(
@@ -129,6 +142,20 @@ def end_ids(
     return {end for end in [*listed, tokenizer.eos_token_id] if end is not None}
 
 
+class _Draw(LogitsProcessor):
+    """Draws a token of each row at temperature 1 and leaves only that one.
+
+    One uniform number a row: `do_sample` draws one for each token of the vocabulary, which takes a CPU as long as the
+    model's attention.
+    """
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        below = scores.softmax(-1).cumsum(-1)
+        drawn = torch.rand(len(scores), 1, device=scores.device) * below[:, -1:]
+        token = torch.searchsorted(below, drawn, right=True).clamp_(max=scores.shape[1] - 1)
+        return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
+
+
 def _sample(model: PreTrainedModel, prompts: list[list[int]], seq_len: int, ends: set[int]) -> list[list[int]]:
     """Continue each prompt to its end token, which is kept, or until the longest has `seq_len` tokens."""
     width = max(len(prompt) for prompt in prompts)
@@ -136,18 +163,21 @@ def _sample(model: PreTrainedModel, prompts: list[list[int]], seq_len: int, ends
     # Padded on the left for generation; cut off again below.
     input_ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
     attention_mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-    output = model.generate(  # type: ignore[operator]
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        max_length=seq_len,
-        logits_to_keep=0,  # of the prompt: all; a sliced hidden state makes PyTorch copy the head once per sequence
-        eos_token_id=sorted(ends) or None,
-        pad_token_id=min(ends) if ends else 0,
-    )
+    # the last hidden states are a slice, for which PyTorch would copy the head once per sequence
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
+    try:
+        output = model.generate(  # type: ignore[operator]
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            **roomy_cache(model),
+            do_sample=False,  # _Draw leaves one token to choose
+            logits_processor=LogitsProcessorList([_Draw()]),
+            max_length=seq_len,
+            eos_token_id=sorted(ends) or None,
+            pad_token_id=min(ends) if ends else 0,
+        )
+    finally:
+        hook.remove()
     return [
         until_end(row[width - len(prompt) :], len(prompt), ends)
         for prompt, row in zip(prompts, output.tolist(), strict=True)

@@ -8,6 +8,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.models.huggingface import HFLM
 
+from lfq_lightning.chat_template import limits
 from lfq_lightning.evaluation.batches import batch_size, in_batches
 from lfq_lightning.evaluation.evaluated_model import EvaluatedModel
 
@@ -48,7 +49,8 @@ class AnsweringLM(LM):
         return self._answer("generate_until", requests)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        return self.inner.apply_chat_template(chat_history, add_generation_prompt)
+        with limits():
+            return self.inner.apply_chat_template(chat_history, add_generation_prompt)
 
     @property
     def tokenizer_name(self) -> str:

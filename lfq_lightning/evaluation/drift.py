@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from lfq_lightning.data.prompt_tokens import check_tokens
 from lfq_lightning.data.read_prompts import read_prompts
 from lfq_lightning.data.self_generate import as_tokens, until_end
 from lfq_lightning.evaluation.batches import batch_size, in_batches
@@ -50,6 +51,7 @@ class Drift(Measure):
     def begin(self, reference: EvaluatedModel, others: list[EvaluatedModel]) -> None:
         self._reference = reference
         self._asked = as_tokens(self.prompts, reference.tokenizer)
+        check_tokens(self._asked, reference.config.vocab_size, reference.tokenizer)
 
     def scores(self, model: EvaluatedModel) -> dict[str, dict[str, Score]]:
         answers = greedy_answers(model, self._asked, self.max_new_tokens)

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lfq_lightning.checkpoints import open_checkpoint
+from lfq_lightning.checkpoints.checkpoint import read_generation_config, read_tokenizer
 from lfq_lightning.data.self_generate import end_ids
 from lfq_lightning.errors import UserError, one_line
 from lfq_lightning.evaluation.answers import Answers
@@ -19,6 +20,7 @@ from lfq_lightning.fingerprint import sample_digest
 from lfq_lightning.head import Head
 from lfq_lightning.load_model import load, load_full_precision
 from lfq_lightning.packed_folder import PackedFolder
+from lfq_lightning.precision import product_dtype
 
 _SMALL = ("config.json", "generation_config.json", "tokenizer*", "chat_template*", "special_tokens_map.json")
 
@@ -51,7 +53,9 @@ class EvaluatedModel:
             home = self.checkpoint.path if self.checkpoint is not None else path
             files = [*files, *(file for name in _SMALL for file in sorted(home.glob(name)))]
         try:
-            parts = [sample_digest(file) for file in files] + [str(device.type), str(packed)]
+            stored = self.config.dtype if isinstance(self.config.dtype, torch.dtype) else torch.float32
+            runs_in = product_dtype(stored, device)
+            parts = [sample_digest(file) for file in files] + [str(device.type), str(packed), str(runs_in)]
         except OSError as error:
             raise UserError(f"{source} is not whole ({one_line(error)}); copy the model again.") from error
         self.digest = hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
@@ -75,19 +79,13 @@ class EvaluatedModel:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         if self.checkpoint is not None:
             return self.checkpoint.tokenizer()
-        folder = Path(self.source).expanduser()
-        try:
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            reason = one_line(error)[:200]
-            raise UserError(f"{folder}: the tokenizer cannot be read ({reason}); copy the model again.") from error
+        return read_tokenizer(Path(self.source).expanduser())
 
     def end_tokens(self) -> set[int]:
         """Return the tokens that end an answer."""
-        generation = self.checkpoint.generation_config() if self.checkpoint is not None else None
         folder = Path(self.source).expanduser()
-        if generation is None and (folder / "generation_config.json").is_file():
-            generation = GenerationConfig.from_pretrained(folder, local_files_only=True)
+        own = self.checkpoint
+        generation = read_generation_config(folder) if own is None else own.generation_config()
         return end_ids(generation, self.config, self.tokenizer)
 
     def let_go(self) -> None:
@@ -117,6 +115,6 @@ def _quantised(path: Path) -> bool:
     if not (path / "config.json").is_file():
         return False
     try:
-        return "quantization_config" in json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
+        return bool(json.loads((path / "config.json").read_text(encoding="utf-8")).get("quantization_config"))
+    except (ValueError, AttributeError) as error:
         raise UserError(f"{path}/config.json cannot be read ({one_line(error)}); copy the model again.") from error

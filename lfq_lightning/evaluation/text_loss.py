@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lfq_lightning.data.leading_bos import leading_bos
+from lfq_lightning.data.prompt_tokens import check_tokens, text_tokens
 from lfq_lightning.data.read_documents import check_documents, read_documents
 from lfq_lightning.errors import UserError
 from lfq_lightning.evaluation.batches import in_batches
@@ -40,7 +41,7 @@ def text_windows(dataset: str, tokenizer: PreTrainedTokenizerBase, seq_len: int)
     if not plain:
         raise UserError(f"--text: {dataset} has no plain text; give a .txt, or a .jsonl with a field `text`.")
     lead = leading_bos(tokenizer)
-    ids = tokenizer(_BETWEEN.join(plain), add_special_tokens=False, verbose=False)["input_ids"]
+    ids = text_tokens(tokenizer, _BETWEEN.join(plain))
     step = seq_len - len(lead)
     windows = [lead + ids[start : start + step] for start in range(0, max(1, len(ids) - step + 1), step)]
     if len(windows[0]) < len(lead) + 2:
@@ -116,6 +117,7 @@ class TextLoss(Measure):
         for text in self.texts:
             check_documents(_named(text)[0])
             self._windows[text] = text_windows(text, reference.tokenizer, seq_len)[: self.limit]
+            check_tokens(self._windows[text], reference.config.vocab_size, reference.tokenizer)
 
     def scores(self, model: EvaluatedModel) -> dict[str, dict[str, Score]]:
         names = [Path(text).name for text in self._windows]

@@ -1,15 +1,21 @@
 """RunRecord: what a finished run's folder says of it."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from lfq_lightning.checkpoints.checkpoint import read_tokenizer
 from lfq_lightning.errors import UserError, one_line
 from lfq_lightning.run_folder import JOURNAL
+from lfq_lightning.seal import changed_files, unsealed
+from lfq_lightning.user_path import user_path
+
+_READ = {"config.json", "lfq.yaml", "versions.json", "tokenizer.json", "tokenizer_config.json"}  # and what seals itself
 
 
 @dataclass(frozen=True)
@@ -40,26 +46,26 @@ class RunRecord:
 
     @classmethod
     def read(cls, folder: str | Path) -> "RunRecord":
-        """Raises UserError if the folder is no finished run."""
-        path = Path(folder).expanduser()
+        """Raises UserError naming the file if the folder is no finished run, or is not what the run wrote."""
+        path = user_path(folder, "RUN")
         if not (path / "config.json").is_file() or not (path / JOURNAL).is_file():
             raise UserError(f"{path} is not the folder of a finished run; give the output of `lfq run`.")
-        try:
-            text = (path / "lfq.yaml").read_text(encoding="utf-8") if (path / "lfq.yaml").is_file() else ""
-            measured = path / "evaluation" / "evaluation.json"
-            return cls(
-                name=path.resolve().name,
-                settings=yaml.safe_load(text) or {},
-                yaml_text=text,
-                blocks=[json.loads(line) for line in (path / JOURNAL).read_text(encoding="utf-8").splitlines()],
-                metrics=json.loads((path / "metrics.json").read_text(encoding="utf-8")),
-                versions=json.loads((path / "versions.json").read_text(encoding="utf-8")),
-                config=json.loads((path / "config.json").read_text(encoding="utf-8")),
-                evaluation=json.loads(measured.read_text(encoding="utf-8")) if measured.is_file() else None,
-                tokenizer=AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False),
-            )
-        except (OSError, ValueError, yaml.YAMLError) as error:
-            raise UserError(f"{path} is damaged ({one_line(error)[:200]}); run it again.") from error
+        changed = [name for name in changed_files(path) if name in _READ]
+        if changed:
+            raise UserError(f"{path / changed[0]} is not what the run wrote; put it back, or run it again.")
+        text = _read(path / "lfq.yaml", str) if (path / "lfq.yaml").is_file() else ""
+        measured = path / "evaluation" / "evaluation.json"
+        return cls(
+            name=path.resolve().name,
+            settings=_read(path / "lfq.yaml", yaml.safe_load) or {} if text else {},
+            yaml_text=text,
+            blocks=_read(path / JOURNAL, lambda lines: [unsealed(line) for line in lines.splitlines()]),
+            metrics=_read(path / "metrics.json", unsealed),
+            versions=_read(path / "versions.json", json.loads),
+            config=_read(path / "config.json", json.loads),
+            evaluation=_read(measured, json.loads) if measured.is_file() else None,
+            tokenizer=read_tokenizer(path),
+        )
 
     @property
     def model(self) -> str:
@@ -76,3 +82,11 @@ class RunRecord:
     def held_out(self, which: str) -> dict[str, float]:
         """Return the metrics of `full_precision`, `before_last_training` or `quantized`."""
         return self.metrics[which]["held_out"]
+
+
+def _read(file: Path, parse: Callable[[str], Any]) -> Any:
+    """Return what a file of a run says. Raises UserError naming it if it says nothing."""
+    try:
+        return parse(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{file} is damaged ({one_line(error)[:200]}); put it back, or run it again.") from error

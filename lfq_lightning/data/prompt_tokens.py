@@ -1,0 +1,39 @@
+"""Texts in tokens that a model can take: a prompt that is to be continued, and ids that have embeddings."""
+
+from collections.abc import Iterable
+
+from transformers import PreTrainedTokenizerBase
+
+from lfq_lightning.errors import UserError, one_line
+
+
+def text_tokens(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = False) -> list[int]:
+    """Return a text's tokens; with `special`, also those that the tokenizer puts around it.
+
+    Raises UserError for a text that is no Unicode, such as one with half a surrogate pair.
+    """
+    try:
+        return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+    except (UnicodeError, TypeError) as error:
+        raise UserError(f"text {text[:60]!a}… cannot be put into tokens ({one_line(error)[:100]}).") from error
+
+
+def prompt_tokens(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> list[int]:
+    """Return the tokens of a prompt. Some tokenizers end each text with EOS; what is to be continued has none."""
+    tokens = text_tokens(tokenizer, text, special)
+    if special:
+        bare = text_tokens(tokenizer, text)
+        while tokens and tokens[-1] == tokenizer.eos_token_id and tokens[-1:] != bare[-1:]:
+            tokens.pop()
+    return tokens
+
+
+def check_tokens(sequences: Iterable[list[int]], rows: int, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise UserError if a token has no row in the embeddings, which have `rows`."""
+    largest = max((max(sequence) for sequence in sequences if sequence), default=-1)
+    if largest >= rows:
+        raise UserError(
+            f"the tokenizer makes token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}), but the model's "
+            f"embeddings have {rows} rows; resize them (model.resize_token_embeddings), or take the tokenizer that "
+            "belongs to the model."
+        )
