@@ -93,4 +93,4 @@ def bench(folder: str, prompt_tokens: int, new_tokens: int) -> None:
     ours, theirs = found.values()
     ratios = [a / b for a, b in zip(astuple(ours)[:4], astuple(theirs)[:4], strict=True)]
     table.add_row("ratio", *(f"{ratio:.2f}x" for ratio in ratios))
-    Console().print(table)
+    Console(markup=False).print(table)

@@ -1,9 +1,8 @@
 """Which engines load a packed model."""
 
 from lfq_lightning.formats import PackFormat
+from lfq_lightning.formats.fused import fused_parts
 from lfq_lightning.quant_scheme import QuantScheme
-
-_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # what vLLM computes as one matrix
 
 
 def engines(packed: PackFormat, schemes: dict[str, QuantScheme], dense: list[str]) -> list[str]:
@@ -22,11 +21,4 @@ def fused_differently(schemes: dict[str, QuantScheme], dense: list[str]) -> list
         layer, inside, _ = name.partition(".experts.")
         if inside and every[experts.setdefault(layer, name)] != every[name]:
             return [experts[layer], name]
-    for name in every:
-        prefix, _, last = name.rpartition(".")
-        for parts in _FUSED:
-            if last == parts[0]:
-                found = [f"{prefix}.{part}" for part in parts if f"{prefix}.{part}" in every]
-                if len({every[part] for part in found}) > 1:
-                    return found
-    return []
+    return next((parts for parts in fused_parts(list(every)).values() if len({every[part] for part in parts}) > 1), [])

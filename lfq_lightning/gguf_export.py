@@ -1,5 +1,6 @@
 """Write a packed model as one GGUF file for llama.cpp."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from lfq_lightning.gguf_blocks import block_type, blocks
 from lfq_lightning.gguf_tokenizer import tokenizer_fields
 from lfq_lightning.packed_folder import PackedFolder
 from lfq_lightning.quantized_tensor import QuantizedTensor
+from lfq_lightning.user_path import user_path
 
 # model type → architecture of llama.cpp, and whether it interleaves the rotary halves of q and k
 _ARCHITECTURES = {
@@ -25,6 +27,7 @@ _ARCHITECTURES = {
 _FILE_TYPES = {"Q4_0": 2, "Q4_1": 3, "Q8_0": 7}  # llama.cpp's `general.file_type`
 
 _ROPE_FREQS = "rope_freqs.weight"
+_TEMPLATE = "tokenizer.chat_template"
 
 Array = tuple["np.ndarray[Any, Any]", str]  # and the name of its GGML type
 
@@ -38,7 +41,7 @@ def export_gguf(source: str, output: str) -> Path:
         import gguf
     except ImportError as error:
         raise UserError("writing GGUF needs the gguf package: pip install 'lfq-lightning[gguf]'.") from error
-    folder, target = PackedFolder(source), Path(output).expanduser()
+    folder, target = PackedFolder(source), user_path(output, "output")
     if target.suffix != ".gguf":
         raise UserError(f"output: {target} is to be one GGUF file; give a name that ends with .gguf.")
     if target.exists():
@@ -62,8 +65,7 @@ def export_gguf(source: str, output: str) -> Path:
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         for key, value in fields.items():
             _add(writer, f"tokenizer.ggml.{key}", value)
-        if tokenizer.chat_template:
-            writer.add_chat_template(tokenizer.chat_template)
+        _write_templates(writer, tokenizer.chat_template)
         for name, (array, kind) in _arrays(folder, interleaved):
             stored = name if name == _ROPE_FREQS else names.get_name(name, try_suffixes=(".weight", ".bias"))
             assert stored is not None, name
@@ -115,6 +117,18 @@ def _write_hyperparameters(writer: Any, settings: dict[str, Any], config: Any) -
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
     writer.add_vocab_size(config.vocab_size)
+
+
+def _write_templates(writer: Any, templates: str | dict[str, str] | None) -> None:
+    """Write one chat template, or several by their names, of which `default` has llama.cpp's own key."""
+    named = templates if isinstance(templates, dict) else {"default": templates} if templates else {}
+    others = {re.sub(r"\W", "_", name): text for name, text in sorted(named.items()) if name != "default"}
+    if "default" in named:
+        writer.add_chat_template(named["default"])
+    for name, text in others.items():
+        writer.add_string(f"{_TEMPLATE}.{name}", text)
+    if others:
+        writer.add_array(f"{_TEMPLATE}s", list(others))
 
 
 def _add(writer: Any, key: str, value: Any) -> None:

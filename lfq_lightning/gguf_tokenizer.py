@@ -1,11 +1,14 @@
 """A Hugging Face tokenizer as the metadata that llama.cpp makes its own from."""
 
 import json
+import logging
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from lfq_lightning.errors import UserError
+
+log = logging.getLogger(__name__)
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 _LLAMA_3 = (
@@ -30,7 +33,9 @@ def tokenizer_fields(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> dic
         )
     added = {token["id"]: token for token in state["added_tokens"]}
     texts = {i: text for text, i in model["vocab"].items()} | {i: token["content"] for i, token in added.items()}
-    ids = range(max(vocab_size, max(texts) + 1))
+    ids = range(vocab_size)  # llama.cpp wants as many tokens as rows
+    if beyond := sum(i >= vocab_size for i in texts):
+        log.warning("GGUF: %d tokens have no row in the embeddings and are left out", beyond)
     fields: dict[str, Any] = {
         "tokens": [texts.get(i, f"[PAD{i}]") for i in ids],
         "token_type": [_kind(texts.get(i), added.get(i), model["unk_token"], model["byte_fallback"]) for i in ids],
@@ -42,12 +47,20 @@ def tokenizer_fields(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> dic
         ranks = {merge.replace(" ", "", 1): -float(rank) for rank, merge in reversed(list(enumerate(merges)))}
         lowest = -float(len(merges))
         fields |= {"model": "llama", "pre": "default", "scores": [ranks.get(texts.get(i, ""), lowest) for i in ids]}
-        fields["add_space_prefix"] = "Prepend" in json.dumps(state["normalizer"])
+        fields["add_space_prefix"] = _begins_with_space(state)
     else:
         fields |= {"model": "gpt2", "pre": _pre(state["pre_tokenizer"]), "merges": merges}
     special = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id, "padding": tokenizer.pad_token_id}
-    fields |= {f"{name}_token_id": i for name, i in special.items() if i is not None}
+    fields |= {f"{name}_token_id": i for name, i in special.items() if i is not None and i < vocab_size}
     return fields
+
+
+def _begins_with_space(state: dict[str, Any]) -> bool:
+    """Tell whether a text gets a space before its first word: by a normalizer, or by how it is split."""
+    splits = state["pre_tokenizer"] or {}
+    parts = splits.get("pretokenizers", [splits])
+    spaced = any(part.get("type") == "Metaspace" and part.get("prepend_scheme", "always") != "never" for part in parts)
+    return spaced or "Prepend" in json.dumps(state["normalizer"])
 
 
 def _kind(text: str | None, added: dict[str, Any] | None, unknown: str | None, byte_fallback: bool) -> int:

@@ -3,6 +3,7 @@
 from rich.console import Console
 from rich.table import Table
 
+from lfq_lightning.checkpoints.checkpoint import read_generation_config, read_tokenizer
 from lfq_lightning.engines import engines, fused_differently
 from lfq_lightning.packed_folder import PackedFolder
 
@@ -12,7 +13,9 @@ def inspect_folder(path: str) -> None:
 
     Raises UserError for a folder that cannot be read; every shard is checked.
     """
-    folder, console = PackedFolder(path), Console()
+    folder, console = PackedFolder(path), Console(markup=False)
+    read_tokenizer(folder.path)
+    read_generation_config(folder.path)
     sizes = {layer: size for shard in folder.shards() for layer, size in shard.packed_bytes.items()}
     table = Table(title=f"{folder.path}: {folder.format_name}", title_justify="left")
     for column in ("layer", "outputs × inputs", "bits", "group", "grid", "bits per weight", "MB"):
@@ -30,6 +33,8 @@ def inspect_folder(path: str) -> None:
     packed, whole = sum(sizes.values()), sum((folder.path / file).stat().st_size for file in folder.files)
     console.print(f"packed layers: {packed / 1e6:.1f} MB, {8 * packed / max(weights, 1):.2f} bits per weight")
     console.print(f"all shards: {whole / 1e6:.1f} MB; not packed: {', '.join(folder.dense) or 'no linear layer'}")
+    if folder.changed:
+        console.print(f"not what was written: {', '.join(folder.changed)} (the checksum differs)")
     mixed = fused_differently(folder.schemes, folder.dense)
     if mixed:
         console.print(f"not vLLM, which computes them as one matrix: {' and '.join(mixed)} have different schemes")

@@ -32,6 +32,8 @@ def load(
     Raises UserError if the folder is no packed model, or its files are damaged.
     """
     packed = PackedFolder(folder)
+    for name in packed.changed:
+        log.warning("%s: %s is not what was written beside the weights", packed.path, name)
     generation, tokenizer = read_generation_config(packed.path), read_tokenizer(packed.path)
     ways: Counter[str] = Counter()
     model = meta_model(packed.config, packed.path)

@@ -1,6 +1,7 @@
 """PackedFolder: a packed model on disk, in any of the formats, its shards read one at a time."""
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,13 +9,14 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from lfq_lightning.checkpoints.checkpoint import read_config
 from lfq_lightning.errors import UserError, one_line
 from lfq_lightning.experts import router_names
 from lfq_lightning.families import FAMILIES, PLAIN
 from lfq_lightning.formats import FORMATS, PackFormat, check_layout
+from lfq_lightning.limits import limits
 from lfq_lightning.meta_model import meta_model
 from lfq_lightning.quant_scheme import QuantScheme
 from lfq_lightning.quantized_tensor import QuantizedTensor
@@ -84,6 +86,7 @@ class PackedFolder:
             layer: [f"{layer}.{last}" for last in self.format.layout(scheme, self.shapes[layer])]
             for layer, scheme in self.schemes.items()
         }
+        self._dense_shapes = self._check_names(model)
 
     def shards(self) -> Iterator[Shard]:
         """Read file after file. Raises UserError for a damaged one, or one that does not fit the config."""
@@ -93,13 +96,44 @@ class PackedFolder:
             dense = {name: tensor for name, tensor in tensors.items() if not self._is_part(name, file)}
             for layer in layers:
                 tensors |= self._parts_elsewhere(layer, file)
-                check_layout(self.format.layout(self.schemes[layer], self.shapes[layer]), layer, tensors, self.path)
+                layout = self.format.layout(self.schemes[layer], self.shapes[layer])
+                check_layout(self.format, layout, layer, tensors, self.path)
+            self._check_dense(dense)
             yield Shard(
                 file,
-                {layer: self.format.unpack(layer, tensors, self.schemes[layer]) for layer in layers},
+                {layer: self._unpacked(layer, tensors) for layer in layers},
                 dense,
                 {layer: sum(tensors[name].nbytes for name in self._parts[layer]) for layer in layers},
             )
+
+    def _check_names(self, model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of what is not packed. Raises UserError if the files' tensors are not the config's."""
+        tied = set(model.all_tied_weights_keys)
+        shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        dense = {name: shape for name, shape in shapes.items() if name.removesuffix(".weight") not in self.schemes}
+        needed = (set(dense) - tied) | {part for parts in self._parts.values() for part in parts}
+        for name in sorted(needed - set(self._places)):
+            raise UserError(f"{self.path} has no tensor {name}, which its config asks for; copy the model again.")
+        return dense
+
+    def _check_dense(self, tensors: dict[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            if name in self._dense_shapes and tuple(tensor.shape) != self._dense_shapes[name]:
+                raise UserError(
+                    f"{self.path}: {name} is {tuple(tensor.shape)}, but by config.json it would be "
+                    f"{self._dense_shapes[name]}; config and shards do not belong together, copy the model again."
+                )
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise UserError(f"{self.path}: {name} holds NaN or infinity; copy the model again.")
+
+    def _unpacked(self, layer: str, tensors: dict[str, Tensor]) -> QuantizedTensor:
+        quantized = self.format.unpack(layer, tensors, self.schemes[layer])
+        if tuple(quantized.codes.shape) != self.shapes[layer]:
+            raise UserError(
+                f"{self.path}: {layer} holds {tuple(quantized.codes.shape)} codes, but by config.json it would hold "
+                f"{self.shapes[layer]}; copy the model again."
+            )
+        return quantized
 
     def _is_part(self, name: str, file: str) -> bool:
         layer = name.rpartition(".")[0]
@@ -142,8 +176,9 @@ class PackedFolder:
         names = [name for file in self.files.values() for name in file]
         layers = [layer for name in names if (layer := self.format.packed_name(name)) is not None]
         try:
-            found = self.format.schemes(self.quantization, layers)
-        except (KeyError, TypeError, AttributeError) as error:
+            with limits("an expression in quantization_config", "mend config.json"):
+                found = self.format.schemes(self.quantization, layers)
+        except (KeyError, TypeError, AttributeError, re.error, RecursionError) as error:
             raise UserError(
                 f"{self.path}: quantization_config lacks {one_line(error)}; copy the model again."
             ) from error

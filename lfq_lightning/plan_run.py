@@ -168,7 +168,7 @@ def _all_weights(skeleton: ModelSkeleton) -> int:
 
 def print_plan(model: str, plan: RunPlan, machine: Machine) -> bool:
     """Print a plan; return whether it fits."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, markup=False)
     where = f"{machine.devices} GPU(s) of {_gb(machine.device_bytes)}" if machine.on_gpu else "this machine's CPU"
     nodes = f"{machine.nodes} x " if machine.nodes > 1 else ""
     console.print(f"{model} on {nodes}{where}: {machine.ranks} process(es)")

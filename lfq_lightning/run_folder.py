@@ -333,8 +333,11 @@ class RunFolder:
 def _model_config(checkpoint: Checkpoint, architecture: str) -> dict[str, Any]:
     config = checkpoint.config.to_dict()
     rope = config.get("rope_parameters")
-    if isinstance(rope, dict) and "rope_theta" in rope:
-        config["rope_theta"] = rope["rope_theta"]  # transformers 5 nests it; other engines read it here
+    if isinstance(rope, dict) and "rope_theta" in rope:  # as transformers 5 nests it; other engines read it here
+        config["rope_theta"] = rope["rope_theta"]
+        if rope.get("rope_type", "default") != "default":
+            config["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+    config.pop("_name_or_path", None)  # a path of this machine
     config["architectures"] = [architecture]
     config["dtype"] = str(checkpoint.dtype).removeprefix("torch.")
     return config

@@ -12,6 +12,8 @@ from lfq_lightning.data import CalibrationData
 from lfq_lightning.errors import UserError
 from lfq_lightning.quant_scheme import QuantScheme
 from lfq_lightning.sensitivity import check_average, measure_sensitivity, plan_of, propose_widths
+from lfq_lightning.user_path import user_path
+from lfq_lightning.write_file import write_text
 
 
 def sensitivity_report(
@@ -29,13 +31,15 @@ def sensitivity_report(
     """
     widths = [scheme.num_bits for scheme in schemes]
     check_average(average_bits, widths)
+    if output is not None and user_path(output, "--output").is_dir():
+        raise UserError(f"--output: {output} is a folder; give a file.")
     if output is not None and not output.parent.is_dir():
         raise UserError(f"--output: there is no folder {output.parent}.")
     checkpoint = open_checkpoint(model)
     data = CalibrationData(dataset, num_samples=num_samples, seq_len=seq_len, num_held_out=1)
     data.check(checkpoint)
     tokens, _ = data.token_sets(checkpoint, torch.device("cpu"))
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, markup=False)
     measured = measure_sensitivity(checkpoint, tokens, schemes)
     layers = list(track(measured, "layers", console=console, transient=True))
     chosen = propose_widths(layers, average_bits)
@@ -52,4 +56,4 @@ def sensitivity_report(
     plan = plan_of(chosen, schemes[0].group_size, schemes[0].symmetric)
     console.print(plan)
     if output is not None:
-        output.write_text(plan, encoding="utf-8")
+        write_text(output, plan)

@@ -48,7 +48,7 @@ def test_round_trip(name, bits, symmetric, groups, group_size, rows, seed):
         return
     quantized, found = random_tensor(*shape, scheme, seed), FORMATS.get(name)()
     tensors = found.pack("layer", quantized)
-    check_layout(found.layout(scheme, shape), "layer", tensors, "here")
+    check_layout(found, found.layout(scheme, shape), "layer", tensors, "here")
     assert set(tensors) == {f"layer.{last}" for last in found.layout(scheme, shape)}
     back = found.unpack("layer", tensors, scheme)
     for part in ("codes", "scale", "zero_point"):
@@ -161,13 +161,22 @@ def test_what_a_format_cannot_hold(name, scheme, shape, message):
 
 
 def test_values_that_a_format_cannot_hold():
-    for value in (1e5, 1e-9):
-        scales = random_tensor(8, 32, QuantScheme(4, 32), dtype=torch.bfloat16)
-        scales.scale[2] = value
-        with pytest.raises(UserError, match="layer has a scale outside what fp16 holds"):
-            FORMATS.get("awq")().pack("layer", scales)
+    scales = random_tensor(8, 32, QuantScheme(4, 32), dtype=torch.bfloat16)
+    scales.scale[2] = 1e5
+    with pytest.raises(UserError, match="layer has a scale beyond what fp16 holds"):
+        FORMATS.get("awq")().pack("layer", scales)
     with pytest.raises(UserError, match="one scheme for all layers, but there are 2"):
         FORMATS.get("awq")().config({"a": QuantScheme(4, 32), "b": QuantScheme(4, 64)}, [])
+
+
+@pytest.mark.parametrize("name", ["gptq", "gptq_v2", "awq"])
+def test_a_scale_that_vanishes_in_fp16_makes_its_group_zero(name, caplog):
+    quantized, packed = random_tensor(32, 32, QuantScheme(4, 32), dtype=torch.bfloat16), FORMATS.get(name)()
+    quantized.scale[2] = 1e-9
+    back = packed.unpack("layer", packed.pack("layer", quantized), quantized.scheme).exact()
+    expected = quantized.exact()
+    assert float(back[2].abs().max()) == 0.0 and torch.equal(back[3:], expected[3:])
+    assert "layer: 1 scales are too small" in caplog.text
 
 
 def test_bf16_scales_are_exact_in_fp16():

@@ -26,7 +26,7 @@ class Console(BlockCallback):
     paper = "ours"
 
     def __init__(self) -> None:
-        self.console = RichConsole(highlight=False, soft_wrap=True)
+        self.console = RichConsole(highlight=False, soft_wrap=True, markup=False)
         self.progress: Progress | None = None
 
     def on_run_start(self, trainer: Trainer, plans: list[BlockPlan]) -> None:

@@ -8,9 +8,10 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.models.huggingface import HFLM
 
-from lfq_lightning.chat_template import limits
+from lfq_lightning.chat_template import WITHIN
 from lfq_lightning.evaluation.batches import batch_size, in_batches
 from lfq_lightning.evaluation.evaluated_model import EvaluatedModel
+from lfq_lightning.limits import limits
 
 _BATCHES_AT_ONCE = 8  # answers are kept after as many
 _DEFAULT_NEW_TOKENS = 256  # lm-eval's, for tasks that do not say
@@ -49,7 +50,7 @@ class AnsweringLM(LM):
         return self._answer("generate_until", requests)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        with limits():
+        with limits(*WITHIN):
             return self.inner.apply_chat_template(chat_history, add_generation_prompt)
 
     @property

@@ -115,7 +115,7 @@ def _number(value: float) -> float | None:
 
 def print_results(results: dict[str, Any]) -> None:
     """Print a table for each part: a row per metric, a column per model, and the p of what may be chance."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, markup=False)
     if not console.is_terminal:
         console.width = _WIDTH
     letters = dict(zip(results["models"], ascii_uppercase, strict=False))

@@ -21,6 +21,7 @@ class AWQ(PackFormat):
 
     paper = "AutoAWQ, version gemm"
     quant_method = "awq"
+    scale_name = "scales"
 
     def check(self, name: str, scheme: QuantScheme, shape: tuple[int, int]) -> None:
         if scheme.num_bits != 4:

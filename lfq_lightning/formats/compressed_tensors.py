@@ -19,6 +19,7 @@ class CompressedTensors(PackFormat):
 
     paper = "compressed-tensors 0.18 and newer (dense 3-bit), compressors/pack_quantized"
     quant_method = "compressed-tensors"
+    scale_name = "weight_scale"
 
     def check(self, name: str, scheme: QuantScheme, shape: tuple[int, int]) -> None:
         """Every scheme fits."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lfq_lightning.errors import UserError
 from lfq_lightning.formats import PackFormat, Shape
+from lfq_lightning.formats.fused import fused_parts
 from lfq_lightning.formats.half_scale import half_scale
 from lfq_lightning.ops.bitstream import pack, unpack
 from lfq_lightning.quant_scheme import QuantScheme
@@ -27,6 +28,7 @@ class GPTQLayout(PackFormat, ABC):
     """
 
     quant_method = "gptq"
+    scale_name = "scales"
     version: ClassVar[str]
     zero_offset: ClassVar[int]
 
@@ -82,8 +84,13 @@ class GPTQLayout(PackFormat, ABC):
     def config(self, schemes: dict[str, QuantScheme], dense: list[str]) -> dict[str, Any]:
         """The commonest scheme stands for all; `dynamic` names what differs (`+:`) and what stays dense (`-:`)."""
         common = Counter(schemes.values()).most_common(1)[0][0]
-        dynamic: dict[str, Any] = {f"-:^{re.escape(name)}$": {} for name in dense if name != "lm_head"}
-        dynamic |= {f"+:^{re.escape(name)}$": _keys(s) for name, s in schemes.items() if s != common}
+        every: dict[str, QuantScheme | None] = {**dict.fromkeys(dense), **schemes}
+        every.pop("lm_head", None)
+        for fused, parts in fused_parts(list(every)).items():  # under whose name vLLM looks for a rule
+            if len({every[part] for part in parts}) == 1:
+                every[fused] = every[parts[0]]
+        dynamic: dict[str, Any] = {f"-:^{re.escape(name)}$": {} for name, scheme in every.items() if scheme is None}
+        dynamic |= {f"+:^{re.escape(name)}$": _keys(s) for name, s in every.items() if s is not None and s != common}
         found = {
             "quant_method": self.quant_method,
             "checkpoint_format": self.version,

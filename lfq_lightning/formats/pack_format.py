@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from lfq_lightning.errors import UserError
@@ -10,6 +11,8 @@ from lfq_lightning.quant_scheme import QuantScheme
 from lfq_lightning.quantized_tensor import QuantizedTensor
 
 Shape = tuple[int, ...]
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+_INTEGERS = (torch.int32, torch.int64)
 
 
 class PackFormat(ABC):
@@ -18,10 +21,12 @@ class PackFormat(ABC):
     Attributes:
         paper: where the format is specified.
         quant_method: its name in `quantization_config`.
+        scale_name: last part of the name of the tensor that holds a layer's scales; all others hold integers.
     """
 
     paper: ClassVar[str]
     quant_method: ClassVar[str]
+    scale_name: ClassVar[str]
 
     @abstractmethod
     def check(self, name: str, scheme: QuantScheme, shape: tuple[int, int]) -> None:
@@ -70,8 +75,11 @@ class PackFormat(ABC):
         return layer if last == next(iter(self.layout(QuantScheme(), (32, 32)))) else None
 
 
-def check_layout(layout: dict[str, Shape], name: str, tensors: dict[str, Tensor], source: object) -> None:
-    """Raise UserError naming `source` if a tensor of the layer `name` is absent or not of the shape in `layout`."""
+def check_layout(
+    packed: PackFormat, layout: dict[str, Shape], name: str, tensors: dict[str, Tensor], source: object
+) -> None:
+    """Raise UserError naming `source` if a tensor of the layer `name` is absent, or of another shape or kind of dtype
+    than in `layout`, or if a scale is not finite."""
     for last, shape in layout.items():
         tensor = tensors.get(f"{name}.{last}")
         if tensor is None:
@@ -81,3 +89,8 @@ def check_layout(layout: dict[str, Shape], name: str, tensors: dict[str, Tensor]
                 f"{source}: {name}.{last} is {tuple(tensor.shape)}, but by config.json it would be {shape}; config and "
                 "shards do not belong together, copy the model again."
             )
+        wanted = _FLOATS if last == packed.scale_name else _INTEGERS
+        if tensor.dtype not in wanted:
+            raise UserError(f"{source}: {name}.{last} is stored as {tensor.dtype}; copy the model again.")
+        if last == packed.scale_name and not tensor.isfinite().all():
+            raise UserError(f"{source}: {name}.{last} holds NaN or infinity; copy the model again.")
