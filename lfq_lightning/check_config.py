@@ -3,7 +3,7 @@
 import inspect
 import math
 from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
+from dataclasses import is_dataclass
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -17,7 +17,7 @@ def check_config(config: dict[str, Any], classes: dict[str, type]) -> None:
 
     Args:
         config: the parsed config, dataclasses as they are.
-        classes: whose constructor's arguments a section holds, by the section's key.
+        classes: whose constructor's arguments a section, or each entry of a list, holds; by the section's key.
     """
     seed = config.get("seed_everything")
     if isinstance(seed, int) and not isinstance(seed, bool) and not 0 <= seed <= _MOST_SEED:
@@ -26,11 +26,17 @@ def check_config(config: dict[str, Any], classes: dict[str, type]) -> None:
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{key}: {value} is no finite number; give one, or leave the key out.")
     for section, cls in classes.items():
-        _check_null(section, config.get(section) or {}, _needed(cls))
-    for number, rule in enumerate(config.get("plan") or []):
-        if is_dataclass(rule):
-            values = {field.name: vars(rule)[field.name] for field in fields(rule)}
-            _check_null(f"plan[{number}]", values, _needed(type(rule)))
+        value = config.get(section) or {}
+        for where, values in _parts(section, value):
+            _check_null(where, values, _needed(cls))
+
+
+def _parts(section: str, value: Any) -> list[tuple[str, dict[str, Any]]]:
+    """Return a section's arguments, or those of each entry of a list, with its name."""
+    listed = (
+        [(f"{section}[{n}]", each) for n, each in enumerate(value)] if isinstance(value, list) else [(section, value)]
+    )
+    return [(where, vars(each) if is_dataclass(each) else each) for where, each in listed]
 
 
 def _check_null(section: str, values: dict[str, Any], needed: set[str]) -> None:

@@ -19,7 +19,7 @@ def with_terms(plugin: Plugin[Any]) -> Iterator[Plugin[Any]]:
     yield plugin
     waiting: list[Any] = list(plugin.options.values())
     while waiting:
-        value = waiting.pop()
+        value = waiting.pop(0)
         if isinstance(value, Plugin):
             yield from with_terms(value)
         elif isinstance(value, list | tuple):

@@ -1,7 +1,15 @@
 """Preflight: find the user's mistakes before anything long starts."""
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    BatchSizeFinder,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    ModelPruning,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from lfq_lightning.calibration_module import CalibrationModule
@@ -14,6 +22,16 @@ from lfq_lightning.plan import BlockPlan
 from lfq_lightning.precision import compute_dtype
 from lfq_lightning.quantizers import DenseQuantizer
 from lfq_lightning.ranks import Ranks
+
+# Lightning's callbacks that change, average or tune the parameters of one model over a whole fit
+_OF_ONE_MODEL = (
+    BaseFinetuning,
+    BatchSizeFinder,
+    LearningRateFinder,
+    ModelPruning,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 
 
 def check_trainer(
@@ -45,6 +63,12 @@ def check_trainer(
         )
     if trainer.min_epochs or trainer.min_steps:
         raise UserError("a run ends with its last block; leave trainer.min_epochs and trainer.min_steps alone.")
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, _OF_ONE_MODEL):
+            raise UserError(
+                f"trainer.callbacks: {type(callback).__name__} works on one model's parameters over the whole fit, and "
+                "here each block has its own; remove it."
+            )
     schedulers = [c for c in trainer.callbacks if isinstance(c, GradientAccumulationScheduler)]  # type: ignore[attr-defined]
     if any(scheduler.going_to_accumulate_grad_batches() and len(scheduler.scheduling) > 1 for scheduler in schedulers):
         raise UserError("steps must mean the same in every block; set trainer.accumulate_grad_batches to one number.")

@@ -77,10 +77,11 @@ class CommandLine(LightningCLI):
         try:
             self.config = parser.parse_args(args)
         except ArgumentError as error:
-            known = {*self._parser("run").get_defaults().keys(), *(field.name for field in fields(Rule))}
+            keys = {*self._parser("run").get_defaults().keys()}
+            known = {*keys, *(key.partition(".")[0] for key in keys), *(field.name for field in fields(Rule))}
             raise UserError(_with_cure(one_line(error), known)) from error
         if "run" in self.config:
-            sections = {"data": CalibrationData, "model": CalibrationModule}
+            sections = {"data": CalibrationData, "model": CalibrationModule, "plan": Rule}
             check_config(self.config.run.as_dict(), sections)
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:

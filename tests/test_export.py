@@ -2,11 +2,15 @@
 
 import io
 import json
+import re
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, pipeline
+from transformers import AutoConfig, AutoTokenizer, pipeline
 
 import lfq_lightning
 from lfq_lightning.cli import main
@@ -287,3 +291,101 @@ def test_damage_is_one_sentence(damage, whole, tmp_path, capsys):
     assert exit_code.value.code == 2
     shown = capsys.readouterr().err
     assert shown.startswith("lfq: error: ") and len(shown.splitlines()) == 1
+
+
+@pytest.mark.parametrize("form", ["gptq", "gptq_v2", "awq", "compressed-tensors"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16], ids=str)
+def test_exports_of_every_dtype_generate_and_are_measured(packed, tmp_path, capsys, form, dtype):
+    """Scales in fp16 stand beside weights in bf16 or fp32."""
+    run = packed([{"match": "all", "quantizer": quantizer(4)}], dtype=dtype)
+    export(str(run), form, str(tmp_path / "new"))
+    capsys.readouterr()
+    main(["generate", str(tmp_path / "new"), "hello", "--max-new-tokens", "4"])
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        logits = [load(folder)[0](ids).logits.float() for folder in (run, tmp_path / "new")]
+    torch.testing.assert_close(logits[1], logits[0], rtol=0.05, atol=0.05 * float(logits[0].abs().max()))
+    text = tmp_path / "text.txt"
+    text.write_text("a few words of text, " * 20)
+    options = ["--text", str(text), "--windows", "1", "--seq-len", "32", "--new-tokens", "0", "--packed"]
+    main(["eval", str(tmp_path / "new"), "--reference", str(tmp_path / "model"), *options])
+    assert "kl" in capsys.readouterr().out
+
+
+MIXED = {
+    "first block 8 bits": [{"match": 0, "quantizer": quantizer(8)}, {"match": "all", "quantizer": quantizer(4)}],
+    "first block dense": [{"match": ["model.layers.[12].*"], "quantizer": quantizer(4)}],
+    "down_proj 8 bits": [
+        {"match": "*.down_proj", "quantizer": quantizer(8)},
+        {"match": "all", "quantizer": quantizer(4)},
+    ],
+}
+
+
+@pytest.mark.parametrize("plan", MIXED)
+def test_gptq_has_rules_for_what_vllm_merges(plan, packed, tmp_path, capsys):
+    """vLLM asks for qkv_proj and gate_up_proj, and takes the first rule that matches, else the common scheme."""
+    run = packed(MIXED[plan])
+    export(str(run), "gptq", str(tmp_path / "new"))
+    folder = PackedFolder(tmp_path / "new")
+    for block in range(3):
+        for fused, part in (("self_attn.qkv_proj", "self_attn.q_proj"), ("mlp.gate_up_proj", "mlp.up_proj")):
+            scheme = folder.schemes.get(f"model.layers.{block}.{part}")
+            name = f"model.layers.{block}.{fused}"
+            hit = next(((k, v) for k, v in folder.quantization["dynamic"].items() if re.match(k[2:], name)), None)
+            bits = folder.quantization["bits"] if hit is None else None if hit[0][0] == "-" else hit[1]["bits"]
+            assert bits == (scheme.num_bits if scheme else None), name
+    main(["inspect", str(tmp_path / "new")])
+    assert "vLLM" in capsys.readouterr().out
+
+
+SCALING = {
+    "llama3": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    },
+    "linear": {"factor": 4.0},
+}
+
+
+@pytest.mark.parametrize("kind", SCALING)
+def test_rope_is_written_for_older_readers_too(kind, config, tmp_path):
+    model, scaling = save_tiny(tmp_path / "model", **WIDE), {"rope_type": kind, **SCALING[kind]}
+    settings = json.loads((model / "config.json").read_text())
+    settings.pop("rope_parameters", None)
+    (model / "config.json").write_text(json.dumps(settings | {"rope_theta": 5e4, "rope_scaling": scaling}))
+    main(
+        ["run", "--config", str(config(model={"checkpoint": str(model)}, plan=[{"match": "all", "quantizer": "rtn"}]))]
+    )
+    written = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert written["rope_theta"] == 5e4
+    assert {key: value for key, value in written["rope_scaling"].items() if key in scaling} == scaling
+    both = [AutoConfig.from_pretrained(folder).rope_parameters for folder in (model, tmp_path / "run")]
+    assert {key: both[1][key] for key in both[0]} == both[0]
+
+
+def test_an_export_without_room_leaves_nothing(packed, tmp_path, capsys):
+    run = packed([{"match": "all", "quantizer": quantizer(4)}])
+    code = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); "
+    code += "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); from lfq_lightning.cli import main; main()"
+    for form, output in (("gptq", "new"), ("compressed-tensors", "other")):
+        command = [sys.executable, "-c", code, "export", str(run), "--format", form, "--output", str(tmp_path / output)]
+        ended = subprocess.run(command, capture_output=True, text=True)
+        assert ended.returncode == 2 and "cannot be written" in ended.stderr and "Traceback" not in ended.stderr
+        assert not list(tmp_path.glob(f"{output}*"))
+
+
+def test_paths_of_every_kind(packed, tmp_path, capsys):
+    run = packed([{"match": "all", "quantizer": quantizer(4)}])
+    odd = tmp_path / "мои [v1/b] 量化 {0}%20#"
+    odd.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(run, odd)
+    main(["inspect", str(odd)])
+    assert str(odd) in capsys.readouterr().out.replace("\n", "")
+    named = tmp_path / "model.v1.gguf"
+    shutil.copytree(tmp_path / "model", named)
+    from lfq_lightning.checkpoints import open_checkpoint
+
+    assert open_checkpoint(str(named)).names() == open_checkpoint(str(tmp_path / "model")).names()

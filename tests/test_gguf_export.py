@@ -5,7 +5,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer, LlamaConfig
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from lfq_lightning.checkpoints import open_checkpoint
@@ -142,3 +143,37 @@ def test_tokenizer_fields():
     assert fields["bos_token_id"] == 0 and "padding_token_id" not in fields
     with pytest.raises(UserError, match="the tokenizer has no merges"):
         tokenizer_fields(byte_tokenizer(chat=False), 300)
+
+
+def test_a_metaspace_puts_a_space_first():
+    vocab = {letter: n for n, letter in enumerate("▁abc")} | {f"<0x{n:02X}>": 4 + n for n in range(256)} | {"ab": 260}
+    for scheme, spaced in (("first", True), ("always", True), ("never", False)):
+        inner = Tokenizer(models.BPE(vocab=vocab, merges=[("a", "b")], byte_fallback=True))
+        inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+        fields = tokenizer_fields(PreTrainedTokenizerFast(tokenizer_object=inner), 261)
+        assert fields["add_space_prefix"] is spaced, scheme
+        assert spaced == (inner.encode("ab").tokens[0] == "▁")
+
+
+def test_tokens_without_a_row_are_left_out(caplog):
+    tokenizer = trained_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    assert tokenizer.pad_token_id == 290
+    fields = tokenizer_fields(tokenizer, 290)  # llama.cpp refuses a file with more tokens than rows
+    assert len(fields["tokens"]) == len(fields["token_type"]) == 290 and "padding_token_id" not in fields
+    assert "GGUF: 1 tokens have no row in the embeddings" in caplog.text
+
+
+def test_every_named_template_is_in_the_file(packed, tmp_path):  # noqa: F811
+    run = packed([{"match": "all", "quantizer": quantizer(4)}])
+    tokenizer = trained_tokenizer()
+    tokenizer.chat_template = {"default": "D", "tool_use": "T", "rag": "R"}
+    tokenizer.save_pretrained(run)
+    fields = gguf.GGUFReader(export_gguf(str(run), str(tmp_path / "model.gguf"))).fields
+    found = {key: field.contents() for key, field in fields.items() if "chat_template" in key}
+    assert found == {
+        "tokenizer.chat_template": "D",
+        "tokenizer.chat_template.rag": "R",
+        "tokenizer.chat_template.tool_use": "T",
+        "tokenizer.chat_templates": ["rag", "tool_use"],
+    }

@@ -1,5 +1,6 @@
 """Texts in tokens that a model can take: a prompt that is to be continued, and ids that have embeddings."""
 
+import itertools
 from collections.abc import Iterable
 
 from transformers import PreTrainedTokenizerBase
@@ -22,10 +23,14 @@ def prompt_tokens(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) 
     """Return the tokens of a prompt. Some tokenizers end each text with EOS; what is to be continued has none."""
     tokens = text_tokens(tokenizer, text, special)
     if special:
-        bare = text_tokens(tokenizer, text)
-        while tokens and tokens[-1] == tokenizer.eos_token_id and tokens[-1:] != bare[-1:]:
-            tokens.pop()
+        added = _ends(tokens, tokenizer.eos_token_id) - _ends(text_tokens(tokenizer, text), tokenizer.eos_token_id)
+        tokens = tokens[: len(tokens) - max(0, added)]
     return tokens
+
+
+def _ends(tokens: list[int], end: int | None) -> int:
+    """Return how many times in a row `end` stands at the end."""
+    return len(list(itertools.takewhile(lambda token: token == end, reversed(tokens))))
 
 
 def check_tokens(sequences: Iterable[list[int]], rows: int, tokenizer: PreTrainedTokenizerBase) -> None:
