@@ -5,7 +5,9 @@
 For FlexRound with LFQ and for GPTQ, on one and on two ranks: a run is sent SIGKILL, all of it or one rank, at random
 moments until it has been killed `--kills` times, then it may finish; its folder is compared, byte by byte, with an
 uninterrupted run's. Then a disk that is full while a shard is written, shards deleted and corrupted between runs, and a
-config edited between runs. Writes benchmarks/results/chaos.csv; fails on the first difference.
+config edited between runs; two runs into one folder at once; a disk that fills at every size of file; and bits flipped
+in every kind of file that a run, stopped or finished, leaves. Writes benchmarks/results/chaos.csv; fails on the first
+difference.
 """
 
 import argparse
@@ -21,10 +23,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks.random_llama import save_random_llama
+from lfq_lightning.errors import UserError
+from lfq_lightning.packed_folder import PackedFolder
+from lfq_lightning.report.run_record import RunRecord
+from lfq_lightning.seal import CHECKSUMS, recorded_files
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "chaos.csv"
@@ -83,7 +90,11 @@ class Case:
             expected = (
                 (self.reference / name).read_bytes().replace(self.reference.name.encode(), self.folder.name.encode())
             )
-            if (self.folder / name).read_bytes() != expected:
+            if name == CHECKSUMS:  # that of lfq.yaml, which holds the path of the output, differs
+                ours, theirs = ({**recorded_files(f), "lfq.yaml": ""} for f in (self.folder, self.reference))
+                if ours != theirs:
+                    raise SystemExit(f"{self.folder}: checksums differ")
+            elif (self.folder / name).read_bytes() != expected:
                 raise SystemExit(f"{self.folder / name} differs from {self.reference / name}")
         metrics = [json.loads((folder / "metrics.json").read_text()) for folder in (self.folder, self.reference)]
         if metrics[0]["quantized"] != metrics[1]["quantized"]:
@@ -231,10 +242,109 @@ def edit(case: Case) -> str:
     return "refused by name, nothing changed, then same bytes"
 
 
+def two_at_once(case: Case) -> str:
+    """Start a run twice into one folder: one finishes, the other is refused."""
+    shutil.rmtree(case.folder, ignore_errors=True)
+    runs = [case.start(case.folder) for _ in range(2)]
+    said = [run.communicate()[0] for run in runs]
+    codes = sorted(run.returncode for run in runs)
+    refused = "".join(text for text, run in zip(said, runs, strict=True) if run.returncode)
+    if codes != [0, 2] or "is in use by another run" not in refused or "Traceback (most recent" in refused:
+        raise SystemExit(f"two runs at once ended with {codes}:\n{''.join(said)}")
+    case.check()
+    return "one refused, same bytes"
+
+
+def disk_full_at_every_size(case: Case) -> str:
+    """Let no file grow beyond a size, for sizes between those of the files that a run writes."""
+    sizes = sorted({file.stat().st_size for file in case.reference.rglob("*") if file.is_file()})
+    limits = [1, *(size - 1 for size in sizes if size > 1)]
+    failed = 0
+    for size in limits:
+        shutil.rmtree(case.folder, ignore_errors=True)
+        process = case.start(
+            case.folder, before=partial(resource.setrlimit, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+        )
+        said = process.communicate()[0]
+        if "Traceback (most recent" in said:
+            raise SystemExit(f"a disk full at {size} bytes gave a stack trace:\n{said}")
+        if process.returncode:
+            failed += 1
+            if "lfq: error: " not in said:
+                raise SystemExit(f"a disk full at {size} bytes gave no sentence:\n{said}")
+            case.nothing_pretends()
+            case.finish(case.folder)
+        case.check()
+    return (
+        f"{failed} of {len(limits)} sizes stopped the run with a sentence, then same bytes; the others wrote it whole"
+    )
+
+
+def flip(file: Path, chance: random.Random) -> None:
+    content = bytearray(file.read_bytes())
+    content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+    file.write_bytes(content)
+
+
+def flips_of_a_stopped_run(case: Case, count: int, chance: random.Random) -> str:
+    """Flip a bit in any file of a run that was killed, each in turn: it is refused, or ends in the same bytes."""
+    until_block(case, 2)
+    stopped = case.folder.with_name("stopped")
+    shutil.rmtree(stopped, ignore_errors=True)
+    shutil.copytree(case.folder, stopped)
+    files = sorted(file.name for file in stopped.iterdir() if file.is_file() and file.stat().st_size)
+    refused = 0
+    for number in range(count):
+        shutil.rmtree(case.folder)
+        shutil.copytree(stopped, case.folder)
+        name = files[number % len(files)]
+        flip(case.folder / name, chance)
+        process = case.start(case.folder)
+        said = process.communicate()[0]
+        if "Traceback (most recent" in said:
+            raise SystemExit(f"a bit flipped in {name} gave a stack trace:\n{said}")
+        refused += bool(process.returncode)
+        if process.returncode and "lfq: error: " not in said:
+            raise SystemExit(f"a bit flipped in {name} gave no sentence:\n{said}")
+        if not process.returncode:
+            case.check()
+    shutil.rmtree(stopped)
+    return f"{count} flips in {', '.join(files)}: {refused} refused, {count - refused} ended in the same bytes"
+
+
+def flips_of_a_finished_run(case: Case, count: int, chance: random.Random) -> str:
+    """Flip a bit in any file of a finished folder, each in turn: reading it says so."""
+    shutil.rmtree(case.folder, ignore_errors=True)
+    names = sorted(f.relative_to(case.reference).as_posix() for f in case.reference.rglob("*") if f.is_file())
+    unread = {"report.html"} | {name for name in names if name.startswith("logs/")}  # made of the others, read by none
+    files = [name for name in names if name not in unread]
+    for number in range(count):
+        shutil.copytree(case.reference, case.folder)
+        name = files[number % len(files)]
+        flip(case.folder / name, chance)
+        if not _told(case.folder):
+            raise SystemExit(f"a bit flipped in {name} of a finished run was not noticed")
+        shutil.rmtree(case.folder)
+    return f"{count} flips in {len(files)} files, all noticed"
+
+
+def _told(folder: Path) -> bool:
+    """Tell whether what `lfq inspect` and `lfq report` read is found to be damaged."""
+    try:
+        opened = PackedFolder(folder)
+        for _ in opened.shards():
+            pass
+        RunRecord.read(folder)
+    except UserError:
+        return True
+    return bool(opened.changed)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="a folder for what lies between")
     parser.add_argument("--kills", type=int, default=8, help="of each of the four cases (8)")
+    parser.add_argument("--flips", type=int, default=200, help="bits to flip, a quarter of them in stopped runs (200)")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
@@ -256,6 +366,12 @@ def main() -> None:
         for how in ("deleted", "corrupted"):
             note(case, f"shard {how} between runs", {"result": spoil(case, how)})
         note(case, "config edited between runs", {"result": edit(case)})
+        note(case, "two runs at once", {"result": two_at_once(case)})
+        note(case, "disk full at every size", {"result": disk_full_at_every_size(case)})
+        stopped = given.flips // 4 // len(PLANS)
+        note(case, "bits of a stopped run", {"result": flips_of_a_stopped_run(case, stopped, chance)})
+        finished = given.flips // len(PLANS) - stopped
+        note(case, "bits of a finished run", {"result": flips_of_a_finished_run(case, finished, chance)})
     with RESULTS.open("w", newline="") as file:
         writer = csv.DictWriter(file, ["plan", "ranks", "what", "kills", "of one rank alone", "result"])
         writer.writeheader()

@@ -170,19 +170,25 @@ class RunFolder:
                 folder.rmdir()
         self.path.mkdir(parents=True, exist_ok=True)
         (self.path / JOURNAL).touch()
-        if resolved_config is not None:
-            self.write_text("lfq.yaml", resolved_config)
-        self.write_json("versions.json", {name: found for name in _VERSIONS if (found := _version(name))})
+        self._describe(resolved_config)
         if tokens is not None:
             self._write_tokens(tokens, spent)
         self.write_json(FACTS, sealed(facts))
 
-    def reopen(self, blocks: int) -> None:
+    def _describe(self, resolved_config: str | None) -> None:
+        """Write what was asked for, and by which packages it is done."""
+        if resolved_config is not None:
+            self.write_text("lfq.yaml", resolved_config)
+        self.write_json("versions.json", {name: found for name in _VERSIONS if (found := _version(name))})
+
+    def reopen(self, blocks: int, resolved_config: str | None) -> None:
         """Keep of the journal what can be gone on from: its whole lines, up to the first whose shard is not intact.
 
         Args:
             blocks: how many at most.
+            resolved_config: YAML text to keep; as the facts agree, it says the same.
         """
+        self._describe(resolved_config)
         kept: list[str] = []
         text = (self.path / JOURNAL).read_text(encoding="utf-8")
         for line in text.splitlines(keepends=True)[:blocks]:

@@ -6,13 +6,17 @@ import re
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from lfq_lightning.checkpoints import open_checkpoint
 from lfq_lightning.cli import main
 from lfq_lightning.data import CalibrationData
 from lfq_lightning.data.pack_sequences import pack_sequences
+from lfq_lightning.data.roomy_cache import roomy_cache
+from lfq_lightning.data.self_generate import _Draw
 from lfq_lightning.data.source import Source, shares
 from lfq_lightning.errors import UserError
+from tests.conftest import save_tiny
 
 CPU = torch.device("cpu")
 
@@ -280,3 +284,44 @@ def test_what_lfq_data_prints(config, capsys, text_file):
     main(["data", "--config", str(config()), "--examples", "1", "--data.pack", "true"])
     printed = capsys.readouterr().out
     assert "calibration" in printed and "sequence 0, " in printed and "of beer on wall" in printed
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "mistral"])
+def test_a_cache_with_room_gives_the_models_own_logits(tmp_path, family):
+    """Greedy continuations and logits as with transformers' own cache, past several times its room."""
+    model = AutoModelForCausalLM.from_pretrained(save_tiny(tmp_path, family, max_position_embeddings=256))
+    ids = torch.randint(0, 250, (3, 5), generator=torch.Generator().manual_seed(0))
+    options = {"do_sample": False, "max_new_tokens": 150, "min_new_tokens": 150, "output_logits": True}
+    options |= {"return_dict_in_generate": True, "attention_mask": torch.ones_like(ids), "pad_token_id": 0}
+    theirs, ours = model.generate(ids, **options), model.generate(ids, **options, **roomy_cache(model))
+    assert torch.equal(ours.sequences, theirs.sequences)
+    for a, b in zip(ours.logits, theirs.logits, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_tokens_are_drawn_by_their_probability():
+    """Frequencies of 20,000 draws against the softmax, within five standard deviations; the impossible is never drawn."""
+    scores = torch.tensor([0.5, -1.0, 2.0, -torch.inf, 0.0]).repeat(20_000, 1)
+    torch.manual_seed(0)
+    left = _Draw()(torch.zeros(0), scores)
+    assert torch.equal((left == 0).sum(1), torch.ones(20_000, dtype=torch.long))
+    assert bool(((left == 0) | (left == -torch.inf)).all())
+    found, p = (left == 0).double().mean(0), scores[0].double().softmax(-1)
+    assert bool(((found - p).abs() <= 5 * (p * (1 - p) / 20_000).sqrt()).all())
+
+
+def test_rows_of_a_batch_do_not_see_each_other_or_their_pads(chat_llama):
+    """A prompt that is padded on the left is continued as it is alone."""
+    model = AutoModelForCausalLM.from_pretrained(chat_llama)
+    prompts = [[5, 6, 7, 8, 9], [11, 12]]
+    together = [model.generate(**_padded(prompts), max_new_tokens=6, do_sample=False, **roomy_cache(model))]
+    for row, prompt in zip(together[0], prompts, strict=True):
+        alone = model.generate(**_padded([prompt]), max_new_tokens=6, do_sample=False)[0]
+        assert row[-6:].tolist() == alone[-6:].tolist()
+
+
+def _padded(prompts):
+    width = max(map(len, prompts))
+    ids = [[0] * (width - len(p)) + p for p in prompts]
+    mask = [[0] * (width - len(p)) + [1] * len(p) for p in prompts]
+    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask), "pad_token_id": 0}

@@ -396,7 +396,8 @@ class BlockScheduler(BlockCallback):
         for earlier in filter(None, sources):
             earlier.check(facts)
         if goes_on:
-            self.folder.reopen(blocks=len(self.plans) - 1)  # with the last one comes what is measured of the whole
+            # all but the last block: with it comes what is measured of the whole
+            self.folder.reopen(len(self.plans) - 1, self.resolved_config)
             sources[0] = begun = EarlierRun(self.folder.path, goes_on=True)
             self.spent = self.spent.most(begun.spent)
         else:
