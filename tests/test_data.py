@@ -300,7 +300,7 @@ def test_a_cache_with_room_gives_the_models_own_logits(tmp_path, family):
 
 
 def test_tokens_are_drawn_by_their_probability():
-    """Frequencies of 20,000 draws against the softmax, within five standard deviations; the impossible is never drawn."""
+    """Frequencies of 20,000 draws are those of the softmax, within five standard deviations."""
     scores = torch.tensor([0.5, -1.0, 2.0, -torch.inf, 0.0]).repeat(20_000, 1)
     torch.manual_seed(0)
     left = _Draw()(torch.zeros(0), scores)
