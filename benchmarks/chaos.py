@@ -31,6 +31,7 @@ from benchmarks.random_llama import save_random_llama
 from lfq_lightning.errors import UserError
 from lfq_lightning.packed_folder import PackedFolder
 from lfq_lightning.report.run_record import RunRecord
+from lfq_lightning.run_folder import LOCK
 from lfq_lightning.seal import CHECKSUMS, recorded_files
 
 ROOT = Path(__file__).parents[1]
@@ -231,16 +232,21 @@ def spoil(case: Case, how: str) -> str:
 def edit(case: Case) -> str:
     """Change the config between runs."""
     until_block(case, 2)
-    before = {file.name: file.read_bytes() for file in case.folder.iterdir() if file.is_file()}
+    before = _files(case.folder)
     process = case.start(case.folder, "--data.num_samples", "24")
     said = process.communicate()[0]
     if process.returncode == 0 or "was made with another data.num_samples (32, now 24)" not in said:
         raise SystemExit(f"an edited config went by:\n{said}")
-    if before != {file.name: file.read_bytes() for file in case.folder.iterdir() if file.is_file()}:
+    if before != _files(case.folder):
         raise SystemExit("a refused run has changed the folder")
     case.finish(case.folder)
     case.check()
     return "refused by name, nothing changed, then same bytes"
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    """Return what lies in a run's folder, but for the lock that a killed process leaves."""
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file() and file.name != LOCK}
 
 
 def two_at_once(case: Case) -> str:

@@ -1,5 +1,6 @@
 """EarlierRun: what a run folder holds, for a run that goes on from it or begins with the same blocks."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,20 @@ class EarlierRun:
         try:
             self.facts: Facts = unsealed((self.path / FACTS).read_text(encoding="utf-8"))
             lines = (self.path / JOURNAL).read_text(encoding="utf-8").splitlines(keepends=True)
-            self._reports = [unsealed(line) for line in lines if line.endswith("\n")]
+            self._reports = list(self._whole_lines(lines))
         except (OSError, ValueError) as error:
-            raise UserError(
-                f"reuse: {path} is not the folder of a run, or is damaged ({error}); give an output of `lfq run`."
-            ) from error
+            cure = "start anew with --overwrite true" if goes_on else "give an output of `lfq run`"
+            raise UserError(f"{self._named} is not the folder of a run, or is damaged ({error}); {cure}.") from error
+
+    def _whole_lines(self, lines: list[str]) -> Iterator[dict[str, Any]]:
+        """Yield the journal's lines; of a run to be resumed, up to the first that is torn or damaged."""
+        for line in lines:
+            try:
+                yield unsealed(line)
+            except ValueError:
+                if not self.goes_on and line.endswith("\n"):
+                    raise
+                return
 
     @property
     def spent(self) -> dict[str, float]:
@@ -78,11 +88,11 @@ class EarlierRun:
         try:
             if sha256(file) not in self._digests(file.name):
                 raise UserError(
-                    f"reuse: {file} is not what was written (its SHA-256 differs); calibrate from the start."
+                    f"{self._named}: {file.name} is not what was written (its SHA-256 differs); {self._cure}"
                 )
             return {family.model_name(name): tensor for name, tensor in load_file(file).items()}
         except (SafetensorError, OSError) as error:
-            raise UserError(f"reuse: {file} cannot be read ({error}); calibrate from the start.") from error
+            raise UserError(f"{self._named}: {file.name} cannot be read ({error}); {self._cure}") from error
 
     def _digests(self, shard: str) -> set[str]:
         """Return the checksums that the journal has of a shard: of the block, and of a training of the whole model."""

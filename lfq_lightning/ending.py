@@ -41,7 +41,7 @@ def prepare_streams() -> None:
 def use_utf8(arguments: list[str]) -> None:
     """Start this command anew in Python's UTF-8 mode where the system's files are read as something else."""
     if not sys.flags.utf8_mode and locale.getpreferredencoding(False).lower() not in {"utf-8", "utf8"}:
-        os.execv(sys.executable, [sys.executable, "-X", "utf8", "-m", "lfq_lightning", *arguments])
+        os.execv(sys.executable, [sys.executable, "-P", "-X", "utf8", "-m", "lfq_lightning", *arguments])
 
 
 def _outlive_reader(stream: TextIO) -> None:

@@ -19,6 +19,8 @@ def meta_model(config: PretrainedConfig, source: object) -> PreTrainedModel:
     with torch.device("meta"):
         try:
             model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+        except UserError:
+            raise  # such as a signal
         except Exception as error:  # a class of transformers stumbles over a value: where, only it knows
             what = f"{type(error).__name__}: {one_line(error)[:200]}"
             raise UserError(f"{source}: the values of config.json make no model ({what}); mend it.") from error

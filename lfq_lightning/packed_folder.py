@@ -161,7 +161,7 @@ class PackedFolder:
         return [name for name in self.shapes if name not in self.schemes]
 
     def _index(self) -> tuple[dict[str, list[str]], dict[str, str]]:
-        if (self.path / INDEX).is_file():
+        if not (self.path / SINGLE).is_file():  # which goes first, as in transformers
             index = json.loads((self.path / INDEX).read_text(encoding="utf-8"))
             files: dict[str, list[str]] = {}
             for name, file in index["weight_map"].items():
@@ -180,7 +180,7 @@ class PackedFolder:
                 found = self.format.schemes(self.quantization, layers)
         except (KeyError, TypeError, AttributeError, re.error, RecursionError) as error:
             raise UserError(
-                f"{self.path}: quantization_config lacks {one_line(error)}; copy the model again."
+                f"{self.path}: quantization_config is damaged ({one_line(error)[:100]}); copy the model again."
             ) from error
         except UserError as error:
             raise UserError(f"{self.path}: {error}") from error

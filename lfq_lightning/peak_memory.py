@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 _LINUX = Path("/proc/self")
+_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))  # of containers
 
 
 def reset_peak(device: torch.device) -> None:
@@ -42,8 +43,12 @@ def _status(name: str) -> int:
 
 
 def host_bytes() -> int:
-    """Return how much memory this machine has."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """Return how much memory this machine has, or its container may take."""
+    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for file in _LIMITS:
+        if file.is_file() and (text := file.read_text().strip()).isdigit():  # `max` is none
+            found.append(int(text))
+    return min(found)
 
 
 def return_freed_memory() -> None:

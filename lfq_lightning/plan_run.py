@@ -26,7 +26,7 @@ from lfq_lightning.memory_estimate import (
 from lfq_lightning.model_skeleton import ModelSkeleton
 from lfq_lightning.peak_memory import host_bytes
 from lfq_lightning.plan import BlockPlan, Plan, Rule
-from lfq_lightning.precision import compute_dtype, stream_dtype
+from lfq_lightning.precision import compute_dtype, product_dtype, stream_dtype
 from lfq_lightning.preflight import check_shares, check_training, output_bytes
 
 _GPU_RATE = 300e12  # FLOP/s of bf16 products that an H100 sustains in such work; stated, not measured
@@ -157,13 +157,18 @@ def plan_run(model: str, rules: list[Rule], data: CalibrationData, precision: st
         state=max(state_bytes(same[0], skeleton) for same in different.values()),
         flop=flop,
         seconds=flop / (machine.rate * machine.ranks),
-        writing=_all_weights(skeleton) if data.generated else 0,
+        writing=_all_weights(skeleton, machine.on_gpu) if data.generated else 0,
     )
 
 
-def _all_weights(skeleton: ModelSkeleton) -> int:
+def _all_weights(skeleton: ModelSkeleton, on_gpu: bool) -> int:
+    """Return the bytes of the whole model in the dtype that it runs in."""
     values = sum(o * i for index in range(len(skeleton)) for o, i in skeleton.linear_shapes(index).values())
-    return values * skeleton.checkpoint.dtype.itemsize + outer_bytes(skeleton)
+    stored = skeleton.checkpoint.dtype
+    runs_in = stored if on_gpu else product_dtype(stored, torch.device("cpu"))
+    whole = values * stored.itemsize + outer_bytes(skeleton)
+    wide = whole * runs_in.itemsize // stored.itemsize
+    return wide if wide <= host_bytes() // 2 or on_gpu else whole  # else it is widened tile by tile (widen.py)
 
 
 def print_plan(model: str, plan: RunPlan, machine: Machine) -> bool:

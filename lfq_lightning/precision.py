@@ -116,4 +116,6 @@ def _device_type(accelerator: object) -> str:
         if torch.backends.mps.is_available():
             return "mps"
         return "cpu" if accelerator == "auto" else "cuda"
-    return accelerator if isinstance(accelerator, str) else "cuda"
+    return (
+        accelerator if isinstance(accelerator, str) else type(accelerator).__name__.lower().removesuffix("accelerator")
+    )

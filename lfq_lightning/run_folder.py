@@ -1,5 +1,6 @@
 """RunFolder: what a run leaves on disk. Nothing half-done looks finished, and what is done can be gone on from."""
 
+import errno
 import fnmatch
 import hashlib
 import json
@@ -50,6 +51,7 @@ _OURS = {  # what a run writes by these names; its tokenizer's files and licence
 }
 _PATTERNS = (_SHARD, ".tmp??????", f"{EVALUATION}/answers-????????????????.jsonl", f"{_SCRATCH}/*")
 _RECORDED = (INDEX, CARD, FACTS, "lfq.yaml", "versions.json")  # too; what holds times carries its own checksum
+_NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS}
 _ENDS = (".partial", ".again")  # of names that are being written
 _AGAIN = ".again"
 _VERSIONS = ("lfq-lightning", "torch", "lightning", "transformers", "safetensors", "triton")
@@ -93,10 +95,13 @@ class RunFolder:
             raise UserError(
                 f"output: {self.path} is in use by another run; wait for its end, or give another folder."
             ) from error
-        except OSError as error:
-            raise UserError(
-                f"output: {self.path} cannot be written to ({one_line(error)}); give another folder."
-            ) from error
+        except (OSError, NotImplementedError) as error:
+            if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+                raise UserError(
+                    f"output: {self.path} cannot be written to ({one_line(error)}); give another folder."
+                ) from error
+            self._lock = None
+            log.warning("%s: this file system has no locks; see to it that no other run writes there", self.path)
 
     def unlock(self) -> None:
         """Give the folder back; one that was made for this run and has nothing in it goes."""
@@ -166,7 +171,7 @@ class RunFolder:
         ):
             (self.path / old).unlink()
         for folder in sorted((entry for entry in self.path.rglob("*") if entry.is_dir()), reverse=True):
-            if folder.name != LOGS and not any(folder.iterdir()):
+            if LOGS not in folder.relative_to(self.path).parts and not any(folder.iterdir()):
                 folder.rmdir()
         self.path.mkdir(parents=True, exist_ok=True)
         (self.path / JOURNAL).touch()

@@ -53,7 +53,7 @@ class Saving:
         """Leave the signals to whoever had them before."""
         for number, before in self._before.items():
             signal.signal(number, before)
-        self._before = {}
+        self._before, self._asked = {}, None
 
     def due(self) -> bool:
         """Tell whether the interval is over, by the first rank's clock."""
@@ -82,6 +82,8 @@ class Saving:
     def _hear(self, number: int, frame: FrameType | None) -> None:
         if self._launcher is not None and self._asked is None:
             self._launcher.kill(number)
+        if self._asked == number == signal.SIGINT:
+            raise KeyboardInterrupt  # a second Ctrl-C: whoever it is does not want to wait
         self._asked = number
         if self.stop_at_once:
             self.stop("a point with nothing to save")

@@ -40,6 +40,7 @@ def measure_sensitivity(
         schemes: the grids to try, one per width.
     """
     skeleton = ModelSkeleton(checkpoint)
+    checkpoint.check_finite()
     for scheme in schemes:
         for index in range(len(skeleton)):
             for name in skeleton.linear_shapes(index):

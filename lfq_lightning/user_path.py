@@ -10,7 +10,7 @@ def user_path(given: str | Path, where: str) -> Path:
     try:
         path = Path(given).expanduser()
         path.lstat()  # asks the system, which refuses names that are too long, among others
-    except (FileNotFoundError, NotADirectoryError, PermissionError):
+    except (FileNotFoundError, NotADirectoryError):
         return path
     except (OSError, ValueError, RuntimeError) as error:
         shown = str(given) if len(str(given)) <= 60 else f"{str(given)[:57]}…"

@@ -94,7 +94,7 @@ class BlockScheduler(BlockCallback):
     # ---- one fit: prepare, then block after block --------------------------------------------------------------------
 
     def prepare(self, trainer: Trainer, module: LightningModule, data: LightningDataModule | None) -> None:
-        """Check everything that can be checked without weights and data. Raises UserError; changes nothing on disk."""
+        """Check everything that can be checked without weights and data, and take the folder. Raises UserError."""
         self.run_started, self.peak_bytes = time.perf_counter(), 0
         self.module, self.data = check_trainer(trainer, module, data)
         self.skeleton = ModelSkeleton(self.module.checkpoint)
@@ -111,6 +111,7 @@ class BlockScheduler(BlockCallback):
         if launched_rank() == 0:
             self.folder.lock()
             self.locked = self.folder
+            self.folder.check(0)  # once more: another run may have ended in between
         self.prepared = True
 
     def release(self) -> None:
@@ -125,6 +126,9 @@ class BlockScheduler(BlockCallback):
             self.prepare(trainer, pl_module, trainer.datamodule)  # type: ignore[attr-defined]
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.release()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self.release()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -142,6 +146,7 @@ class BlockScheduler(BlockCallback):
         self.splits = Splits(self._cache("train", train), self._cache("held_out", held_out))
         self._write_shard(0, self.skeleton.checkpoint.tensors(self.skeleton.outer_names()))
         self.schemes: dict[str, QuantScheme] = {}
+        self.peak_bytes = peak_bytes(self.device)  # the whole model may have been there, to write the data
         for listener in self._listeners():
             listener.on_run_start(self.trainer, self.plans)
         self.fingerprint = ""
@@ -320,7 +325,7 @@ class BlockScheduler(BlockCallback):
                 else:
                     self._write_shard(number, tensors)
             if not earlier.goes_on:
-                line = report | {"shards": self.folder.checksums(shards)}
+                line = report | {"shards": self.folder.checksums(shards), "spent": vars(self._spent())}
                 self.ranks.once(partial(self.folder.append_journal, line))
             self.schemes |= schemes
             self.fingerprint = fingerprint

@@ -107,6 +107,8 @@ def read_config(path: Path) -> PretrainedConfig:
     file = path / "config.json" if path.is_dir() else path
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except UserError:
+        raise  # such as a signal
     except Exception as error:  # whatever a class of transformers says to values that it does not expect
         raise UserError(f"{file} cannot be read: {one_line(error)[:300]}") from error
     config._attn_implementation = None
@@ -120,6 +122,8 @@ def read_generation_config(folder: Path) -> GenerationConfig | None:
         return None
     try:
         return GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except UserError:
+        raise  # such as a signal
     except Exception as error:  # likewise
         raise UserError(f"{file} cannot be read ({one_line(error)[:200]}); mend or remove it.") from error
 
@@ -128,5 +132,7 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a folder. Raises UserError if its files are damaged."""
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except UserError:
+        raise  # such as a signal
     except Exception as error:  # the tokenizers library raises bare Exceptions
         raise UserError(f"{folder}: the tokenizer cannot be read ({one_line(error)[:200]}); copy it again.") from error

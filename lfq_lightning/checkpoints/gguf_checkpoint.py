@@ -23,14 +23,21 @@ class GGUFCheckpoint(Checkpoint):
         try:
             reader = gguf.GGUFReader(path)
             self._architecture: str = reader.fields["general.architecture"].contents()
-            numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
-            number = numbers[self._architecture]
+        except UserError:
+            raise  # such as a signal
         except Exception as error:  # whatever a cut-off or foreign file makes the reader stumble over
             raise UserError(f"{path} is not a readable GGUF file ({one_line(error)[:100]}); fetch it again.") from error
         self._dequantize = gguf.dequantize
         self._stored = {tensor.name: tensor for tensor in reader.tensors}
+        numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
+        if self._architecture not in numbers:
+            raise UserError(
+                f"{path}: architecture {self._architecture!r} is not known here; give the Hugging Face folder."
+            )
         try:
             config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+        except UserError:
+            raise  # such as a signal
         except Exception as error:  # likewise
             raise UserError(
                 f"{path}: no config can be made of a GGUF of architecture {self._architecture!r} "
@@ -40,7 +47,7 @@ class GGUFCheckpoint(Checkpoint):
         super().__init__(path, config)
         if self.family.experts:
             raise UserError(f"{path}: mixtures of experts are not read from GGUF; give the Hugging Face folder.")
-        name_map = gguf.get_tensor_name_map(number, config.num_hidden_layers)
+        name_map = gguf.get_tensor_name_map(numbers[self._architecture], config.num_hidden_layers)
         wanted = meta_model(config, path).state_dict()
         found = {name: name_map.get_name(name, try_suffixes=(".weight", ".bias")) for name in wanted}
         self._names = {name: stored for name, stored in found.items() if stored in self._stored}

@@ -33,7 +33,7 @@ def write_small_files(checkpoint: Checkpoint, folder: Path) -> None:
     """Write them into a folder. Raises UserError if one cannot be written; OSError of a full disk is let through."""
     try:
         checkpoint.tokenizer().save_pretrained(folder)
-    except OSError:
+    except (OSError, UserError):
         raise
     except Exception as error:  # whatever a tokenizer's class says
         raise UserError(f"{checkpoint.path}: its tokenizer cannot be saved ({one_line(error)[:200]}).") from error
@@ -67,6 +67,8 @@ def _edit(file: Path, named: str | None) -> None:
     """Put the source's class into a saved tokenizer_config.json, and take this machine's paths out of it."""
     content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     written = content.get("tokenizer_class")
-    content["tokenizer_class"] = named or (_KNOWN_CLASS if written == _NEW_CLASS else written)
-    content = {key: value for key, value in content.items() if key not in _PATHS and value is not None}
+    chosen = named or written
+    if chosen is not None:
+        content["tokenizer_class"] = _KNOWN_CLASS if chosen == _NEW_CLASS else chosen
+    content = {key: value for key, value in content.items() if key not in _PATHS}
     file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,5 +1,6 @@
 """Read documents from a text, JSON, CSV or Parquet file, or anything `datasets` loads: a hub name or a folder."""
 
+import glob
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,9 +81,11 @@ def _rows(path: Path) -> Iterator[tuple[str, Any]]:
         import datasets
 
         try:
-            rows = datasets.load_dataset(kind[1:], data_files=str(path), split="train", streaming=True)
+            rows = datasets.load_dataset(kind[1:], data_files=glob.escape(str(path)), split="train", streaming=True)
             for number, row in enumerate(rows, start=1):
                 yield f"{_KEY}: {path} row {number}", row
+        except UserError:
+            raise  # such as a signal
         except Exception as error:  # what pyarrow and pandas say of a damaged file
             raise UserError(f"{_KEY}: {path} cannot be read ({one_line(error)[:200]}); mend the file.") from error
 

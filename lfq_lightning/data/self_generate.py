@@ -21,7 +21,7 @@ from lfq_lightning.data.prompt_tokens import check_tokens, prompt_tokens, text_t
 from lfq_lightning.data.roomy_cache import roomy_cache
 from lfq_lightning.errors import UserError
 
-_BATCH = 80
+_BATCH, _BATCH_ON_GPU = 80, 40
 _LONGEST_QUESTION = 64
 _PATIENCE = 20  # gives up after this many times the wanted number of samples were too short
 _MARK = "\u2042"  # stands for the user's words while the chat template is cut around them
@@ -68,7 +68,7 @@ def self_generate(
         while (missing := wanted - len(pack_sequences(kept, seq_len) if pack else kept)) > 0:
             if short > _PATIENCE * wanted:
                 break
-            count = min(_BATCH, missing)
+            count = min(_BATCH if device.type == "cpu" else _BATCH_ON_GPU, missing)
             if asked is not None:
                 written = _answer(model, asked.take(count), seq_len, ends)
             elif tokens is None:
@@ -150,6 +150,9 @@ class _Draw(LogitsProcessor):
     """
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if scores.is_cuda:  # where a running sum is not deterministic
+            token = torch.multinomial(scores.softmax(-1), 1)
+            return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
         below = scores.softmax(-1).cumsum(-1)
         drawn = torch.rand(len(scores), 1, device=scores.device) * below[:, -1:]
         token = torch.searchsorted(below, drawn, right=True).clamp_(max=scores.shape[1] - 1)
@@ -170,6 +173,7 @@ def _sample(model: PreTrainedModel, prompts: list[list[int]], seq_len: int, ends
             input_ids=input_ids,
             attention_mask=attention_mask,
             **roomy_cache(model),
+            use_cache=True,  # whatever a training script has left in the config
             do_sample=False,  # _Draw leaves one token to choose
             logits_processor=LogitsProcessorList([_Draw()]),
             max_length=seq_len,

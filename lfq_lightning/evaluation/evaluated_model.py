@@ -21,6 +21,7 @@ from lfq_lightning.head import Head
 from lfq_lightning.load_model import load, load_full_precision
 from lfq_lightning.packed_folder import PackedFolder
 from lfq_lightning.precision import product_dtype
+from lfq_lightning.widen import WideLinear
 
 _SMALL = ("config.json", "generation_config.json", "tokenizer*", "chat_template*", "special_tokens_map.json")
 
@@ -98,7 +99,7 @@ class EvaluatedModel:
     def head(self) -> Head:
         """Return the model's head in fp32, for hidden states that its own final norm has left."""
         linear = self.model.get_output_embeddings()
-        if not isinstance(linear, nn.Linear):
+        if not isinstance(linear, nn.Linear | WideLinear):
             raise UserError(f"{self.source} has a packed LM head, which is not measured here; leave --packed away.")
         terms = FAMILIES[self.config.model_type].logit_terms(self.config.to_dict())
         bias = None if linear.bias is None else linear.bias.float()
