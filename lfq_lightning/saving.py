@@ -82,8 +82,8 @@ class Saving:
     def _hear(self, number: int, frame: FrameType | None) -> None:
         if self._launcher is not None and self._asked is None:
             self._launcher.kill(number)
-        if self._asked == number == signal.SIGINT:
-            raise KeyboardInterrupt  # a second Ctrl-C: whoever it is does not want to wait
-        self._asked = number
+        again, self._asked = self._asked == number == signal.SIGINT, number
         if self.stop_at_once:
             self.stop("a point with nothing to save")
+        if again:
+            raise KeyboardInterrupt  # a second Ctrl-C: whoever it is does not want to wait

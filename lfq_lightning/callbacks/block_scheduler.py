@@ -117,6 +117,9 @@ class BlockScheduler(BlockCallback):
     def release(self) -> None:
         """Leave signals and the folder to others."""
         self.saving.unlisten()
+        self._unlock()
+
+    def _unlock(self) -> None:
         if self.locked is not None:
             self.locked.unlock()
             self.locked = None
@@ -126,10 +129,10 @@ class BlockScheduler(BlockCallback):
             self.prepare(trainer, pl_module, trainer.datamodule)  # type: ignore[attr-defined]
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self.release()
+        self._unlock()  # not the signals: Lightning puts back, after this, the handlers that it has found
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self.release()
+        self._unlock()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.trainer, self.device = trainer, trainer.strategy.root_device
