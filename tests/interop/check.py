@@ -99,6 +99,8 @@ class Reference:
 
     def __init__(self, run_folder: Path) -> None:
         model, tokenizer = load(run_folder, dequantize=True)
+        for parameter in model.parameters():  # as it ships, where this CPU computes in fp32 too
+            parameter.data = parameter.data.to(model.config.dtype)  # rotary tables stay in fp32
         self.tokens = tokenizer(TEXT)["input_ids"][:100]
         self.plain_tokens = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
         self.ids = json.dumps(self.tokens)
