@@ -293,7 +293,7 @@ def test_damage_is_one_sentence(damage, whole, tmp_path, capsys):
     assert shown.startswith("lfq: error: ") and len(shown.splitlines()) == 1
 
 
-@pytest.mark.parametrize("form", ["gptq", "gptq_v2", "awq", "compressed-tensors"])
+@pytest.mark.parametrize("form", ["gptq", "awq"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16], ids=str)
 def test_exports_of_every_dtype_generate_and_are_measured(packed, tmp_path, capsys, form, dtype):
     """Scales in fp16 stand beside weights in bf16 or fp32."""
