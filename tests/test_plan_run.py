@@ -16,6 +16,7 @@ from lfq_lightning.data import CalibrationData
 from lfq_lightning.model_skeleton import ModelSkeleton
 from lfq_lightning.plan import Rule
 from lfq_lightning.plan_run import Machine, plan_run
+from lfq_lightning.precision import choose_precision
 
 ROOT = Path(__file__).parents[1]
 GRID = {"bits": 4, "group_size": 64}
@@ -28,7 +29,7 @@ PLANS = {
             {"match": "last", "quantizer": {**FLEXROUND, "init": "awq"}, "objective": "logit_ce", **TRAINING},
             {"match": "all", "quantizer": {"name": "gptq", **GRID}},
         ],
-        "bf16-mixed",
+        choose_precision("auto", "cpu"),  # bf16 takes minutes where this CPU has no instructions for it
     ),
 }
 PROGRAM = """
