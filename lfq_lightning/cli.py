@@ -187,8 +187,8 @@ def _plan(arguments: list[str]) -> None:
 
     named = ["--model.checkpoint", given.model] if given.model else []
     config = read_config(["run", "--config", given.config, *more, *named, "--output", "planned"])
-    here = choose_precision(config.trainer.precision, "cpu")
-    config.trainer.precision = "bf16-mixed" if given.gpus and config.trainer.precision == AUTO else here
+    if config.trainer.precision == AUTO:
+        config.trainer.precision = "bf16-mixed" if given.gpus else choose_precision(AUTO, "cpu")
     machine = parse_machine(given.gpus, given.nodes, given.tflops, config.trainer.precision)
     if not print_plan(config.model.checkpoint, plan_config(config, machine), machine):
         sys.exit(1)

@@ -1,6 +1,8 @@
 """The one exception that reaches a user, how to quote another one in it, and what raises it for a missing package."""
 
 import importlib.util
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 
 class UserError(ValueError):
@@ -31,3 +33,17 @@ def require(package: str, who: str) -> None:
 def one_line(error: object) -> str:
     """Return the text of a foreign error without its line breaks."""
     return " ".join(str(error).split())
+
+
+@contextmanager
+def said(sentence: Callable[[Exception], str]) -> Iterator[None]:
+    """Turn whatever foreign code raises inside into a UserError with this sentence; a UserError, a signal's too, stays.
+
+    For code that cannot be known: which errors a class of transformers raises over a user's file is not documented.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(sentence(error)) from error

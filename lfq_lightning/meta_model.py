@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from lfq_lightning.errors import UserError, one_line
+from lfq_lightning.errors import UserError, one_line, said
 from lfq_lightning.experts import split_experts
 from lfq_lightning.families import FAMILIES
 
@@ -17,13 +17,8 @@ def meta_model(config: PretrainedConfig, source: object) -> PreTrainedModel:
     Raises UserError, naming `source`, for values that make no model.
     """
     with torch.device("meta"):
-        try:
+        with said(lambda error: f"{source}: the values of config.json make no model ({_named(error)}); mend it."):
             model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
-        except UserError:
-            raise  # such as a signal
-        except Exception as error:  # a class of transformers stumbles over a value: where, only it knows
-            what = f"{type(error).__name__}: {one_line(error)[:200]}"
-            raise UserError(f"{source}: the values of config.json make no model ({what}); mend it.") from error
         family = FAMILIES.get(config.model_type)
         if family is not None and family.experts:
             split_experts(model, family.experts, config)
@@ -32,6 +27,10 @@ def meta_model(config: PretrainedConfig, source: object) -> PreTrainedModel:
             module.to_empty(device="cpu", recurse=False)
             model._init_weights(module)  # rotary frequencies, embedding scales
     return model
+
+
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__}: {one_line(error)[:200]}"
 
 
 def check_shapes(module: nn.Module, tensors: dict[str, Tensor], source: object) -> None:

@@ -28,6 +28,7 @@ from lfq_lightning.peak_memory import host_bytes
 from lfq_lightning.plan import BlockPlan, Plan, Rule
 from lfq_lightning.precision import compute_dtype, product_dtype, stream_dtype
 from lfq_lightning.preflight import check_shares, check_training, output_bytes
+from lfq_lightning.widen import has_room
 
 _GPU_RATE = 300e12  # FLOP/s of bf16 products that an H100 sustains in such work; stated, not measured
 _PRODUCT_SIZE = 1024
@@ -168,7 +169,7 @@ def _all_weights(skeleton: ModelSkeleton, on_gpu: bool) -> int:
     runs_in = stored if on_gpu else product_dtype(stored, torch.device("cpu"))
     whole = values * stored.itemsize + outer_bytes(skeleton)
     wide = whole * runs_in.itemsize // stored.itemsize
-    return wide if wide <= host_bytes() // 2 or on_gpu else whole  # else it is widened tile by tile (widen.py)
+    return wide if on_gpu or has_room(wide) else whole  # else it is widened tile by tile
 
 
 def print_plan(model: str, plan: RunPlan, machine: Machine) -> bool:

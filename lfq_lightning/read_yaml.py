@@ -5,6 +5,7 @@ from typing import Any
 
 import yaml
 
+from lfq_lightning.data.read_text import read_text
 from lfq_lightning.errors import UserError, one_line
 
 
@@ -13,23 +14,17 @@ def read_yaml(text: str, where: str) -> Any:
     try:
         _check_keys(yaml.compose(text, yaml.SafeLoader), where)
         return yaml.safe_load(text)
+    except UserError:
+        raise
     except (yaml.YAMLError, RecursionError) as error:
         raise UserError(f"{where} is not YAML: {one_line(error)[:200]}") from error
     except ValueError as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(f"{where}: a value is none that YAML can mean ({one_line(error)[:100]}).") from error
 
 
 def read_yaml_file(path: Path) -> Any:
     """Return what a YAML file says; UserError as `read_yaml`, or if it is not UTF-8."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error.reason}); save it as UTF-8.") from error
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({one_line(error)}); give another file.") from error
-    return read_yaml(text, str(path))
+    return read_yaml(read_text(path, "--config"), str(path))
 
 
 def _check_keys(node: yaml.Node | None, where: str) -> None:

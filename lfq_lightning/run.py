@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from lfq_lightning.errors import UserError, one_line
-from lfq_lightning.read_yaml import read_yaml, read_yaml_file
 from lfq_lightning.registry import did_you_mean, load_plugin_file
 
 warnings.filterwarnings("ignore", message=".*isinstance.treespec.*|.*does not have many workers.*|.*returned `None`.*")
@@ -35,6 +34,7 @@ from lfq_lightning.earlier_run import begun_precision  # noqa: E402
 from lfq_lightning.plan import Rule  # noqa: E402
 from lfq_lightning.precision import choose_precision  # noqa: E402
 from lfq_lightning.ranks import launched_rank  # noqa: E402
+from lfq_lightning.read_yaml import read_yaml, read_yaml_file  # noqa: E402
 from lfq_lightning.run_folder import LOGS  # noqa: E402
 from lfq_lightning.trainer import Trainer  # noqa: E402
 

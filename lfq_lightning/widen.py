@@ -25,15 +25,20 @@ class WideLinear(nn.Module):
         return product if self.bias is None else product + self.bias
 
 
+def has_room(size: int) -> bool:
+    """Tell whether weights may become `size` bytes for good: at most half of the machine's memory."""
+    return size <= host_bytes() // 2
+
+
 def widen(model: nn.Module) -> None:
     """Let `model`, on its device, multiply in `product_dtype`; in place, and nothing where that is its weights' own.
 
-    Weights become fp32 if that takes at most half of the machine's memory. Otherwise those of linear layers and
+    Weights become fp32 if there is room. Otherwise those of linear layers and
     embeddings stay as they are, and are widened in each call.
     """
     narrow = [p for p in model.parameters() if p.is_floating_point() and product_dtype(p.dtype, p.device) != p.dtype]
     kept: set[Tensor] = set()
-    if sum(4 * parameter.numel() for parameter in narrow) > host_bytes() // 2:
+    if not has_room(sum(4 * parameter.numel() for parameter in narrow)):
         for name, module in list(model.named_modules()):
             if isinstance(module, nn.Linear):
                 model.set_submodule(name, WideLinear(module))

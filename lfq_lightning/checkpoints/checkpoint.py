@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
-from lfq_lightning.errors import UserError, one_line
+from lfq_lightning.errors import UserError, one_line, said
 from lfq_lightning.families import FAMILIES, Family
 from lfq_lightning.registry import did_you_mean
 
@@ -105,12 +105,8 @@ def read_config(path: Path) -> PretrainedConfig:
     An attention kernel that a training script has left in it is forgotten: which one runs is this machine's matter.
     """
     file = path / "config.json" if path.is_dir() else path
-    try:
+    with said(lambda error: f"{file} cannot be read: {one_line(error)[:300]}"):
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except UserError:
-        raise  # such as a signal
-    except Exception as error:  # whatever a class of transformers says to values that it does not expect
-        raise UserError(f"{file} cannot be read: {one_line(error)[:300]}") from error
     config._attn_implementation = None
     return config
 
@@ -120,19 +116,11 @@ def read_generation_config(folder: Path) -> GenerationConfig | None:
     file = folder / "generation_config.json"
     if not file.is_file():
         return None
-    try:
+    with said(lambda error: f"{file} cannot be read ({one_line(error)[:200]}); mend or remove it."):
         return GenerationConfig.from_pretrained(folder, local_files_only=True)
-    except UserError:
-        raise  # such as a signal
-    except Exception as error:  # likewise
-        raise UserError(f"{file} cannot be read ({one_line(error)[:200]}); mend or remove it.") from error
 
 
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a folder. Raises UserError if its files are damaged."""
-    try:
+    with said(lambda error: f"{folder}: the tokenizer cannot be read ({one_line(error)[:200]}); copy it again."):
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except UserError:
-        raise  # such as a signal
-    except Exception as error:  # the tokenizers library raises bare Exceptions
-        raise UserError(f"{folder}: the tokenizer cannot be read ({one_line(error)[:200]}); copy it again.") from error

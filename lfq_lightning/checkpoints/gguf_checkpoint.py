@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from lfq_lightning.checkpoints.checkpoint import Checkpoint
-from lfq_lightning.errors import UserError, one_line
+from lfq_lightning.errors import UserError, one_line, said
 from lfq_lightning.meta_model import meta_model
 
 
@@ -20,13 +20,9 @@ class GGUFCheckpoint(Checkpoint):
             import gguf
         except ImportError as error:
             raise UserError("reading GGUF needs the gguf package: pip install 'lfq-lightning[gguf]'.") from error
-        try:
+        with said(lambda error: f"{path} is not a readable GGUF file ({one_line(error)[:100]}); fetch it again."):
             reader = gguf.GGUFReader(path)
             self._architecture: str = reader.fields["general.architecture"].contents()
-        except UserError:
-            raise  # such as a signal
-        except Exception as error:  # whatever a cut-off or foreign file makes the reader stumble over
-            raise UserError(f"{path} is not a readable GGUF file ({one_line(error)[:100]}); fetch it again.") from error
         self._dequantize = gguf.dequantize
         self._stored = {tensor.name: tensor for tensor in reader.tensors}
         numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
@@ -34,15 +30,9 @@ class GGUFCheckpoint(Checkpoint):
             raise UserError(
                 f"{path}: architecture {self._architecture!r} is not known here; give the Hugging Face folder."
             )
-        try:
+        no_config = f"{path}: no config can be made of a GGUF of architecture {self._architecture!r}"
+        with said(lambda error: f"{no_config} ({one_line(error)[:200]}); give the Hugging Face folder."):
             config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
-        except UserError:
-            raise  # such as a signal
-        except Exception as error:  # likewise
-            raise UserError(
-                f"{path}: no config can be made of a GGUF of architecture {self._architecture!r} "
-                f"({one_line(error)[:200]}); give the Hugging Face folder."
-            ) from error
         config.dtype = self.dtype
         super().__init__(path, config)
         if self.family.experts:

@@ -11,7 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from lfq_lightning.chat_template import Message
 from lfq_lightning.data.read_text import mend, parse_json, read_jsonl, read_text
-from lfq_lightning.errors import UserError, one_line
+from lfq_lightning.errors import UserError, one_line, said
 from lfq_lightning.user_path import user_path
 
 
@@ -80,14 +80,10 @@ def _rows(path: Path) -> Iterator[tuple[str, Any]]:
     else:
         import datasets
 
-        try:
+        with said(lambda error: f"{_KEY}: {path} cannot be read ({one_line(error)[:200]}); mend the file."):
             rows = datasets.load_dataset(kind[1:], data_files=glob.escape(str(path)), split="train", streaming=True)
             for number, row in enumerate(rows, start=1):
                 yield f"{_KEY}: {path} row {number}", row
-        except UserError:
-            raise  # such as a signal
-        except Exception as error:  # what pyarrow and pandas say of a damaged file
-            raise UserError(f"{_KEY}: {path} cannot be read ({one_line(error)[:200]}); mend the file.") from error
 
 
 def _check_hub(name: str) -> None:

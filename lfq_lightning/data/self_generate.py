@@ -150,12 +150,13 @@ class _Draw(LogitsProcessor):
     """
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        p = scores.softmax(-1)
         if scores.is_cuda:  # where a running sum is not deterministic
-            token = torch.multinomial(scores.softmax(-1), 1)
-            return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
-        below = scores.softmax(-1).cumsum(-1)
-        drawn = torch.rand(len(scores), 1, device=scores.device) * below[:, -1:]
-        token = torch.searchsorted(below, drawn, right=True).clamp_(max=scores.shape[1] - 1)
+            token = torch.multinomial(p, 1)
+        else:
+            below = p.cumsum(-1)
+            drawn = torch.rand(len(scores), 1) * below[:, -1:]
+            token = torch.searchsorted(below, drawn, right=True).clamp_(max=scores.shape[1] - 1)
         return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
 
 
