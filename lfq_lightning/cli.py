@@ -182,13 +182,10 @@ def _plan(arguments: list[str]) -> None:
     parser.add_argument("--tflops", type=float, help="bf16 TFLOP/s that each GPU sustains")
     given, more = parser.parse_known_args(arguments)
     from lfq_lightning.plan_run import parse_machine, plan_config, print_plan
-    from lfq_lightning.precision import AUTO, choose_precision
     from lfq_lightning.run import read_config
 
     named = ["--model.checkpoint", given.model] if given.model else []
     config = read_config(["run", "--config", given.config, *more, *named, "--output", "planned"])
-    if config.trainer.precision == AUTO:
-        config.trainer.precision = "bf16-mixed" if given.gpus else choose_precision(AUTO, "cpu")
     machine = parse_machine(given.gpus, given.nodes, given.tflops, config.trainer.precision)
     if not print_plan(config.model.checkpoint, plan_config(config, machine), machine):
         sys.exit(1)

@@ -26,7 +26,7 @@ from lfq_lightning.memory_estimate import (
 from lfq_lightning.model_skeleton import ModelSkeleton
 from lfq_lightning.peak_memory import host_bytes
 from lfq_lightning.plan import BlockPlan, Plan, Rule
-from lfq_lightning.precision import compute_dtype, product_dtype, stream_dtype
+from lfq_lightning.precision import AUTO, choose_precision, compute_dtype, product_dtype, stream_dtype
 from lfq_lightning.preflight import check_shares, check_training, output_bytes
 from lfq_lightning.widen import has_room
 
@@ -108,7 +108,11 @@ def parse_machine(gpus: str | None, nodes: int, tflops: float | None, precision:
     if tflops is not None and not tflops > 0:
         raise UserError(f"--tflops: {tflops} must be positive.")
     if gpus is None:
-        rate, source = (tflops * 1e12, "stated") if tflops else (_measured_rate(precision), "measured here")
+        rate, source = (
+            (tflops * 1e12, "stated")
+            if tflops
+            else (_measured_rate(_planned(precision, on_gpu=False)), "measured here")
+        )
         return Machine(nodes, 1, host_bytes(), False, rate, source)
     match = re.fullmatch(r"(?:(\d+)\s*x\s*)?(\d+(?:\.\d+)?)\s*GB", gpus, re.IGNORECASE)
     if match is None or match[1] == "0":
@@ -126,6 +130,7 @@ def plan_config(config: Namespace, machine: Machine) -> RunPlan:
 
 def plan_run(model: str, rules: list[Rule], data: CalibrationData, precision: str, machine: Machine) -> RunPlan:
     """Return what a run takes on each rank. Raises UserError for what `lfq run` would refuse."""
+    precision = _planned(precision, machine.on_gpu)
     checkpoint = open_checkpoint(model) if model.endswith(".gguf") else ShapeCheckpoint(model)
     skeleton = ModelSkeleton(checkpoint)
     plans = Plan(rules).resolve(skeleton)
@@ -160,6 +165,13 @@ def plan_run(model: str, rules: list[Rule], data: CalibrationData, precision: st
         seconds=flop / (machine.rate * machine.ranks),
         writing=_all_weights(skeleton, machine.on_gpu) if data.generated else 0,
     )
+
+
+def _planned(precision: str, on_gpu: bool) -> str:
+    """Return what `auto` will be where the run is to happen: on GPUs that need not be here, or on this CPU."""
+    if precision == AUTO and on_gpu:
+        return "bf16-mixed"
+    return choose_precision(precision, "cpu")
 
 
 def _all_weights(skeleton: ModelSkeleton, on_gpu: bool) -> int:

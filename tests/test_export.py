@@ -385,7 +385,7 @@ def test_paths_of_every_kind(packed, tmp_path, capsys):
     odd.parent.mkdir(parents=True, exist_ok=True)
     shutil.copytree(run, odd)
     main(["inspect", str(odd)])
-    assert str(odd) in capsys.readouterr().out.replace("\n", "")
+    assert "".join(str(odd).split()) in "".join(capsys.readouterr().out.split())  # a long title is wrapped at a space
     named = tmp_path / "model.v1.gguf"
     shutil.copytree(tmp_path / "model", named)
     from lfq_lightning.checkpoints import open_checkpoint
