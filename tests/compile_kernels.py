@@ -1,15 +1,18 @@
 """Compile every kernel in every configuration for GPUs that are not here, and say what came out.
 
-    python -m tests.compile_kernels
+    python -m tests.compile_kernels [--every]
 
-One JSON line per case: registers and shared memory as the assembler reports them, how many instructions stand in loops,
-how many of these touch spilled registers, and which matrix instructions the code has. Runs without TRITON_INTERPRET;
-test_compiled_kernels.py starts it and judges.
+Without `--every`, one of those that differ in little: kernels without matrix products for sm_80, which has less shared
+memory than sm_90 and as many registers; packed products in fp16 for sm_90, in bf16 for sm_80. One JSON line per case:
+registers and shared memory as the assembler reports them, how many instructions stand in loops, how many of these touch
+spilled registers, and which matrix instructions the code has. Runs without TRITON_INTERPRET; test_compiled_kernels.py
+starts it and judges, and does so for all with `--every-kernel`.
 """
 
 import json
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -135,6 +138,20 @@ def cases() -> Iterator[Case]:
                 yield Case(name, block.kernel, _spread(given), block.warps, block.stages, architectures)
 
 
+def jobs(every: bool) -> list[tuple[int, int]]:
+    """Return which cases, by their number, are compiled for which architecture."""
+    pairs = [(index, case, architecture) for index, case in enumerate(cases()) for architecture in case.architectures]
+    return [
+        (index, architecture) for index, case, architecture in pairs if every or _stands_for_others(case, architecture)
+    ]
+
+
+def _stands_for_others(case: Case, architecture: int) -> bool:
+    if "packed_matmul" in case.name:
+        return (" fp16 " in case.name) == (architecture == 90)
+    return architecture == 80
+
+
 def _spread(arguments: dict[str, Any]) -> dict[str, Any]:
     return {name: value for names, value in arguments.items() for name in names.split()}
 
@@ -179,9 +196,9 @@ def _loops(lines: list[str]) -> list[str]:
 
 
 def main() -> None:
-    jobs = [(index, architecture) for index, case in enumerate(cases()) for architecture in case.architectures]
+    wanted = jobs(every="--every" in sys.argv[1:])
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-        for found in pool.map(compile_case, *zip(*jobs, strict=True), chunksize=8):
+        for found in pool.map(compile_case, *zip(*wanted, strict=True), chunksize=8):
             print(json.dumps(asdict(found)), flush=True)
 
 

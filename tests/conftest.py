@@ -53,6 +53,12 @@ EXTRA: dict[str, dict[str, Any]] = {
 }
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--every-kernel", action="store_true", help="compile every kernel for every GPU, not one of each kind (minutes)"
+    )
+
+
 def byte_tokenizer(chat: bool) -> PreTrainedTokenizerFast:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))

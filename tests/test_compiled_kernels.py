@@ -15,19 +15,22 @@ SHARED_KB = {80: 99, 90: 227}  # a program may have, by architecture; 99 of sm_8
 
 
 @pytest.fixture(scope="module")
-def compiled() -> dict[tuple[str, int], compile_kernels.Compiled]:
+def compiled(request) -> dict[tuple[str, int], compile_kernels.Compiled]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "tests.compile_kernels"]
+    command += ["--every"] * request.config.getoption("every_kernel")
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     found = [compile_kernels.Compiled(**json.loads(line)) for line in done.stdout.splitlines()]
     return {(one.name, one.architecture): one for one in found}
 
 
-@pytest.mark.parametrize(
-    ("name", "architecture"),
-    [(case.name, architecture) for case in compile_kernels.cases() for architecture in case.architectures],
-)
+def pytest_generate_tests(metafunc):
+    cases = list(compile_kernels.cases())
+    jobs = compile_kernels.jobs(metafunc.config.getoption("every_kernel"))
+    metafunc.parametrize(("name", "architecture"), [(cases[index].name, architecture) for index, architecture in jobs])
+
+
 def test_fits_and_spills_next_to_nothing(name, architecture, compiled):
     found = compiled[name, architecture]
     case = next(one for one in compile_kernels.cases() if one.name == name and architecture in one.architectures)

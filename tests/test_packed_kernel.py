@@ -19,6 +19,12 @@ SHAPES = [
     (31, 96, 32),
 ]
 ROWS = [1, 8, 13, 17, 70]
+CASES = [  # each shape and each number of rows meets both kinds of grid
+    (bits, shape, (i + j) % 2 == 0, rows)
+    for bits in kernel.WIDTHS
+    for i, shape in enumerate(SHAPES)
+    for j, rows in enumerate(ROWS)
+]
 
 
 def dtype_of(device: torch.device) -> list[torch.dtype]:
@@ -27,10 +33,7 @@ def dtype_of(device: torch.device) -> list[torch.dtype]:
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("bits", kernel.WIDTHS)
+@pytest.mark.parametrize(("bits", "shape", "symmetric", "rows"), CASES, ids=str)
 def test_product(bits, shape, symmetric, rows, kernel_device):
     outputs, inputs, group = shape
     for dtype in dtype_of(kernel_device):

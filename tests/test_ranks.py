@@ -20,11 +20,12 @@ FLEXROUND = {"name": "flexround", **GRID, "init": "gptq", "offset": True}
 SUM = [{"name": "logit_ce", "weight": 1}, {"name": "mse", "normalised": True, "weight": 2}]
 CLOSED_FORM = {
     "gptq": [{"match": "all", "quantizer": {"name": "gptq", **GRID}}],
-    "gptq that corrects": [
-        {"match": "all", "quantizer": {"name": "gptq", **GRID, "correct": 0.5, "act_order": "group"}}
+    "rtn, dense, awq, and gptq that corrects": [
+        {"match": 0, "quantizer": {"name": "awq", **GRID, "symmetric": False}},
+        {"match": "model.layers.1.mlp.*", "quantizer": "nf4"},
+        {"match": 1, "quantizer": {"name": "rtn", **GRID}},
+        {"match": "last", "quantizer": {"name": "gptq", **GRID, "correct": 0.5, "act_order": "group"}},
     ],
-    "awq": [{"match": "all", "quantizer": {"name": "awq", **GRID, "symmetric": False}}],
-    "dense": [{"match": 1, "quantizer": "nf4"}, {"match": "all", "quantizer": {"name": "rtn", **GRID}}],
 }
 LEARNED = {
     "flexround": [
