@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lfq_lightning.calibration_module import CalibrationModule
+from lfq_lightning.calibration.calibration_module import CalibrationModule
 from lfq_lightning.callbacks.block_scheduler import BlockScheduler
 from lfq_lightning.data import CalibrationData
 from lfq_lightning.plan import Rule

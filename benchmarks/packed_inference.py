@@ -24,19 +24,24 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from benchmarks.cpu import cpu
+from lfq_lightning.calibration.precision import product_dtype
 from lfq_lightning.cli import main as lfq
-from lfq_lightning.decode_speed import compare
+from lfq_lightning.commands.decode_speed import compare
 from lfq_lightning.ops.bitstream import pack, unpack
 from lfq_lightning.ops.packed_matmul import cpu_int4
-from lfq_lightning.precision import product_dtype
 from lfq_lightning.quant_scheme import QuantScheme
 from lfq_lightning.quantized_tensor import QuantizedTensor
 
 RESULTS = Path(__file__).parent / "results" / "packed_inference.csv"
 ROUNDS, PROMPT, NEW = 3, 128, 48
 LAYER = (4096, 14336)
-EXPORT = "import resource, sys; from lfq_lightning.export import export; base = resource.getrusage(0).ru_maxrss; \
-export(*sys.argv[1:4]); print(base, resource.getrusage(0).ru_maxrss)"
+EXPORT = """
+import resource, sys
+from lfq_lightning.packed.export import export
+base = resource.getrusage(0).ru_maxrss
+export(*sys.argv[1:4])
+print(base, resource.getrusage(0).ru_maxrss)
+"""
 
 
 def main() -> None:
@@ -101,7 +106,7 @@ def _quantised(checkpoint: str, run: Path) -> Path:
 def _export(run: Path, target: Path) -> list[dict[str, object]]:
     """Measure an export in one thread: MB/s of fp16 weights, and how far its peak memory is above the libraries'."""
     subprocess.run(["rm", "-rf", str(target)], check=True)
-    from lfq_lightning.packed_folder import PackedFolder
+    from lfq_lightning.packed.packed_folder import PackedFolder
 
     folder = PackedFolder(run)
     half_bytes = 2 * sum(folder.shapes[name][0] * folder.shapes[name][1] for name in folder.schemes)

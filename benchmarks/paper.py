@@ -22,7 +22,7 @@ from rich.table import Table
 from lfq_lightning.cli import eval_parser, main
 from lfq_lightning.errors import UserError
 from lfq_lightning.evaluation.evaluate_models import REFERENCE
-from lfq_lightning.plan_run import RunPlan, parse_machine, plan_config
+from lfq_lightning.planning.plan_run import RunPlan, parse_machine, plan_config
 from lfq_lightning.run import read_config
 
 ROOT = Path(__file__).parents[1]

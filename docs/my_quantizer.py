@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from lfq_lightning.learned_grid import ship_through
+from lfq_lightning.ops.learned_grid import ship_through
 from lfq_lightning.quantizers import QUANTIZERS, LearnedQuantizer
 
 

@@ -6,12 +6,12 @@ __version__ = "0.1.0"
 __all__ = ["load"]
 
 if TYPE_CHECKING:
-    from lfq_lightning.load_model import load
+    from lfq_lightning.packed.load_model import load
 
 
 def __getattr__(name: str) -> Any:
     if name == "load":  # on demand: `lfq --version` need not wait for torch
-        from lfq_lightning.load_model import load
+        from lfq_lightning.packed.load_model import load
 
         return load
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

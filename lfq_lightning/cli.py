@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from lfq_lightning import __version__
-from lfq_lightning.ending import prepare_streams, run_to_its_end, use_utf8
+from lfq_lightning.commands.ending import prepare_streams, run_to_its_end, use_utf8
 from lfq_lightning.errors import UserError
 from lfq_lightning.quant_scheme import QuantScheme
 
@@ -65,7 +65,7 @@ def _dispatch(arguments: list[str]) -> None:
         run(arguments)
     elif arguments[0] == "list":
         _parser("list", "Print every objective, quantizer and callback.").parse_args(arguments[1:])
-        from lfq_lightning.plugin_list import print_plugins
+        from lfq_lightning.commands.plugin_list import print_plugins
 
         print_plugins()
     elif arguments[0] in _PARSED:
@@ -83,9 +83,9 @@ def _generate(arguments: list[str]) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=100, help="longest answer (default: 100)")
     given = parser.parse_args(arguments)
     _check_positive(given, "max_new_tokens")
-    from lfq_lightning.generate import answer
-    from lfq_lightning.load_model import load
     from lfq_lightning.ops.path import best_device
+    from lfq_lightning.packed.generate import answer
+    from lfq_lightning.packed.load_model import load
 
     _log_to_stderr()
     model, tokenizer = load(given.model_dir, device=best_device())
@@ -105,7 +105,7 @@ def _chat(arguments: list[str]) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=300, help="longest answer (default: 300)")
     given = parser.parse_args(arguments)
     _check_positive(given, "max_new_tokens")
-    from lfq_lightning.chat import chat
+    from lfq_lightning.commands.chat import chat
 
     _log_to_stderr()
     chat(given.model_dir, given.max_new_tokens)
@@ -115,7 +115,7 @@ def _inspect(arguments: list[str]) -> None:
     parser = _parser("inspect", "Print each layer's scheme and size, and which engines load the model.")
     parser.add_argument("model_dir", help=_MODEL_DIR)
     given = parser.parse_args(arguments)
-    from lfq_lightning.inspect_folder import inspect_folder
+    from lfq_lightning.commands.inspect_folder import inspect_folder
 
     inspect_folder(given.model_dir)
 
@@ -127,11 +127,11 @@ def _export(arguments: list[str]) -> None:
     parser.add_argument("--output", required=True, help="new folder, or for gguf a new file")
     given = parser.parse_args(arguments)
     if given.format == "gguf":
-        from lfq_lightning.gguf_export import export_gguf
+        from lfq_lightning.packed.gguf_export import export_gguf
 
         print(export_gguf(given.model_dir, given.output))
     else:
-        from lfq_lightning.export import export
+        from lfq_lightning.packed.export import export
 
         print(export(given.model_dir, given.format, given.output))
 
@@ -143,7 +143,7 @@ def _bench(arguments: list[str]) -> None:
     parser.add_argument("--new-tokens", type=int, default=64, help="tokens to write (64)")
     given = parser.parse_args(arguments)
     _check_positive(given, "prompt_tokens", "new_tokens")
-    from lfq_lightning.decode_speed import bench
+    from lfq_lightning.commands.decode_speed import bench
 
     bench(given.model_dir, given.prompt_tokens, given.new_tokens)
 
@@ -160,7 +160,7 @@ def _sensitivity(arguments: list[str]) -> None:
     parser.add_argument("--seq-len", type=int, default=256, help="tokens per sequence (256)")
     parser.add_argument("--output", type=Path, help="write the plan to this YAML too")
     given = parser.parse_args(arguments)
-    from lfq_lightning.sensitivity_report import sensitivity_report
+    from lfq_lightning.commands.sensitivity_report import sensitivity_report
 
     sensitivity_report(
         given.model,
@@ -181,7 +181,7 @@ def _plan(arguments: list[str]) -> None:
     parser.add_argument("--nodes", type=int, default=1, help="how many nodes (1)")
     parser.add_argument("--tflops", type=float, help="bf16 TFLOP/s that each GPU sustains")
     given, more = parser.parse_known_args(arguments)
-    from lfq_lightning.plan_run import parse_machine, plan_config, print_plan
+    from lfq_lightning.planning.plan_run import parse_machine, plan_config, print_plan
     from lfq_lightning.run import read_config
 
     named = ["--model.checkpoint", given.model] if given.model else []
@@ -237,7 +237,7 @@ def _eval(arguments: list[str]) -> None:
     from lfq_lightning.evaluation.evaluate_models import evaluate_models, print_results, reference_of
     from lfq_lightning.evaluation.score import Measure
     from lfq_lightning.evaluation.text_loss import TextLoss
-    from lfq_lightning.run_folder import EVALUATION
+    from lfq_lightning.runs.run_folder import EVALUATION
 
     _log_to_stderr()
     measures: list[Measure] = []
@@ -289,8 +289,8 @@ def _data(arguments: list[str]) -> None:
     parser.add_argument("--config", required=True, help="the run's YAML; more of its keys may follow, as for `lfq run`")
     parser.add_argument("--examples", type=int, default=3, help="sequences to print (3)")
     given, more = parser.parse_known_args(arguments)
+    from lfq_lightning.commands.data_report import print_data
     from lfq_lightning.data import CalibrationData
-    from lfq_lightning.data_report import print_data
     from lfq_lightning.ops.path import best_device
     from lfq_lightning.run import read_config
 

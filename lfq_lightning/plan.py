@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lfq_lightning.errors import UserError, require
-from lfq_lightning.model_skeleton import ModelSkeleton
+from lfq_lightning.models.model_skeleton import ModelSkeleton
 from lfq_lightning.objectives import OBJECTIVES, Objective
 from lfq_lightning.objectives.weighted_sum import WeightedSum
 from lfq_lightning.optimizers import DEFAULT_LR

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from lfq_lightning.checkpoints import open_checkpoint
 from lfq_lightning.errors import UserError
-from lfq_lightning.model_skeleton import ModelSkeleton
+from lfq_lightning.models.checkpoints import open_checkpoint
+from lfq_lightning.models.model_skeleton import ModelSkeleton
 
 
 def test_sharded_folder(llama, tmp_path):
@@ -37,7 +37,10 @@ def test_hub_id_from_the_local_cache(llama, tmp_path):
     shutil.copytree(llama, home / "snapshots" / revision)
     (home / "refs").mkdir()
     (home / "refs" / "main").write_text(revision)
-    code = "from lfq_lightning.checkpoints import open_checkpoint; print(len(open_checkpoint('someone/tiny').names()))"
+    code = (
+        "from lfq_lightning.models.checkpoints import open_checkpoint; "
+        "print(len(open_checkpoint('someone/tiny').names()))"
+    )
     environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     printed = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert int(printed.stdout) == len(load_file(llama / "model.safetensors"))

@@ -8,7 +8,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lfq_lightning.checkpoints import open_checkpoint
 from lfq_lightning.cli import main
 from lfq_lightning.data import CalibrationData
 from lfq_lightning.data.pack_sequences import pack_sequences
@@ -16,6 +15,7 @@ from lfq_lightning.data.roomy_cache import roomy_cache
 from lfq_lightning.data.self_generate import _Draw
 from lfq_lightning.data.source import Source, shares
 from lfq_lightning.errors import UserError
+from lfq_lightning.models.checkpoints import open_checkpoint
 from tests.conftest import save_tiny
 
 CPU = torch.device("cpu")

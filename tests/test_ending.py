@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from lfq_lightning import ending
+from lfq_lightning.commands import ending
+from lfq_lightning.distributed.ranks import Ranks
 from lfq_lightning.errors import StoppedError, UserError
-from lfq_lightning.ranks import Ranks
-from lfq_lightning.saving import Saving
+from lfq_lightning.runs.saving import Saving
 from tests.conftest import FLEXROUND, GPTQ
 from tests.test_cli import fails, run
 
@@ -98,7 +98,7 @@ def test_ctrl_c_saves_and_the_run_resumes_to_the_same_bytes(config, tmp_path):
 def test_time_and_peak_of_a_resumed_run_are_those_of_all_its_parts(config, tmp_path):
     import json
 
-    from lfq_lightning.seal import sealed, unsealed
+    from lfq_lightning.runs.seal import sealed, unsealed
 
     run(config(plan=RTN))
     output = tmp_path / "run"

@@ -8,21 +8,21 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from lfq_lightning.block_flops import block_flops
-from lfq_lightning.checkpoints import open_checkpoint
+from lfq_lightning.calibration.solve import solve
 from lfq_lightning.cli import main
 from lfq_lightning.data import CalibrationData
-from lfq_lightning.engines import engines
-from lfq_lightning.experts import ExpertList
+from lfq_lightning.distributed.ranks import Ranks
 from lfq_lightning.formats.compressed_tensors import CompressedTensors
-from lfq_lightning.load_model import load
-from lfq_lightning.model_skeleton import ModelSkeleton
-from lfq_lightning.packed_folder import PackedFolder
+from lfq_lightning.models.checkpoints import open_checkpoint
+from lfq_lightning.models.experts import ExpertList
+from lfq_lightning.models.model_skeleton import ModelSkeleton
+from lfq_lightning.packed.engines import engines
+from lfq_lightning.packed.load_model import load
+from lfq_lightning.packed.packed_folder import PackedFolder
 from lfq_lightning.plan import Plan, Rule
-from lfq_lightning.plan_run import parse_machine, plan_run
+from lfq_lightning.planning.block_flops import block_flops
+from lfq_lightning.planning.plan_run import parse_machine, plan_run
 from lfq_lightning.quant_scheme import QuantScheme
-from lfq_lightning.ranks import Ranks
-from lfq_lightning.solve import solve
 from tests.conftest import FLEXROUND, GPTQ, save_tiny
 from tests.test_cli import fails, run
 

@@ -14,12 +14,12 @@ from transformers import AutoConfig, AutoTokenizer, pipeline
 
 import lfq_lightning
 from lfq_lightning.cli import main
-from lfq_lightning.engines import fused_differently
 from lfq_lightning.errors import UserError
-from lfq_lightning.export import export
-from lfq_lightning.load_model import load
-from lfq_lightning.packed_folder import PackedFolder
-from lfq_lightning.packed_linear import PackedLinear
+from lfq_lightning.packed.engines import fused_differently
+from lfq_lightning.packed.export import export
+from lfq_lightning.packed.load_model import load
+from lfq_lightning.packed.packed_folder import PackedFolder
+from lfq_lightning.packed.packed_linear import PackedLinear
 from lfq_lightning.quant_scheme import QuantScheme
 from tests.conftest import save_tiny
 
@@ -388,6 +388,6 @@ def test_paths_of_every_kind(packed, tmp_path, capsys):
     assert "".join(str(odd).split()) in "".join(capsys.readouterr().out.split())  # a long title is wrapped at a space
     named = tmp_path / "model.v1.gguf"
     shutil.copytree(tmp_path / "model", named)
-    from lfq_lightning.checkpoints import open_checkpoint
+    from lfq_lightning.models.checkpoints import open_checkpoint
 
     assert open_checkpoint(str(named)).names() == open_checkpoint(str(tmp_path / "model")).names()

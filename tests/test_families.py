@@ -3,11 +3,11 @@
 import torch
 from transformers import AutoModelForCausalLM
 
-from lfq_lightning.checkpoints import open_checkpoint
 from lfq_lightning.cli import main
-from lfq_lightning.head import Head
-from lfq_lightning.load_model import load
-from lfq_lightning.model_skeleton import ModelSkeleton
+from lfq_lightning.models.checkpoints import open_checkpoint
+from lfq_lightning.models.head import Head
+from lfq_lightning.models.model_skeleton import ModelSkeleton
+from lfq_lightning.packed.load_model import load
 
 
 def test_streamed_logits_are_bit_equal(family_folder):

@@ -7,12 +7,12 @@ import pytest
 import yaml
 from transformers import AutoTokenizer, GenerationConfig
 
-from lfq_lightning import limits
-from lfq_lightning.chat_template import check_templates, render
-from lfq_lightning.checkpoints import open_checkpoint
-from lfq_lightning.checkpoints.small_files import check_small_files, write_small_files
+from lfq_lightning.commands.read_yaml import read_yaml
 from lfq_lightning.errors import UserError
-from lfq_lightning.read_yaml import read_yaml
+from lfq_lightning.models import limits
+from lfq_lightning.models.chat_template import check_templates, render
+from lfq_lightning.models.checkpoints import open_checkpoint
+from lfq_lightning.models.checkpoints.small_files import check_small_files, write_small_files
 from tests.conftest import byte_tokenizer, save_tiny
 from tests.test_cli import fails, run
 
@@ -151,7 +151,7 @@ def test_every_named_template_is_kept(config, tmp_path, capsys):
         assert AutoTokenizer.from_pretrained(tmp_path / "run").chat_template == NAMED
     (tmp_path / "run" / "config.json").unlink()
     run(path)  # as after a kill
-    from lfq_lightning.export import export
+    from lfq_lightning.packed.export import export
 
     export(str(tmp_path / "run"), "gptq_v2", str(tmp_path / "gptq"))
     assert AutoTokenizer.from_pretrained(tmp_path / "gptq").chat_template == NAMED

@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from lfq_lightning.checkpoints import open_checkpoint
-from lfq_lightning.fold_scales import _divide, fold_scales
-from lfq_lightning.model_skeleton import ModelSkeleton
+from lfq_lightning.calibration.fold_scales import _divide, fold_scales
+from lfq_lightning.distributed.ranks import Ranks
+from lfq_lightning.models.checkpoints import open_checkpoint
+from lfq_lightning.models.model_skeleton import ModelSkeleton
 from lfq_lightning.plan import Plan, Rule
 from lfq_lightning.quant_scheme import QuantScheme
 from lfq_lightning.quantizers.awq import AWQ
 from lfq_lightning.quantizers.rtn import RTN
-from lfq_lightning.ranks import Ranks
 from tests.conftest import save_tiny
 
 

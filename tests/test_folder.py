@@ -11,17 +11,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lfq_lightning import write_file
-from lfq_lightning.block_state import _checksum, read_facts
+from lfq_lightning.calibration.block_state import _checksum, read_facts
 from lfq_lightning.cli import main
 from lfq_lightning.errors import UserError
-from lfq_lightning.fingerprint import block_fingerprint
-from lfq_lightning.load_model import load
 from lfq_lightning.objectives import OBJECTIVES
-from lfq_lightning.packed_folder import PackedFolder
+from lfq_lightning.packed.load_model import load
+from lfq_lightning.packed.packed_folder import PackedFolder
 from lfq_lightning.plan import Plan, Rule
-from lfq_lightning.plugin_sources import sources, with_terms
-from lfq_lightning.run_folder import LOCK, RunFolder
-from lfq_lightning.seal import changed_files, sealed, sha256, unsealed
+from lfq_lightning.runs.fingerprint import block_fingerprint
+from lfq_lightning.runs.plugin_sources import sources, with_terms
+from lfq_lightning.runs.run_folder import LOCK, RunFolder
+from lfq_lightning.runs.seal import changed_files, sealed, sha256, unsealed
 from lfq_lightning.write_file import write_tensors
 from tests.conftest import GPTQ
 from tests.test_cli import fails, run
@@ -175,7 +175,7 @@ def test_inspect_promises_only_what_load_does(finished, capsys):
 
 
 def test_an_expression_without_end_in_a_config(finished, capsys, monkeypatch):
-    monkeypatch.setattr("lfq_lightning.limits._SECONDS", 1.0)
+    monkeypatch.setattr("lfq_lightning.models.limits._SECONDS", 1.0)
     config = json.loads((finished / "config.json").read_text())
     group = config["quantization_config"]["config_groups"]["group_0"]
     for expression, message in ((r"re:(([a-z_.0-9])+)+X$", "does not end"), ("re:(", "quantization_config")):
@@ -236,7 +236,7 @@ def test_a_plugins_own_helpers_are_in_its_sources(tmp_path, monkeypatch):
     plugin = OBJECTIVES.parse("my_objective_7")
     before = sources(plugin)
     assert "FACTOR = 2" in before and "class Objective" in before
-    from lfq_lightning import plugin_sources
+    from lfq_lightning.runs import plugin_sources
 
     (tmp_path / "my_helper_7.py").write_text("FACTOR = 3\n")
     plugin_sources._sources.cache_clear()
@@ -245,12 +245,12 @@ def test_a_plugins_own_helpers_are_in_its_sources(tmp_path, monkeypatch):
 
 
 def test_block_fingerprint_knows_the_sources(monkeypatch, llama):
-    from lfq_lightning.checkpoints import open_checkpoint
-    from lfq_lightning.model_skeleton import ModelSkeleton
+    from lfq_lightning.models.checkpoints import open_checkpoint
+    from lfq_lightning.models.model_skeleton import ModelSkeleton
 
     plan = Plan([Rule("all", dict(GPTQ))]).resolve(ModelSkeleton(open_checkpoint(str(llama))))[0]
     before = block_fingerprint("", plan, {})
-    monkeypatch.setattr("lfq_lightning.fingerprint.sources", lambda plugin: "other")
+    monkeypatch.setattr("lfq_lightning.runs.fingerprint.sources", lambda plugin: "other")
     assert block_fingerprint("", plan, {}) != before
 
 
@@ -272,11 +272,11 @@ def test_a_full_disk_costs_a_sentence_and_no_byte(config, finished, tmp_path, ca
 
     path = config(plan=RTN, output=str(tmp_path / "full"))
     monkeypatch.setattr(write_file, "to_disk", to_disk)
-    monkeypatch.setattr("lfq_lightning.run_folder.to_disk", to_disk)
+    monkeypatch.setattr("lfq_lightning.runs.run_folder.to_disk", to_disk)
     message = fails(capsys, "run", "--config", str(path))
     assert "No space left on device" in message and "free some space" in message
     monkeypatch.setattr(write_file, "to_disk", real)
-    monkeypatch.setattr("lfq_lightning.run_folder.to_disk", real)
+    monkeypatch.setattr("lfq_lightning.runs.run_folder.to_disk", real)
     run(path)
     for file in finished.glob("*.safetensors"):
         assert file.read_bytes() == (tmp_path / "full" / file.name).read_bytes()

@@ -6,8 +6,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from lfq_lightning.checkpoints import open_checkpoint
 from lfq_lightning.errors import UserError
+from lfq_lightning.models.checkpoints import open_checkpoint
 from tests.conftest import save_tiny
 
 gguf = pytest.importorskip("gguf")

@@ -9,12 +9,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from lfq_lightning.checkpoints import open_checkpoint
 from lfq_lightning.errors import UserError
-from lfq_lightning.gguf_blocks import block_type, blocks
-from lfq_lightning.gguf_export import export_gguf, llama3_factors
-from lfq_lightning.gguf_tokenizer import tokenizer_fields
-from lfq_lightning.load_model import load
+from lfq_lightning.models.checkpoints import open_checkpoint
+from lfq_lightning.packed.gguf_blocks import block_type, blocks
+from lfq_lightning.packed.gguf_export import export_gguf, llama3_factors
+from lfq_lightning.packed.gguf_tokenizer import tokenizer_fields
+from lfq_lightning.packed.load_model import load
 from lfq_lightning.quant_scheme import QuantScheme
 from tests.conftest import byte_tokenizer
 from tests.test_export import packed, quantizer  # noqa: F401

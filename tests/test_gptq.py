@@ -5,9 +5,9 @@ import logging
 import pytest
 import torch
 
+from lfq_lightning.ops.scale_search import search_scale
 from lfq_lightning.quant_scheme import QuantScheme
 from lfq_lightning.quantizers.gptq import GPTQ
-from lfq_lightning.scale_search import search_scale
 
 ROWS, COLUMNS = 5, 21
 

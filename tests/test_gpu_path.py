@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from lfq_lightning.cli import main
-from lfq_lightning.generate import answer
-from lfq_lightning.load_model import load
+from lfq_lightning.packed.generate import answer
+from lfq_lightning.packed.load_model import load
 from tests.conftest import save_tiny
 
 GRID = {"bits": 4, "group_size": 32}

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from lfq_lightning.head import Head
-from lfq_lightning.held_out import evaluate
-from lfq_lightning.ranks import Ranks
+from lfq_lightning.distributed.ranks import Ranks
+from lfq_lightning.evaluation.held_out import evaluate
+from lfq_lightning.models.head import Head
 from lfq_lightning.token_set import TokenSet
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lfq_lightning.head import Head
+from lfq_lightning.models.head import Head
 from lfq_lightning.objectives import OBJECTIVES
 from lfq_lightning.ops.linear_soft_ce import linear_soft_ce, logit_moment
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lfq_lightning.errors import UserError
-from lfq_lightning.head import Head
+from lfq_lightning.models.head import Head
 from lfq_lightning.objectives import OBJECTIVES
 from lfq_lightning.ops.logit_divergence import logit_divergence
 

@@ -8,8 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lfq_lightning.cli import main
-from lfq_lightning.load_model import load
 from lfq_lightning.objectives import OBJECTIVES
+from lfq_lightning.packed.load_model import load
 from lfq_lightning.quantizers import QUANTIZERS, DenseQuantizer
 from tests.conftest import GPTQ
 

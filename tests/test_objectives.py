@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lfq_lightning.errors import UserError
-from lfq_lightning.head import Head
+from lfq_lightning.models.head import Head
 from lfq_lightning.objectives import OBJECTIVES, Objective
 from lfq_lightning.objectives.weighted_sum import WeightedSum
 from lfq_lightning.ops.linear_soft_ce import reference as linear_soft_ce
@@ -139,7 +139,7 @@ def test_sizes_of_chunks_do_not_change_value_or_gradient(objective, monkeypatch)
         monkeypatch.setattr(linear_soft_ce, "_TILE_TOKENS", tokens)
         monkeypatch.setattr(linear_soft_ce, "_TILE_LOGITS", tokens * words)
         monkeypatch.setattr(logit_divergence, "_CHUNK_LOGITS", tokens * 101)
-        monkeypatch.setattr("lfq_lightning.head._GRAM_WORDS", words)
+        monkeypatch.setattr("lfq_lightning.models.head._GRAM_WORDS", words)
         for value, expected in zip(run(), whole, strict=True):
             assert torch.allclose(value, expected, rtol=1e-4, atol=1e-6)
 

@@ -5,7 +5,7 @@ import torch
 
 from lfq_lightning.errors import UserError
 from lfq_lightning.ops.packed_matmul import cpu_int4
-from lfq_lightning.packed_linear import PackedLinear
+from lfq_lightning.packed.packed_linear import PackedLinear
 from lfq_lightning.quant_scheme import QuantScheme
 from tests.test_formats import random_tensor
 
@@ -30,7 +30,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 @pytest.fixture(params=[True, False], ids=["fast in 16 bits", "slow in 16 bits"])
 def machine(request, monkeypatch):
     """A CPU of either kind."""
-    monkeypatch.setattr("lfq_lightning.precision.faster_than_fp32", lambda dtype: request.param)
+    monkeypatch.setattr("lfq_lightning.calibration.precision.faster_than_fp32", lambda dtype: request.param)
 
 
 def check(layer, quantized, bias, rows, dtype, precision, roundings=2):

@@ -2,10 +2,10 @@
 
 import pytest
 
-from lfq_lightning.checkpoints import open_checkpoint
 from lfq_lightning.errors import UserError
-from lfq_lightning.families import Family
-from lfq_lightning.model_skeleton import ModelSkeleton
+from lfq_lightning.models.checkpoints import open_checkpoint
+from lfq_lightning.models.families import Family
+from lfq_lightning.models.model_skeleton import ModelSkeleton
 from lfq_lightning.plan import Plan, Rule
 from tests.conftest import save_tiny
 

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from benchmarks.random_llama import save_random_llama
-from lfq_lightning.checkpoints import open_checkpoint
-from lfq_lightning.checkpoints.shape_checkpoint import ShapeCheckpoint
+from lfq_lightning.calibration.precision import choose_precision
 from lfq_lightning.cli import main
 from lfq_lightning.data import CalibrationData
-from lfq_lightning.model_skeleton import ModelSkeleton
+from lfq_lightning.models.checkpoints import open_checkpoint
+from lfq_lightning.models.checkpoints.shape_checkpoint import ShapeCheckpoint
+from lfq_lightning.models.model_skeleton import ModelSkeleton
 from lfq_lightning.plan import Rule
-from lfq_lightning.plan_run import Machine, plan_run
-from lfq_lightning.precision import choose_precision
+from lfq_lightning.planning.plan_run import Machine, plan_run
 
 ROOT = Path(__file__).parents[1]
 GRID = {"bits": 4, "group_size": 64}
@@ -35,7 +35,7 @@ PLANS = {
 PROGRAM = """
 import json, sys
 from lfq_lightning.cli import main
-from lfq_lightning.plan_run import parse_machine, plan_config
+from lfq_lightning.planning.plan_run import parse_machine, plan_config
 from lfq_lightning.run import read_config
 config = read_config(["run", "--config", sys.argv[1]])
 planned = plan_config(config, parse_machine(None, 1, 1.0, config.trainer.precision))

@@ -7,13 +7,13 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
-from lfq_lightning import precision
-from lfq_lightning.checkpoints import open_checkpoint
+from lfq_lightning.calibration import precision
 from lfq_lightning.errors import UserError
-from lfq_lightning.load_model import load_full_precision
-from lfq_lightning.preflight import check_same_precision
+from lfq_lightning.models.checkpoints import open_checkpoint
+from lfq_lightning.models.widen import WideLinear
+from lfq_lightning.packed.load_model import load_full_precision
+from lfq_lightning.planning.preflight import check_same_precision
 from lfq_lightning.trainer import Trainer
-from lfq_lightning.widen import WideLinear
 from tests.conftest import save_tiny
 from tests.test_cli import run
 
@@ -98,7 +98,7 @@ def test_processes_must_agree():
 def test_a_model_on_a_slow_cpu_computes_as_in_fp32(tmp_path, monkeypatch, room, dtype, tied):
     a_cpu(monkeypatch, fast=False)
     if not room:
-        monkeypatch.setattr("lfq_lightning.widen.host_bytes", lambda: 0)
+        monkeypatch.setattr("lfq_lightning.models.widen.host_bytes", lambda: 0)
     save_tiny(tmp_path, "llama", tied=tied, dtype=dtype)
     model = load_full_precision(open_checkpoint(str(tmp_path)), torch.device("cpu"))
     reference = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)

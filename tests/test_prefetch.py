@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from lfq_lightning.prefetch import prefetch
+from lfq_lightning.calibration.prefetch import prefetch
 
 
 def test_in_order_and_ahead():

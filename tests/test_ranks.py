@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from lfq_lightning.cli import main
-from lfq_lightning.packed_folder import PackedFolder
-from lfq_lightning.ranks import Ranks
+from lfq_lightning.distributed.ranks import Ranks
+from lfq_lightning.packed.packed_folder import PackedFolder
 
 GRID = {"bits": 3, "group_size": 16}
 LAST = {"match": "last", "objective": "logit_ce", "steps": 8, "batch_size": 4}

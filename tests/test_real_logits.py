@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lfq_lightning.checkpoints import open_checkpoint
-from lfq_lightning.model_skeleton import ModelSkeleton
+from lfq_lightning.models.checkpoints import open_checkpoint
+from lfq_lightning.models.model_skeleton import ModelSkeleton
 from lfq_lightning.objectives import OBJECTIVES
 
 TEXTBOOK = {

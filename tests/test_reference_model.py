@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from lfq_lightning.checkpoints import open_checkpoint
 from lfq_lightning.errors import UserError
-from lfq_lightning.model_skeleton import ModelSkeleton
+from lfq_lightning.models.checkpoints import open_checkpoint
+from lfq_lightning.models.model_skeleton import ModelSkeleton
 from tests.conftest import save_tiny
 
 

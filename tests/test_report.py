@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from lfq_lightning.cli import main
+from lfq_lightning.distributed.ranks import Ranks
+from lfq_lightning.evaluation.token_profile import TokenProfile
 from lfq_lightning.quant_scheme import QuantScheme
 from lfq_lightning.quantized_tensor import QuantizedTensor
-from lfq_lightning.ranks import Ranks
 from lfq_lightning.report.chart import Line, bar_chart, line_chart, ticks
 from lfq_lightning.report.weight_statistics import weight_statistics
-from lfq_lightning.token_profile import TokenProfile
 from tests.test_cli import fails, run
 
 VOID = {"meta", "line", "polyline", "br", "link"}

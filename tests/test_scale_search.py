@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
+from lfq_lightning.ops.scale_search import search_scale
 from lfq_lightning.quant_scheme import QuantScheme
 from lfq_lightning.quantizers.awq import AWQ
-from lfq_lightning.scale_search import search_scale
 
 
 def error_of(group, scale, zero, scheme, hessian):

@@ -7,21 +7,21 @@ import torch
 from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler, LearningRateMonitor, ModelCheckpoint
 from safetensors.torch import load_file, save_file
 
-from lfq_lightning.activation_cache import ActivationCache
-from lfq_lightning.block_module import BlockModule
-from lfq_lightning.calibration_module import CalibrationModule
+from lfq_lightning.calibration.activation_cache import ActivationCache
+from lfq_lightning.calibration.block_module import BlockModule
+from lfq_lightning.calibration.calibration_module import CalibrationModule
+from lfq_lightning.calibration.final_block_module import FinalBlockModule
+from lfq_lightning.calibration.solve import solve
+from lfq_lightning.calibration.stream_store import StreamStore
 from lfq_lightning.callbacks import BlockCallback
 from lfq_lightning.callbacks.block_scheduler import BlockScheduler
-from lfq_lightning.checkpoints import open_checkpoint
 from lfq_lightning.data import CalibrationData
+from lfq_lightning.distributed.ranks import Ranks
 from lfq_lightning.errors import UserError
-from lfq_lightning.final_block_module import FinalBlockModule
 from lfq_lightning.formats.compressed_tensors import CompressedTensors
-from lfq_lightning.model_skeleton import ModelSkeleton
+from lfq_lightning.models.checkpoints import open_checkpoint
+from lfq_lightning.models.model_skeleton import ModelSkeleton
 from lfq_lightning.plan import Plan, Rule
-from lfq_lightning.ranks import Ranks
-from lfq_lightning.solve import solve
-from lfq_lightning.stream_store import StreamStore
 from lfq_lightning.trainer import Trainer
 
 FLEXROUND = {"name": "flexround", "bits": 3, "group_size": 16, "init": "gptq"}

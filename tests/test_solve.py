@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from lfq_lightning.checkpoints import open_checkpoint
-from lfq_lightning.model_skeleton import ModelSkeleton
+from lfq_lightning.calibration.solve import solve
+from lfq_lightning.distributed.ranks import Ranks
+from lfq_lightning.models.checkpoints import open_checkpoint
+from lfq_lightning.models.model_skeleton import ModelSkeleton
 from lfq_lightning.plan import Plan, Rule
 from lfq_lightning.quantizers.gptq import GPTQ
-from lfq_lightning.ranks import Ranks
-from lfq_lightning.solve import solve
 
 ONE = Ranks(torch.device("cpu"))
 

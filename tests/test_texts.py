@@ -8,13 +8,13 @@ import pytest
 import torch
 from tokenizers import processors
 
-from lfq_lightning.checkpoints import open_checkpoint
 from lfq_lightning.data import CalibrationData
 from lfq_lightning.data.prompt_tokens import check_tokens, prompt_tokens, text_tokens
 from lfq_lightning.data.read_documents import Conversation, check_documents, read_documents
 from lfq_lightning.data.read_prompts import read_prompts
 from lfq_lightning.data.self_generate import as_tokens
 from lfq_lightning.errors import UserError
+from lfq_lightning.models.checkpoints import open_checkpoint
 from tests.conftest import byte_tokenizer, save_tiny
 
 TEXTS = ["one", "two\u2028lines", "a\u0085b", "ü — 漢字", "carriage\rreturn"]

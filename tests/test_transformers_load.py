@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 from lfq_lightning.cli import main
-from lfq_lightning.load_model import load
+from lfq_lightning.packed.load_model import load
 
 
 def quantizer(bits, group_size, symmetric=True):

@@ -25,8 +25,8 @@ from safetensors.torch import save_file
 
 from benchmarks.quality.measure import Reference, full_precision, quantised, tokens_of
 from benchmarks.quality.methods import ABLATIONS, METHODS, RECIPE, Plan, Setting
-from lfq_lightning.checkpoints import open_checkpoint
 from lfq_lightning.data import CalibrationData
+from lfq_lightning.models.checkpoints import open_checkpoint
 
 RESULTS = Path(__file__).parents[1] / "results" / "quality.csv"
 PEERS = {"autoround": 1, "autoround-best": 5}  # times the setting's steps

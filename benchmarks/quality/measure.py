@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from lfq_lightning.checkpoints import open_checkpoint
 from lfq_lightning.data.leading_bos import leading_bos
-from lfq_lightning.held_out import evaluate
-from lfq_lightning.load_model import load
-from lfq_lightning.meta_model import assign_weights, meta_model
-from lfq_lightning.model_skeleton import ModelSkeleton
-from lfq_lightning.ranks import Ranks
+from lfq_lightning.distributed.ranks import Ranks
+from lfq_lightning.evaluation.held_out import evaluate
+from lfq_lightning.models.checkpoints import open_checkpoint
+from lfq_lightning.models.meta_model import assign_weights, meta_model
+from lfq_lightning.models.model_skeleton import ModelSkeleton
+from lfq_lightning.packed.load_model import load
 from lfq_lightning.token_set import TokenSet
 
 PROMPT_TOKENS, NEW_TOKENS, PROMPTS = 16, 48, 100

@@ -12,39 +12,39 @@ import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from torch import Tensor
 
-from lfq_lightning.activation_cache import ActivationCache, Splits
-from lfq_lightning.block_flops import block_flops
-from lfq_lightning.block_module import BlockModule
-from lfq_lightning.block_state import BlockState, read_facts
-from lfq_lightning.calibration_block import CalibrationBlock
+from lfq_lightning.calibration.activation_cache import ActivationCache, Splits
+from lfq_lightning.calibration.block_module import BlockModule
+from lfq_lightning.calibration.block_state import BlockState, read_facts
+from lfq_lightning.calibration.calibration_block import CalibrationBlock
+from lfq_lightning.calibration.final_block_module import FinalBlockModule
+from lfq_lightning.calibration.fold_scales import fold_scales
+from lfq_lightning.calibration.lens import Lens
+from lfq_lightning.calibration.precision import compute_dtype, stream_dtype
+from lfq_lightning.calibration.solve import Solution, solve
+from lfq_lightning.calibration.stream_store import StreamStore
+from lfq_lightning.calibration.weighted_mean import WeightedMean
 from lfq_lightning.callbacks import CALLBACKS, BlockCallback, BlockReport
-from lfq_lightning.checkpoints.small_files import check_small_files
-from lfq_lightning.earlier_run import EarlierRun
+from lfq_lightning.distributed.ranks import launched_rank, ranks_of
 from lfq_lightning.errors import UserError
-from lfq_lightning.final_block_module import FinalBlockModule
-from lfq_lightning.fingerprint import block_fingerprint, own_facts, shared_facts
-from lfq_lightning.fold_scales import fold_scales
+from lfq_lightning.evaluation.held_out import final_metrics
 from lfq_lightning.formats.compressed_tensors import CompressedTensors
-from lfq_lightning.head import Head
-from lfq_lightning.held_out import final_metrics
-from lfq_lightning.lens import Lens
-from lfq_lightning.model_skeleton import ModelSkeleton
+from lfq_lightning.models.checkpoints.small_files import check_small_files
+from lfq_lightning.models.head import Head
+from lfq_lightning.models.model_skeleton import ModelSkeleton
 from lfq_lightning.ops.path import describe
 from lfq_lightning.peak_memory import peak_bytes, reset_peak
 from lfq_lightning.plan import BlockPlan, Plan, Rule
-from lfq_lightning.precision import compute_dtype, stream_dtype
-from lfq_lightning.preflight import check_same_precision, check_trainer, check_training, output_bytes
+from lfq_lightning.planning.block_flops import block_flops
+from lfq_lightning.planning.preflight import check_same_precision, check_trainer, check_training, output_bytes
 from lfq_lightning.quant_scheme import QuantScheme
 from lfq_lightning.quantized_tensor import QuantizedTensor
-from lfq_lightning.ranks import launched_rank, ranks_of
 from lfq_lightning.report.weight_statistics import weight_statistics
-from lfq_lightning.run_folder import RunFolder
-from lfq_lightning.saving import Saving
-from lfq_lightning.solve import Solution, solve
-from lfq_lightning.spent import Spent
-from lfq_lightning.stream_store import StreamStore
+from lfq_lightning.runs.earlier_run import EarlierRun
+from lfq_lightning.runs.fingerprint import block_fingerprint, own_facts, shared_facts
+from lfq_lightning.runs.run_folder import RunFolder
+from lfq_lightning.runs.saving import Saving
+from lfq_lightning.runs.spent import Spent
 from lfq_lightning.token_set import TokenSet
-from lfq_lightning.weighted_mean import WeightedMean
 
 log = logging.getLogger(__name__)
 

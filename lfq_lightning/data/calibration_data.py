@@ -6,14 +6,14 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningDataModule
 
-from lfq_lightning.activation_cache import BatchLoader, Splits
-from lfq_lightning.checkpoints import Checkpoint
+from lfq_lightning.calibration.activation_cache import BatchLoader, Splits
 from lfq_lightning.data.prompt_tokens import check_tokens
 from lfq_lightning.data.read_documents import check_documents
 from lfq_lightning.data.read_prompts import read_prompts
 from lfq_lightning.data.read_source import SourceReader
 from lfq_lightning.data.source import SELF_GENERATED, Source, parse_sources, shares
 from lfq_lightning.errors import UserError
+from lfq_lightning.models.checkpoints import Checkpoint
 from lfq_lightning.peak_memory import host_bytes
 from lfq_lightning.plan import BlockPlan
 from lfq_lightning.token_set import TokenSet

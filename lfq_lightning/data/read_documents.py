@@ -9,9 +9,9 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from lfq_lightning.chat_template import Message
 from lfq_lightning.data.read_text import mend, parse_json, read_jsonl, read_text
 from lfq_lightning.errors import UserError, one_line, said
+from lfq_lightning.models.chat_template import Message
 from lfq_lightning.user_path import user_path
 
 

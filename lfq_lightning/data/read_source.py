@@ -9,8 +9,6 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from lfq_lightning.chat_template import render
-from lfq_lightning.checkpoints import Checkpoint
 from lfq_lightning.data.leading_bos import leading_bos
 from lfq_lightning.data.pack_sequences import pack_sequences
 from lfq_lightning.data.prompt_tokens import text_tokens
@@ -19,7 +17,9 @@ from lfq_lightning.data.read_prompts import read_prompts
 from lfq_lightning.data.self_generate import self_generate
 from lfq_lightning.data.source import Source
 from lfq_lightning.errors import UserError
-from lfq_lightning.load_model import load_full_precision
+from lfq_lightning.models.chat_template import render
+from lfq_lightning.models.checkpoints import Checkpoint
+from lfq_lightning.packed.load_model import load_full_precision
 
 log = logging.getLogger(__name__)
 

@@ -14,12 +14,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from lfq_lightning.chat_template import render
-from lfq_lightning.checkpoints import Checkpoint
 from lfq_lightning.data.pack_sequences import pack_sequences
 from lfq_lightning.data.prompt_tokens import check_tokens, prompt_tokens, text_tokens
 from lfq_lightning.data.roomy_cache import roomy_cache
 from lfq_lightning.errors import UserError
+from lfq_lightning.models.chat_template import render
+from lfq_lightning.models.checkpoints import Checkpoint
 
 _BATCH, _BATCH_ON_GPU = 80, 40
 _LONGEST_QUESTION = 64

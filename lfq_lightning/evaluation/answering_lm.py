@@ -8,10 +8,10 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.models.huggingface import HFLM
 
-from lfq_lightning.chat_template import WITHIN
 from lfq_lightning.evaluation.batches import batch_size, in_batches
 from lfq_lightning.evaluation.evaluated_model import EvaluatedModel
-from lfq_lightning.limits import limits
+from lfq_lightning.models.chat_template import WITHIN
+from lfq_lightning.models.limits import limits
 
 _BATCHES_AT_ONCE = 8  # answers are kept after as many
 _DEFAULT_NEW_TOKENS = 256  # lm-eval's, for tasks that do not say

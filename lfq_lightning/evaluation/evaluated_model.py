@@ -10,18 +10,18 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lfq_lightning.checkpoints import open_checkpoint
-from lfq_lightning.checkpoints.checkpoint import read_generation_config, read_tokenizer
+from lfq_lightning.calibration.precision import product_dtype
 from lfq_lightning.data.self_generate import end_ids
 from lfq_lightning.errors import UserError, one_line
 from lfq_lightning.evaluation.answers import Answers
-from lfq_lightning.families import FAMILIES
-from lfq_lightning.fingerprint import sample_digest
-from lfq_lightning.head import Head
-from lfq_lightning.load_model import load, load_full_precision
-from lfq_lightning.packed_folder import PackedFolder
-from lfq_lightning.precision import product_dtype
-from lfq_lightning.widen import WideLinear
+from lfq_lightning.models.checkpoints import open_checkpoint
+from lfq_lightning.models.checkpoints.checkpoint import read_generation_config, read_tokenizer
+from lfq_lightning.models.families import FAMILIES
+from lfq_lightning.models.head import Head
+from lfq_lightning.models.widen import WideLinear
+from lfq_lightning.packed.load_model import load, load_full_precision
+from lfq_lightning.packed.packed_folder import PackedFolder
+from lfq_lightning.runs.fingerprint import sample_digest
 
 _SMALL = ("config.json", "generation_config.json", "tokenizer*", "chat_template*", "special_tokens_map.json")
 

@@ -13,9 +13,9 @@ from lfq_lightning.data.read_documents import check_documents, read_documents
 from lfq_lightning.errors import UserError
 from lfq_lightning.evaluation.batches import in_batches
 from lfq_lightning.evaluation.evaluated_model import EvaluatedModel
+from lfq_lightning.evaluation.held_out import TokenMean, held_out_metrics
 from lfq_lightning.evaluation.score import Measure, Score, standard_error
-from lfq_lightning.head import Head
-from lfq_lightning.held_out import TokenMean, held_out_metrics
+from lfq_lightning.models.head import Head
 from lfq_lightning.token_set import NO_NEXT
 
 _TOKENS_AT_ONCE = 256  # whose logits exist together

@@ -5,7 +5,7 @@ from abc import abstractmethod
 from torch import Tensor
 
 from lfq_lightning.errors import UserError
-from lfq_lightning.head import Head
+from lfq_lightning.models.head import Head
 from lfq_lightning.objectives.objective import Objective
 from lfq_lightning.ops.logit_divergence import logit_divergence
 from lfq_lightning.registry import plugin_name

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from lfq_lightning.head import Head
+from lfq_lightning.models.head import Head
 from lfq_lightning.objectives import OBJECTIVES, Objective
 from lfq_lightning.ops.linear_soft_ce import linear_soft_ce
 from lfq_lightning.token_set import NO_NEXT

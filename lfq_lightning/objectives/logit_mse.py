@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lfq_lightning.head import Head
+from lfq_lightning.models.head import Head
 from lfq_lightning.objectives import OBJECTIVES, DivergenceObjective
 
 

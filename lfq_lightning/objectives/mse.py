@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from lfq_lightning.errors import UserError
-from lfq_lightning.head import Head
+from lfq_lightning.models.head import Head
 from lfq_lightning.objectives import OBJECTIVES, Objective
 
 

@@ -6,7 +6,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from lfq_lightning.errors import UserError
-from lfq_lightning.head import Head
+from lfq_lightning.models.head import Head
 from lfq_lightning.registry import plugin_name
 
 

@@ -4,7 +4,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from lfq_lightning.head import Head
+from lfq_lightning.models.head import Head
 from lfq_lightning.objectives.divergence_objective import DivergenceObjective
 from lfq_lightning.ops.linear_soft_ce import linear_soft_ce, logit_mean, logit_moment
 

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from lfq_lightning.head import Head
+from lfq_lightning.models.head import Head
 from lfq_lightning.objectives.objective import Objective
 from lfq_lightning.registry import Plugin
 

@@ -5,11 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lfq_lightning.gram import add_gram
+from lfq_lightning.ops.gram import add_gram
+from lfq_lightning.ops.round_to_nearest import round_to_nearest
+from lfq_lightning.ops.scale_search import search_scale
 from lfq_lightning.quant_scheme import QuantScheme
 from lfq_lightning.quantizers import QUANTIZERS, NearestQuantizer
-from lfq_lightning.round_to_nearest import round_to_nearest
-from lfq_lightning.scale_search import search_scale
 
 _SEARCH_RATIOS = 1  # scalings are compared on plain min-max grids
 

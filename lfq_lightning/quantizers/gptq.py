@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from lfq_lightning.errors import UserError
-from lfq_lightning.gram import add_gram, add_products
 from lfq_lightning.ops.gptq_solve import round_columns
+from lfq_lightning.ops.gram import add_gram, add_products
+from lfq_lightning.ops.scale_search import search_scale
 from lfq_lightning.quant_scheme import QuantScheme
 from lfq_lightning.quantized_tensor import QuantizedTensor
 from lfq_lightning.quantizers import QUANTIZERS, ClosedFormQuantizer
-from lfq_lightning.scale_search import search_scale
 
 log = logging.getLogger(__name__)
 

@@ -2,9 +2,9 @@
 
 from torch import Tensor
 
+from lfq_lightning.ops.round_to_nearest import round_to_nearest
 from lfq_lightning.quantized_tensor import QuantizedTensor
 from lfq_lightning.quantizers.quantizer import ClosedFormQuantizer
-from lfq_lightning.round_to_nearest import round_to_nearest
 
 
 class NearestQuantizer(ClosedFormQuantizer):

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from lfq_lightning.errors import UserError
-from lfq_lightning.learned_grid import round_through, ship_through
 from lfq_lightning.ops.fake_quant import LevelTerms, codes, fake_quantize
+from lfq_lightning.ops.learned_grid import round_through, ship_through
 from lfq_lightning.quant_scheme import QuantScheme
 from lfq_lightning.quantized_tensor import QuantizedTensor
 from lfq_lightning.registry import plugin_name

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lfq_lightning.ops.scale_search import search_scale
 from lfq_lightning.quant_scheme import QuantScheme
 from lfq_lightning.quantizers import QUANTIZERS, NearestQuantizer
-from lfq_lightning.scale_search import search_scale
 
 
 @QUANTIZERS.register

@@ -9,10 +9,10 @@ from typing import Any
 import yaml
 from transformers import PreTrainedTokenizerBase
 
-from lfq_lightning.checkpoints.checkpoint import read_tokenizer
 from lfq_lightning.errors import UserError, one_line
-from lfq_lightning.run_folder import JOURNAL
-from lfq_lightning.seal import changed_files, unsealed
+from lfq_lightning.models.checkpoints.checkpoint import read_tokenizer
+from lfq_lightning.runs.run_folder import JOURNAL
+from lfq_lightning.runs.seal import changed_files, unsealed
 from lfq_lightning.user_path import user_path
 
 _READ = {"config.json", "lfq.yaml", "versions.json", "tokenizer.json", "tokenizer_config.json"}  # and what seals itself

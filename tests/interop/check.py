@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from lfq_lightning.load_model import load
+from lfq_lightning.packed.load_model import load
 
 ENGINES = Path(__file__).parent / "engines"
 TEXT = "Once upon a time there was a little girl who lived in a small house near the forest. She loved to walk there."

@@ -8,8 +8,8 @@ Exit code 1 if the greedy texts differ.
 import subprocess
 import sys
 
-from lfq_lightning.generate import answer
-from lfq_lightning.load_model import load
+from lfq_lightning.packed.generate import answer
+from lfq_lightning.packed.load_model import load
 
 TOKENS = 60
 ALONE = f"""

@@ -14,9 +14,9 @@ import torch
 
 from lfq_lightning.cli import main as lfq
 from lfq_lightning.errors import UserError
-from lfq_lightning.export import export
 from lfq_lightning.formats import FORMATS
-from lfq_lightning.gguf_export import export_gguf
+from lfq_lightning.packed.export import export
+from lfq_lightning.packed.gguf_export import export_gguf
 from tests.conftest import byte_tokenizer, save_tiny
 
 ROOT = Path(__file__).parents[2]

@@ -1,0 +1,1 @@
+"""What calibrates one block after another: streams of activations, blocks on the bench, solving, precision."""

@@ -1,0 +1,48 @@
+"""CalibrationModule: the LightningModule a Trainer fits; it is the block that the scheduler has on the bench."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from lfq_lightning.calibration.activation_cache import Batch
+from lfq_lightning.calibration.calibration_block import CalibrationBlock
+from lfq_lightning.models.checkpoints import open_checkpoint
+
+
+class CalibrationModule(LightningModule):
+    """Delegates to the current CalibrationBlock, `block`, which the BlockScheduler puts in place.
+
+    Args:
+        checkpoint: the full-precision model: a Hugging Face folder, a hub id, or a .gguf file.
+    """
+
+    def __init__(self, checkpoint: str) -> None:
+        super().__init__()
+        self.checkpoint = open_checkpoint(checkpoint)
+        self.block: CalibrationBlock | None = None
+        self.first_step = 0  # of the current epoch: a block that goes on from a file does not begin at 0
+
+    @property
+    def current(self) -> CalibrationBlock:
+        assert self.block is not None, "the BlockScheduler callback places a block before each epoch"
+        return self.block
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
+        if not self.current.plan.learned:  # Lightning skips None, which several processes may not do
+            return None if self.trainer.world_size == 1 else torch.zeros((), device=self.device, requires_grad=True)
+        step = self.first_step + batch_idx // self.trainer.accumulate_grad_batches
+        loss = self.current.training_step(batch, step)
+        self.log("train/loss", loss.detach(), sync_dist=True)
+        return loss
+
+    def configure_model(self) -> None:
+        """Lightning's place to shard a model; here each block is sharded when the scheduler has prepared it."""
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        return self.current.validation_step(batch, batch_idx)  # the scheduler adds them up, over ranks too
+
+    def configure_optimizers(self) -> Any:
+        # Lightning asks once before the first block is placed; the scheduler asks again at the start of each epoch.
+        return self.block.configure_optimizers() if self.block is not None else None

@@ -1,0 +1,1 @@
+"""Models: read from disk, built without weights, taken apart into blocks and a head."""

@@ -1,0 +1,126 @@
+"""Checkpoint: a full-precision model on disk."""
+
+import logging
+import time
+from abc import ABC, abstractmethod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+
+from lfq_lightning.errors import UserError, one_line, said
+from lfq_lightning.models.families import FAMILIES, Family
+from lfq_lightning.registry import did_you_mean
+
+log = logging.getLogger(__name__)
+
+LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
+_WORTH_A_LINE = 2.0  # seconds
+
+
+class Checkpoint(ABC):
+    """Config, tokenizer and lazily read tensors of a decoder-only model.
+
+    Attributes:
+        path: what the user named.
+        config: of the model; `dtype` is that of the tensors.
+        dtype: the dtype in which tensors come and everything ships.
+        family: where its parts are.
+    """
+
+    def __init__(self, path: Path, config: PretrainedConfig) -> None:
+        self.path = path
+        self.config = config
+        if config.model_type not in FAMILIES:
+            raise UserError(
+                f"{path}: model type {config.model_type!r} is not a decoder-only family known here; "
+                f"{did_you_mean(config.model_type, FAMILIES)}"
+            )
+        settings = config.to_dict()
+        if settings.get("quantization_config"):
+            raise UserError(f"{path} is already quantised; give the full-precision model.")
+        self.family: Family = FAMILIES[config.model_type]
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype: ...
+
+    @abstractmethod
+    def names(self) -> list[str]:
+        """Return the names of all stored tensors, as transformers names them."""
+
+    @abstractmethod
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of all stored tensors by name; reads none of them."""
+
+    @abstractmethod
+    def tensors(self, names: list[str]) -> dict[str, Tensor]:
+        """Read these tensors, in `dtype`, on the CPU."""
+
+    @abstractmethod
+    def weight_files(self) -> list[Path]:
+        """Return the files that hold the tensors."""
+
+    @abstractmethod
+    def tokenizer(self) -> PreTrainedTokenizerBase: ...
+
+    @abstractmethod
+    def generation_config(self) -> GenerationConfig | None: ...
+
+    def check_layout(self, expected: dict[str, tuple[int, ...]]) -> None:
+        """Raise UserError if the stored tensors are not those, name and shape, that the config asks for."""
+        stored = self.shapes()
+        for name in sorted(set(stored) - set(expected)):
+            raise UserError(
+                f"{self.path} holds a tensor {name} that its config knows nothing of; the two do not match."
+            )
+        for name in sorted(set(expected) - set(stored)):
+            raise UserError(f"{self.path} has no tensor {name}; fetch the model again.")
+        for name, shape in expected.items():
+            if stored[name] != shape:
+                raise UserError(
+                    f"{self.path}: {name} has shape {stored[name]}, but its config says {shape}; the two do not match."
+                )
+
+    def check_finite(self) -> None:
+        """Read all tensors, one at a time. Raises UserError naming the first that holds NaN or infinity."""
+        started = time.perf_counter()
+        for name in self.names():
+            tensor = self.tensors([name])[name]
+            if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
+                raise UserError(f"{self.path}: {name} holds NaN or infinity; the model is broken, fetch it again.")
+        if (seconds := time.perf_counter() - started) > _WORTH_A_LINE:
+            log.info("model: all weights are finite (%.0f s to read them)", seconds)
+
+    def licences(self) -> list[Path]:
+        """Return the files that say under what terms the model may be used; they go where its weights go."""
+        folder = self.path if self.path.is_dir() else self.path.parent
+        return sorted(file for pattern in LICENCES for file in folder.glob(pattern) if file.is_file())
+
+
+def read_config(path: Path) -> PretrainedConfig:
+    """Return the config in a folder, or in a config.json. Raises UserError if it cannot be one.
+
+    An attention kernel that a training script has left in it is forgotten: which one runs is this machine's matter.
+    """
+    file = path / "config.json" if path.is_dir() else path
+    with said(lambda error: f"{file} cannot be read: {one_line(error)[:300]}"):
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    config._attn_implementation = None
+    return config
+
+
+def read_generation_config(folder: Path) -> GenerationConfig | None:
+    """Return the generation config of a folder, if it has one. Raises UserError if it cannot be read."""
+    file = folder / "generation_config.json"
+    if not file.is_file():
+        return None
+    with said(lambda error: f"{file} cannot be read ({one_line(error)[:200]}); mend or remove it."):
+        return GenerationConfig.from_pretrained(folder, local_files_only=True)
+
+
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a folder. Raises UserError if its files are damaged."""
+    with said(lambda error: f"{folder}: the tokenizer cannot be read ({one_line(error)[:200]}); copy it again."):
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

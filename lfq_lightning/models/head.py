@@ -1,0 +1,62 @@
+"""Head: the frozen final norm and LM head as one linear map of the normed hidden state."""
+
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from lfq_lightning.ops.gram import add_gram
+from lfq_lightning.ops.logit_divergence import soft_cap
+
+_GRAM_WORDS = 2**14  # rows of the head turned to fp32 at once
+
+
+class Head(nn.Module):
+    """Frozen readout: logits = weight @ readout(hidden), soft-capped where the model does so.
+
+    Args:
+        norm: the model's final norm, (…, D) → (…, D).
+        weight: (V, D), the LM head in the dtype its products should run in. Never changed: it may be the embedding.
+        bias: (V,) or None; kept as one more column of the weight, so that z = W h holds as it stands.
+        logit_scale: factor on the logits; kept on the hidden state.
+        softcap: bound c on the logits, c·tanh(z / c); None without one.
+    """
+
+    def __init__(
+        self,
+        norm: nn.Module,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        logit_scale: float = 1.0,
+        softcap: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.norm = norm.requires_grad_(False)
+        self.has_bias = bias is not None
+        if bias is not None:
+            weight = torch.cat([weight, bias[:, None].to(weight.dtype) / logit_scale], dim=1)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.logit_scale = logit_scale
+        self.softcap = softcap
+
+    def logits(self, readout: Tensor) -> Tensor:
+        """Return the model's logits (…, V) of hidden states that went through `readout`."""
+        return soft_cap(readout.to(self.weight) @ self.weight.T, self.softcap)
+
+    @cached_property
+    def gram(self) -> Tensor:
+        """WᵀW (D, D) in fp32 or wider: the inner product of hidden states that is that of their logits."""
+        sums = torch.promote_types(self.weight.dtype, torch.float32)
+        width = self.weight.shape[1]
+        gram = torch.zeros(width, width, dtype=sums, device=self.weight.device)
+        with torch.no_grad():
+            for words in self.weight.split(_GRAM_WORDS):
+                add_gram(gram, words)
+        return gram
+
+    def readout(self, hidden: Tensor) -> Tensor:
+        """Return h with z = weight @ h, from hidden states before the final norm: (…, D) → (…, D or D + 1)."""
+        h = self.norm(hidden)
+        if self.has_bias:
+            h = torch.cat([h, torch.ones_like(h[..., :1])], dim=-1)
+        return h * self.logit_scale if self.logit_scale != 1.0 else h

@@ -1,0 +1,137 @@
+"""ModelSkeleton: a model whose decoder blocks exist one at a time."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lfq_lightning.models.checkpoints import Checkpoint
+from lfq_lightning.models.decoder_block import DecoderBlock
+from lfq_lightning.models.experts import router_names
+from lfq_lightning.models.head import Head
+from lfq_lightning.models.meta_model import assign_weights, meta_model
+
+
+class _Recorder(nn.Module):
+    """Stands in for a decoder block: keeps what it was called with and passes the hidden states on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden: Tensor | None = None
+        self.arguments: dict[str, Any] = {}
+
+    def forward(self, hidden: Tensor, **arguments: Any) -> Tensor:
+        self.hidden, self.arguments = hidden, arguments
+        return hidden
+
+
+class ModelSkeleton:
+    """The model on the meta device; embeddings, final norm and rotary tables are real, blocks are read on demand.
+
+    Nothing here knows a family beyond the names in its row of the table: how a block is called is captured from one
+    real forward of the model's own code, per block.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        family = checkpoint.family
+        self._model = meta_model(checkpoint.config, checkpoint.path)
+        tied = set(self._model.all_tied_weights_keys)
+        expected = {name: tuple(tensor.shape) for name, tensor in self._model.state_dict().items() if name not in tied}
+        checkpoint.check_layout(expected)
+        blocks = self._model.get_submodule(family.blocks)
+        assert isinstance(blocks, nn.ModuleList)
+        self._meta_blocks = list(blocks)
+        self._block_prefixes = [f"{family.blocks}.{i}." for i in range(len(blocks))]
+        self._recorders = [_Recorder() for _ in blocks]
+        for i, recorder in enumerate(self._recorders):
+            blocks[i] = recorder
+        self._shapes: dict[int, dict[str, tuple[int, int]]] = {}
+        self._ready = False
+
+    def __len__(self) -> int:
+        return len(self._meta_blocks)
+
+    def block_name(self, index: int) -> str:
+        return self._block_prefixes[index].removesuffix(".")
+
+    @property
+    def architecture(self) -> str:
+        """The class of the model in transformers."""
+        return type(self._model).__name__
+
+    def linear_shapes(self, index: int) -> dict[str, tuple[int, int]]:
+        """Return full name → (O, I) of every linear layer of a block; reads no weights."""
+        if index not in self._shapes:
+            self._shapes[index] = {
+                self._block_prefixes[index] + name: (module.out_features, module.in_features)
+                for name, module in self._meta_blocks[index].named_modules()
+                if isinstance(module, nn.Linear)
+            }
+        return self._shapes[index]
+
+    def all_linears(self) -> list[str]:
+        """Return the full names of all linear layers, the head included."""
+        names = [name for index in range(len(self)) for name in self.linear_shapes(index)]
+        return [*names, self.checkpoint.family.head]
+
+    def routers(self) -> list[str]:
+        """Return the names of what chooses experts."""
+        parts = zip(self._block_prefixes, self._meta_blocks, strict=True)
+        return [prefix + name for prefix, block in parts for name in router_names(block)]
+
+    def outer_names(self) -> list[str]:
+        """Return the names of the stored tensors outside all blocks; a tied head is not among them."""
+        return [name for name in self.checkpoint.names() if not name.startswith(tuple(self._block_prefixes))]
+
+    def block_names(self, index: int) -> list[str]:
+        """Return the stored tensors of one block, full names."""
+        return [name for name in self.checkpoint.names() if name.startswith(self._block_prefixes[index])]
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Return the first block's input (B, T, D) for tokens (B, T), and capture how each block is called."""
+        self._materialise_outer()
+        with torch.no_grad():
+            self._model.get_submodule(self.checkpoint.family.decoder)(input_ids=input_ids, use_cache=False)
+        hidden = self._recorders[0].hidden
+        assert hidden is not None
+        for recorder in self._recorders:
+            recorder.hidden = None
+        return hidden
+
+    def block(self, indices: range, activation_checkpointing: bool = False) -> DecoderBlock:
+        """Read consecutive layers in fp32 as one block, ready for any number of sequences of the embedded length."""
+        arguments = [self._recorders[index].arguments for index in indices]
+        names = [self.block_name(index) for index in indices]
+        return DecoderBlock(names, [self._layer(index) for index in indices], arguments, activation_checkpointing)
+
+    def _layer(self, index: int) -> nn.Module:
+        prefix = self._block_prefixes[index]
+        tensors = self.checkpoint.tensors(self.block_names(index))
+        layer = copy.deepcopy(self._meta_blocks[index])
+        weights = {name.removeprefix(prefix): tensor.float() for name, tensor in tensors.items()}
+        layer.load_state_dict(weights, assign=True)
+        return layer.requires_grad_(False)
+
+    @property
+    def logit_terms(self) -> tuple[float, float | None]:
+        """The factor on the logits and their bound, None without one."""
+        return self.checkpoint.family.logit_terms(self.checkpoint.config.to_dict())
+
+    def head(self, dtype: torch.dtype) -> Head:
+        """Return the frozen final norm (fp32) and LM head, its weight in `dtype`."""
+        self._materialise_outer()
+        family = self.checkpoint.family
+        linear = self._model.get_submodule(family.head)
+        assert isinstance(linear, nn.Linear)
+        bias = linear.bias.to(dtype) if linear.bias is not None else None
+        norm = copy.deepcopy(self._model.get_submodule(family.norm)).float()
+        return Head(norm, linear.weight.detach().to(dtype), bias, *self.logit_terms)
+
+    def _materialise_outer(self) -> None:
+        if self._ready:
+            return
+        tensors = self.checkpoint.tensors(self.outer_names())
+        assign_weights(self._model, tensors, self.checkpoint.path)
+        self._ready = True

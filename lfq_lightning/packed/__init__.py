@@ -1,0 +1,1 @@
+"""Packed models: read, run, described, and exported to other engines."""

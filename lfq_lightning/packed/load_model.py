@@ -1,0 +1,70 @@
+"""Load a packed model as a transformers model."""
+
+import logging
+from collections import Counter
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lfq_lightning.models.checkpoints import Checkpoint
+from lfq_lightning.models.checkpoints.checkpoint import read_generation_config, read_tokenizer
+from lfq_lightning.models.meta_model import assign_weights, meta_model
+from lfq_lightning.models.widen import widen
+from lfq_lightning.packed.packed_folder import PackedFolder
+from lfq_lightning.packed.packed_linear import PackedLinear
+from lfq_lightning.peak_memory import return_freed_memory
+
+log = logging.getLogger(__name__)
+
+
+def load(
+    folder: str | Path, dequantize: bool = False, device: str | torch.device = "cpu"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return the model of a packed folder and its tokenizer; any format in `lfq list`.
+
+    What is not packed is in the dtype that ships, or in fp32 on a CPU that multiplies faster so (`product_dtype`).
+
+    Its linear layers stay packed (PackedLinear); with `dequantize` they are dense, bit for bit the weights that ship.
+    On a GPU (`device="cuda"`) packed layers run as Triton kernels.
+
+    Raises UserError if the folder is no packed model, or its files are damaged.
+    """
+    packed = PackedFolder(folder)
+    for name in packed.changed:
+        log.warning("%s: %s is not what was written beside the weights", packed.path, name)
+    generation, tokenizer = read_generation_config(packed.path), read_tokenizer(packed.path)
+    ways: Counter[str] = Counter()
+    model = meta_model(packed.config, packed.path)
+    weights: dict[str, Tensor] = {}
+    for shard in packed.shards():
+        # a copy in any case: it lets go of the mapped file
+        dense = {name: tensor.to(device, copy=True) for name, tensor in shard.dense.items()}
+        for name, quantized in shard.layers.items():
+            here = quantized.to(device)
+            if dequantize:
+                dense[f"{name}.weight"] = here.dequantize()
+            else:
+                layer = PackedLinear(here, dense.pop(f"{name}.bias", None))
+                model.set_submodule(name, layer)
+                ways[layer.way] += 1
+        weights |= dense
+        return_freed_memory()
+    assign_weights(model, weights, packed.path)
+    model.to(device)  # type: ignore[arg-type]  # what is left: rotary tables
+    widen(model)
+    if ways:
+        log.info("packed layers on %s: %s", device, ", ".join(f"{number} by {way}" for way, number in ways.items()))
+    if generation is not None:
+        model.generation_config = generation
+    return model, tokenizer
+
+
+def load_full_precision(checkpoint: Checkpoint, device: torch.device) -> PreTrainedModel:
+    """Return the whole model of a checkpoint, in the dtype it is stored in, or in fp32 where that is faster."""
+    model = meta_model(checkpoint.config, checkpoint.path)
+    assign_weights(model, checkpoint.tensors(checkpoint.names()), checkpoint.path)
+    model.to(device=device)  # type: ignore[call-arg]
+    widen(model)
+    return model

@@ -1,0 +1,181 @@
+"""MemoryEstimate: what each phase of a run holds, from shapes alone."""
+
+from dataclasses import dataclass
+
+import torch
+
+from lfq_lightning.calibration.activation_cache import TOKENS_AT_ONCE
+from lfq_lightning.models.model_skeleton import ModelSkeleton
+from lfq_lightning.peak_memory import resident_bytes
+from lfq_lightning.plan import BlockPlan, LayerPlan
+from lfq_lightning.quantized_tensor import QuantizedTensor
+from lfq_lightning.quantizers import ClosedFormQuantizer
+
+_STATE_BYTES = {"adam": 8, "adamw8bit": 2, "sign_sgd": 0}  # per trained parameter
+_LOSS_TILES = 3 * 4 * 1024**2  # of the logit loss, which makes no whole logits
+_SLACK = {True: 1.1, False: 1.25}  # on a GPU or not: what allocators hold beyond what was asked for
+_KNOWN: dict[tuple[str, int, int], tuple[int, int]] = {}  # parameters of quantizers: a mixture has thousands alike
+_CUDA_BYTES = 600_000_000  # context, libraries and kernels in a GPU's memory
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a run's memory depends on besides model and plan.
+
+    Args:
+        ranks: processes that shard a block.
+        on_gpu: blocks run on a GPU, where kernels keep less for the backward pass; streams and outer weights do not
+            count there.
+        samples: calibration sequences.
+        held_out: held-out sequences.
+        seq_len: tokens per sequence.
+        compute_bytes: of a value in matrix products.
+        stream_bytes: of a value in the activation streams.
+    """
+
+    ranks: int
+    on_gpu: bool
+    samples: int
+    held_out: int
+    seq_len: int
+    compute_bytes: int
+    stream_bytes: int
+
+
+@dataclass(frozen=True)
+class BlockMemory:
+    """Bytes of the phases of one block, per rank, where blocks run; streams are not in them."""
+
+    read: int
+    solve: int
+    train: int
+
+    @property
+    def peak(self) -> int:
+        return max(self.read, self.solve, self.train)
+
+
+def process_bytes(on_gpu: bool) -> int:
+    """Return what a process holds before any weights: on a GPU CUDA itself, on the host the libraries loaded here."""
+    return _CUDA_BYTES if on_gpu else resident_bytes()
+
+
+def state_bytes(plan: BlockPlan, skeleton: ModelSkeleton) -> int:
+    """Return the size of the file to go on from in the middle of a block."""
+    trained = 0
+    for index in plan.indices:
+        for name, (o, i) in skeleton.linear_shapes(index).items():
+            layer = plan.layers.get(name)
+            if layer is not None and layer.learned is not None:
+                trained += _parameters(layer, o, i)[0]
+    return _kept_in_training(plan, trained)
+
+
+def outer_bytes(skeleton: ModelSkeleton) -> int:
+    """Return the bytes of embedding and head, which every process holds in host memory."""
+    config, width = skeleton.checkpoint.config, skeleton.checkpoint.dtype.itemsize
+    return width * config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
+
+
+def stream_bytes(skeleton: ModelSkeleton, plans: list[BlockPlan], setting: Setting) -> int:
+    """Return the bytes of a rank's activation streams, with what objectives and quantizers keep of the teacher."""
+    values = (setting.samples + setting.held_out) * setting.seq_len * skeleton.checkpoint.config.hidden_size
+    kept = max(4 if plan.logit_space else 0 for plan in plans)
+    kept += max(setting.stream_bytes if plan.needs_reference else 0 for plan in plans)
+    return values * (2 * setting.stream_bytes + kept) // setting.ranks
+
+
+def block_memory(plan: BlockPlan, skeleton: ModelSkeleton, setting: Setting) -> BlockMemory:
+    """Return what a block's phases hold on each rank."""
+    shapes = {name: shape for index in plan.indices for name, shape in skeleton.linear_shapes(index).items()}
+    config, width = skeleton.checkpoint.config, skeleton.checkpoint.dtype.itemsize
+    weights = sum(o * i for o, i in shapes.values())
+    widest = max(max(shape) for shape in shapes.values())
+    block = 4 * weights
+    head = setting.compute_bytes * config.vocab_size * config.hidden_size  # for the lens, the targets and the loss
+    if not setting.on_gpu and setting.compute_bytes == width:
+        head = 0  # the same memory as the outer weights
+    here = max(1, setting.samples // setting.ranks // 2)
+    tokens = min(max(setting.seq_len, TOKENS_AT_ONCE), here * setting.seq_len)
+    forward = tokens * (3 * widest + 6 * config.hidden_size) * max(setting.compute_bytes, setting.stream_bytes)
+    read = block + (width * weights // len(plan.indices) if width != 4 else 0)
+    solve = block + forward + head
+    solved, folded, beside = 0, 0, dict[int, int]()  # what the other experts' stacks hold, observed in the same pass
+    if plan.whole:  # the block, its codes, and the weights that round to them
+        solve = max(solve, 9 * weights)
+    for names, layer in _stacks(shapes, plan.solved):
+        columns, rows = shapes[names[0]][1], sum(shapes[name][0] for name in names)
+        kind = layer.closed_form.cls
+        observed = 2 * 4 * columns**2 if kind.needs_inputs else 0
+        own = kind.solve_bytes(rows // setting.ranks, columns) if issubclass(kind, ClosedFormQuantizer) else 0
+        solved += rows * columns * (5 if layer.learned else 1)
+        others = beside.get(columns, 0)
+        solve = max(solve, block + solved + others + 4 * rows * columns + max(observed + forward, own))
+        if kind.scales_inputs:
+            folded += observed + 4 * rows * columns
+        if ".experts." in names[0]:
+            beside[columns] = others + observed + 12 * rows * columns
+    solve = max(solve, block + folded + forward)  # scales are searched for all layers at once
+    sizes = (read, solve, _train(plan, shapes, setting, head))
+    return BlockMemory(*(int(size * _SLACK[setting.on_gpu]) for size in sizes))
+
+
+def _train(plan: BlockPlan, shapes: dict[str, tuple[int, int]], setting: Setting, head: int) -> int:
+    if not plan.learned:
+        return 0
+    trained = frozen = saved = largest = codes = 0
+    for name, (o, i) in shapes.items():
+        layer = plan.layers.get(name)
+        if layer is None or layer.learned is None:
+            frozen += 4 * o * i
+            codes += o * i if layer is not None else 0
+            continue
+        own = _parameters(layer, o, i)
+        trained += own[0]
+        frozen += 4 * own[1]
+        saved += o * i * (setting.compute_bytes if setting.on_gpu else 9 + setting.compute_bytes)
+        largest = max(largest, o * i)
+    width = max(max(shape) for shape in shapes.values())
+    tokens = plan.batch_size * setting.seq_len // setting.ranks
+    layers = 1 if plan.activation_checkpointing else len(plan.indices)
+    if plan.activation_checkpointing:
+        saved = 0  # each weight is made again when its gradient is due
+    activations = layers * tokens * (5 * width + 12 * min(min(shape) for shape in shapes.values())) * 4
+    loss = head + tokens * width * 4 + _LOSS_TILES if plan.logit_space else 0
+    # parameters, their best values and their optimizer's state are shared out; a gradient is as large as a parameter
+    shared = (_kept_in_training(plan, trained) + frozen) // setting.ranks
+    whole = (4 * trained + frozen) if setting.ranks > 1 else 0  # gathered while the block runs
+    # gradients grow while what was kept for them shrinks
+    backward = max(saved + activations, 4 * trained) + (12 if setting.on_gpu else 24) * largest
+    return shared + whole + codes + backward + loss
+
+
+def _kept_in_training(plan: BlockPlan, trained: int) -> int:
+    """Return the bytes of that many trained parameters, their best values and their optimizer's state."""
+    return trained * (4 + 4 + _STATE_BYTES[plan.optimizer])
+
+
+def _stacks(shapes: dict[str, tuple[int, int]], layers: dict[str, LayerPlan]) -> list[tuple[list[str], LayerPlan]]:
+    """Return planned layers in stacks that are solved together; which read one tensor is guessed from their shapes."""
+    stacks: list[tuple[list[str], LayerPlan]] = []
+    for name, layer in layers.items():
+        last = stacks[-1] if stacks else None
+        if last is not None and last[1] == layer and shapes[last[0][0]][1] == shapes[name][1] and "o_proj" not in name:
+            last[0].append(name)
+        else:
+            stacks.append(([name], layer))
+    return stacks
+
+
+def _parameters(layer: LayerPlan, o: int, i: int) -> tuple[int, int]:
+    """Return how many values a layer's quantizer would train and hold frozen, without memory; known ones at once."""
+    assert layer.learned is not None
+    key = repr(layer), o, i
+    if key not in _KNOWN:
+        with torch.device("meta"):
+            grid = torch.empty(o, i // layer.scheme.group_of(i), 1)
+            start = QuantizedTensor(torch.empty(o, i, dtype=torch.uint8), grid, grid.to(torch.uint8), layer.scheme)
+            parameters = list(layer.learned.build(torch.empty(o, i), start).parameters())
+        sizes = [sum(p.numel() for p in parameters if p.requires_grad == trained) for trained in (True, False)]
+        _KNOWN[key] = sizes[0], sizes[1]
+    return _KNOWN[key]
