@@ -29,10 +29,10 @@ from typing import Any
 
 from benchmarks.random_llama import save_random_llama
 from lfq_lightning.errors import UserError
+from lfq_lightning.file_names import CHECKSUMS, LOCK
 from lfq_lightning.packed.packed_folder import PackedFolder
+from lfq_lightning.packed.seal import recorded_files
 from lfq_lightning.report.run_record import RunRecord
-from lfq_lightning.runs.run_folder import LOCK
-from lfq_lightning.runs.seal import CHECKSUMS, recorded_files
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "chaos.csv"

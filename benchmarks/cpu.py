@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from lfq_lightning.calibration.precision import faster_than_fp32
+from lfq_lightning.precision import faster_than_fp32
 
 _CPU_INFO = Path("/proc/cpuinfo")
 

@@ -237,7 +237,7 @@ def _eval(arguments: list[str]) -> None:
     from lfq_lightning.evaluation.evaluate_models import evaluate_models, print_results, reference_of
     from lfq_lightning.evaluation.score import Measure
     from lfq_lightning.evaluation.text_loss import TextLoss
-    from lfq_lightning.runs.run_folder import EVALUATION
+    from lfq_lightning.file_names import EVALUATION
 
     _log_to_stderr()
     measures: list[Measure] = []
@@ -278,7 +278,8 @@ def _report(arguments: list[str]) -> None:
     parser.add_argument("runs", nargs="+", help="output folders of `lfq run`")
     parser.add_argument("--output", type=Path, help="the page; RUN/report.html, or comparison.html for several")
     given = parser.parse_args(arguments)
-    from lfq_lightning.report.write_report import REPORT, write_report
+    from lfq_lightning.file_names import REPORT
+    from lfq_lightning.report.write_report import write_report
 
     alone = Path(given.runs[0]) / REPORT if len(given.runs) == 1 else Path("comparison.html")
     print(write_report(given.runs, given.output or alone))

@@ -23,7 +23,6 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI  # noqa:
 from lightning.pytorch.loggers import CSVLogger, Logger  # noqa: E402
 
 from lfq_lightning.calibration.calibration_module import CalibrationModule  # noqa: E402
-from lfq_lightning.calibration.precision import choose_precision  # noqa: E402
 from lfq_lightning.callbacks import CALLBACKS  # noqa: E402
 from lfq_lightning.callbacks.block_scheduler import BlockScheduler  # noqa: E402
 from lfq_lightning.callbacks.console import Console  # noqa: E402
@@ -32,10 +31,11 @@ from lfq_lightning.callbacks.report import Report  # noqa: E402
 from lfq_lightning.commands.read_yaml import read_yaml, read_yaml_file  # noqa: E402
 from lfq_lightning.data import CalibrationData  # noqa: E402
 from lfq_lightning.distributed.ranks import launched_rank  # noqa: E402
+from lfq_lightning.file_names import LOGS  # noqa: E402
 from lfq_lightning.plan import Rule  # noqa: E402
 from lfq_lightning.planning.check_config import check_config  # noqa: E402
+from lfq_lightning.precision import choose_precision  # noqa: E402
 from lfq_lightning.runs.earlier_run import begun_precision  # noqa: E402
-from lfq_lightning.runs.run_folder import LOGS  # noqa: E402
 from lfq_lightning.trainer import Trainer  # noqa: E402
 
 

@@ -7,11 +7,11 @@ import lightning.pytorch as pl
 from lightning.pytorch.strategies import Strategy
 
 from lfq_lightning.calibration.calibration_module import CalibrationModule
-from lfq_lightning.calibration.precision import AUTO, choose_precision
 from lfq_lightning.callbacks.block_scheduler import BlockScheduler
 from lfq_lightning.data import CalibrationData
 from lfq_lightning.distributed.fsdp2 import FSDP2, launched
 from lfq_lightning.errors import UserError
+from lfq_lightning.precision import AUTO, choose_precision
 
 
 class Trainer(pl.Trainer):

@@ -98,7 +98,7 @@ def test_ctrl_c_saves_and_the_run_resumes_to_the_same_bytes(config, tmp_path):
 def test_time_and_peak_of_a_resumed_run_are_those_of_all_its_parts(config, tmp_path):
     import json
 
-    from lfq_lightning.runs.seal import sealed, unsealed
+    from lfq_lightning.packed.seal import sealed, unsealed
 
     run(config(plan=RTN))
     output = tmp_path / "run"

@@ -11,17 +11,18 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lfq_lightning import write_file
-from lfq_lightning.calibration.block_state import _checksum, read_facts
 from lfq_lightning.cli import main
 from lfq_lightning.errors import UserError
+from lfq_lightning.file_names import LOCK
 from lfq_lightning.objectives import OBJECTIVES
 from lfq_lightning.packed.load_model import load
 from lfq_lightning.packed.packed_folder import PackedFolder
+from lfq_lightning.packed.seal import changed_files, sealed, sha256, unsealed
 from lfq_lightning.plan import Plan, Rule
+from lfq_lightning.runs.block_state import _checksum, read_facts
 from lfq_lightning.runs.fingerprint import block_fingerprint
 from lfq_lightning.runs.plugin_sources import sources, with_terms
-from lfq_lightning.runs.run_folder import LOCK, RunFolder
-from lfq_lightning.runs.seal import changed_files, sealed, sha256, unsealed
+from lfq_lightning.runs.run_folder import RunFolder
 from lfq_lightning.write_file import write_tensors
 from tests.conftest import GPTQ
 from tests.test_cli import fails, run

@@ -30,7 +30,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 @pytest.fixture(params=[True, False], ids=["fast in 16 bits", "slow in 16 bits"])
 def machine(request, monkeypatch):
     """A CPU of either kind."""
-    monkeypatch.setattr("lfq_lightning.calibration.precision.faster_than_fp32", lambda dtype: request.param)
+    monkeypatch.setattr("lfq_lightning.precision.faster_than_fp32", lambda dtype: request.param)
 
 
 def check(layer, quantized, bias, rows, dtype, precision, roundings=2):

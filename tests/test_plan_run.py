@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from benchmarks.random_llama import save_random_llama
-from lfq_lightning.calibration.precision import choose_precision
 from lfq_lightning.cli import main
 from lfq_lightning.data import CalibrationData
 from lfq_lightning.models.checkpoints import open_checkpoint
@@ -17,6 +16,7 @@ from lfq_lightning.models.checkpoints.shape_checkpoint import ShapeCheckpoint
 from lfq_lightning.models.model_skeleton import ModelSkeleton
 from lfq_lightning.plan import Rule
 from lfq_lightning.planning.plan_run import Machine, plan_run
+from lfq_lightning.precision import choose_precision
 
 ROOT = Path(__file__).parents[1]
 GRID = {"bits": 4, "group_size": 64}

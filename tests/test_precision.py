@@ -7,11 +7,11 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
-from lfq_lightning.calibration import precision
+from lfq_lightning import precision
 from lfq_lightning.errors import UserError
 from lfq_lightning.models.checkpoints import open_checkpoint
+from lfq_lightning.models.load_full_precision import load_full_precision
 from lfq_lightning.models.widen import WideLinear
-from lfq_lightning.packed.load_model import load_full_precision
 from lfq_lightning.planning.preflight import check_same_precision
 from lfq_lightning.trainer import Trainer
 from tests.conftest import save_tiny

@@ -17,9 +17,9 @@ from lfq_lightning.callbacks.block_scheduler import BlockScheduler
 from lfq_lightning.data import CalibrationData
 from lfq_lightning.errors import StoppedError, UserError
 from lfq_lightning.models.checkpoints import open_checkpoint
+from lfq_lightning.packed.seal import sealed, unsealed
 from lfq_lightning.plan import Rule
 from lfq_lightning.runs.fingerprint import own_facts, sample_digest
-from lfq_lightning.runs.seal import sealed, unsealed
 from lfq_lightning.trainer import Trainer
 from tests.conftest import save_tiny
 

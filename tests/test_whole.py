@@ -8,8 +8,9 @@ import torch
 from lfq_lightning.calibration.calibration_module import CalibrationModule
 from lfq_lightning.data import CalibrationData
 from lfq_lightning.errors import UserError
+from lfq_lightning.models.load_full_precision import load_full_precision
 from lfq_lightning.models.model_skeleton import ModelSkeleton
-from lfq_lightning.packed.load_model import load, load_full_precision
+from lfq_lightning.packed.load_model import load
 from lfq_lightning.plan import Plan, Rule
 from tests import test_resume
 from tests.conftest import save_tiny

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from lfq_lightning.errors import UserError, one_line
-
-STREAM = ".stream"
+from lfq_lightning.file_names import STREAM
 
 log = logging.getLogger(__name__)
 

@@ -14,12 +14,10 @@ from torch import Tensor
 
 from lfq_lightning.calibration.activation_cache import ActivationCache, Splits
 from lfq_lightning.calibration.block_module import BlockModule
-from lfq_lightning.calibration.block_state import BlockState, read_facts
 from lfq_lightning.calibration.calibration_block import CalibrationBlock
 from lfq_lightning.calibration.final_block_module import FinalBlockModule
 from lfq_lightning.calibration.fold_scales import fold_scales
 from lfq_lightning.calibration.lens import Lens
-from lfq_lightning.calibration.precision import compute_dtype, stream_dtype
 from lfq_lightning.calibration.solve import Solution, solve
 from lfq_lightning.calibration.stream_store import StreamStore
 from lfq_lightning.calibration.weighted_mean import WeightedMean
@@ -36,9 +34,11 @@ from lfq_lightning.peak_memory import peak_bytes, reset_peak
 from lfq_lightning.plan import BlockPlan, Plan, Rule
 from lfq_lightning.planning.block_flops import block_flops
 from lfq_lightning.planning.preflight import check_same_precision, check_trainer, check_training, output_bytes
+from lfq_lightning.precision import compute_dtype, stream_dtype
 from lfq_lightning.quant_scheme import QuantScheme
 from lfq_lightning.quantized_tensor import QuantizedTensor
 from lfq_lightning.report.weight_statistics import weight_statistics
+from lfq_lightning.runs.block_state import BlockState, read_facts
 from lfq_lightning.runs.earlier_run import EarlierRun
 from lfq_lightning.runs.fingerprint import block_fingerprint, own_facts, shared_facts
 from lfq_lightning.runs.run_folder import RunFolder

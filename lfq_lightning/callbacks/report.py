@@ -8,7 +8,8 @@ from lightning.pytorch import Trainer
 
 from lfq_lightning.callbacks import CALLBACKS, BlockCallback
 from lfq_lightning.errors import UserError
-from lfq_lightning.report.write_report import REPORT, write_report
+from lfq_lightning.file_names import REPORT
+from lfq_lightning.report.write_report import write_report
 
 log = logging.getLogger(__name__)
 

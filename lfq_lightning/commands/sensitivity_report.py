@@ -9,10 +9,10 @@ from rich.table import Table
 
 from lfq_lightning.data import CalibrationData
 from lfq_lightning.errors import UserError
+from lfq_lightning.file_names import user_path
 from lfq_lightning.models.checkpoints import open_checkpoint
 from lfq_lightning.planning.sensitivity import check_average, measure_sensitivity, plan_of, propose_widths
 from lfq_lightning.quant_scheme import QuantScheme
-from lfq_lightning.user_path import user_path
 from lfq_lightning.write_file import write_text
 
 

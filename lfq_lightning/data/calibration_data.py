@@ -13,11 +13,11 @@ from lfq_lightning.data.read_prompts import read_prompts
 from lfq_lightning.data.read_source import SourceReader
 from lfq_lightning.data.source import SELF_GENERATED, Source, parse_sources, shares
 from lfq_lightning.errors import UserError
+from lfq_lightning.file_names import user_path
 from lfq_lightning.models.checkpoints import Checkpoint
 from lfq_lightning.peak_memory import host_bytes
 from lfq_lightning.plan import BlockPlan
 from lfq_lightning.token_set import TokenSet
-from lfq_lightning.user_path import user_path
 
 
 class CalibrationData(LightningDataModule):

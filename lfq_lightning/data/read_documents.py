@@ -11,8 +11,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from lfq_lightning.data.read_text import mend, parse_json, read_jsonl, read_text
 from lfq_lightning.errors import UserError, one_line, said
+from lfq_lightning.file_names import user_path
 from lfq_lightning.models.chat_template import Message
-from lfq_lightning.user_path import user_path
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from typing import Any
 
 from lfq_lightning.data.read_text import lines_of, mend, read_jsonl, read_text
 from lfq_lightning.errors import UserError
-from lfq_lightning.user_path import user_path
+from lfq_lightning.file_names import user_path
 
 
 def read_prompts(path: Path, where: str) -> list[str]:

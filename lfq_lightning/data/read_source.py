@@ -19,7 +19,7 @@ from lfq_lightning.data.source import Source
 from lfq_lightning.errors import UserError
 from lfq_lightning.models.chat_template import render
 from lfq_lightning.models.checkpoints import Checkpoint
-from lfq_lightning.packed.load_model import load_full_precision
+from lfq_lightning.models.load_full_precision import load_full_precision
 
 log = logging.getLogger(__name__)
 

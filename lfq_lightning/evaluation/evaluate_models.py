@@ -16,6 +16,7 @@ from lfq_lightning.errors import UserError, one_line
 from lfq_lightning.evaluation.evaluated_model import EvaluatedModel
 from lfq_lightning.evaluation.paired import compare
 from lfq_lightning.evaluation.score import Measure, Score
+from lfq_lightning.file_names import RESOLVED
 from lfq_lightning.ops.path import best_device
 from lfq_lightning.write_file import write_text
 
@@ -27,7 +28,7 @@ _WIDTH = 140  # of a log file
 def reference_of(folder: str) -> str:
     """Return the model that a run's folder was made from. Raises UserError if it does not say."""
     try:
-        settings = yaml.safe_load((Path(folder).expanduser() / "lfq.yaml").read_text(encoding="utf-8"))
+        settings = yaml.safe_load((Path(folder).expanduser() / RESOLVED).read_text(encoding="utf-8"))
         return str(settings["model"]["checkpoint"])
     except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
         raise UserError(f"{folder} does not say which model it was made from; give --reference.") from error

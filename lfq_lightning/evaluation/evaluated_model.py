@@ -10,20 +10,22 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lfq_lightning.calibration.precision import product_dtype
 from lfq_lightning.data.self_generate import end_ids
 from lfq_lightning.errors import UserError, one_line
 from lfq_lightning.evaluation.answers import Answers
+from lfq_lightning.file_names import CONFIG
 from lfq_lightning.models.checkpoints import open_checkpoint
 from lfq_lightning.models.checkpoints.checkpoint import read_generation_config, read_tokenizer
 from lfq_lightning.models.families import FAMILIES
 from lfq_lightning.models.head import Head
+from lfq_lightning.models.load_full_precision import load_full_precision
 from lfq_lightning.models.widen import WideLinear
-from lfq_lightning.packed.load_model import load, load_full_precision
+from lfq_lightning.packed.load_model import load
 from lfq_lightning.packed.packed_folder import PackedFolder
+from lfq_lightning.precision import product_dtype
 from lfq_lightning.runs.fingerprint import sample_digest
 
-_SMALL = ("config.json", "generation_config.json", "tokenizer*", "chat_template*", "special_tokens_map.json")
+_SMALL = (CONFIG, "generation_config.json", "tokenizer*", "chat_template*", "special_tokens_map.json")
 
 
 class EvaluatedModel:
@@ -113,9 +115,9 @@ class EvaluatedModel:
 
 
 def _quantised(path: Path) -> bool:
-    if not (path / "config.json").is_file():
+    if not (path / CONFIG).is_file():
         return False
     try:
-        return bool(json.loads((path / "config.json").read_text(encoding="utf-8")).get("quantization_config"))
+        return bool(json.loads((path / CONFIG).read_text(encoding="utf-8")).get("quantization_config"))
     except (ValueError, AttributeError) as error:
         raise UserError(f"{path}/config.json cannot be read ({one_line(error)}); copy the model again.") from error

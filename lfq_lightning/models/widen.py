@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lfq_lightning.calibration.precision import product_dtype
 from lfq_lightning.peak_memory import host_bytes
+from lfq_lightning.precision import product_dtype
 
 _TILE_WEIGHTS = 2**20  # turned to fp32 at a time: they stay in the cache until they are multiplied
 

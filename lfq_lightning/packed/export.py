@@ -10,16 +10,14 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from lfq_lightning.errors import UserError, one_line
+from lfq_lightning.file_names import CARD, CHECKSUMS, CONFIG, FACTS, INDEX, JOURNAL, LOCK, METRICS, REPORT, user_path
 from lfq_lightning.formats import FORMATS
 from lfq_lightning.packed.engines import engines
-from lfq_lightning.packed.model_card import CARD, model_card
-from lfq_lightning.packed.packed_folder import INDEX, SHARD_CHECKSUMS, PackedFolder
-from lfq_lightning.report.write_report import REPORT
-from lfq_lightning.runs.run_folder import FACTS, JOURNAL, LOCK
-from lfq_lightning.runs.seal import CHECKSUMS, sealed, sha256
-from lfq_lightning.user_path import user_path
+from lfq_lightning.packed.model_card import model_card
+from lfq_lightning.packed.packed_folder import SHARD_CHECKSUMS, PackedFolder
+from lfq_lightning.packed.seal import sealed, sha256
 
-_LEFT_BEHIND = ("*.safetensors", INDEX, "config.json", JOURNAL, FACTS, CARD, REPORT, CHECKSUMS, LOCK)
+_LEFT_BEHIND = ("*.safetensors", INDEX, CONFIG, JOURNAL, FACTS, CARD, REPORT, CHECKSUMS, LOCK)
 _FOLDERS = ("additional_chat_templates",)
 
 
@@ -60,8 +58,8 @@ def export(source: str, format_name: str, output: str) -> Path:
             index["weight_map"] |= dict.fromkeys(tensors, shard.file)
         settings = {**folder.settings, "quantization_config": quantization}
         _write_json(partial / INDEX, {**index, "weight_map": dict(sorted(index["weight_map"].items()))})
-        _write_json(partial / "config.json", settings)
-        metrics = partial / "metrics.json"
+        _write_json(partial / CONFIG, settings)
+        metrics = partial / METRICS
         measured = json.loads(metrics.read_text(encoding="utf-8")) if metrics.is_file() else None
         card = model_card(settings, folder.schemes, engines(to, folder.schemes, folder.dense), measured)
         (partial / CARD).write_text(card, encoding="utf-8")

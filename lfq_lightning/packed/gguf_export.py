@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from lfq_lightning.errors import UserError, one_line
+from lfq_lightning.file_names import user_path
 from lfq_lightning.models.checkpoints.checkpoint import read_tokenizer
 from lfq_lightning.packed.gguf_blocks import block_type, blocks
 from lfq_lightning.packed.gguf_tokenizer import tokenizer_fields
 from lfq_lightning.packed.packed_folder import PackedFolder
 from lfq_lightning.quantized_tensor import QuantizedTensor
-from lfq_lightning.user_path import user_path
 
 # model type → architecture of llama.cpp, and whether it interleaves the rotary halves of q and k
 _ARCHITECTURES = {

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lfq_lightning.models.checkpoints import Checkpoint
 from lfq_lightning.models.checkpoints.checkpoint import read_generation_config, read_tokenizer
 from lfq_lightning.models.meta_model import assign_weights, meta_model
 from lfq_lightning.models.widen import widen
@@ -59,12 +58,3 @@ def load(
     if generation is not None:
         model.generation_config = generation
     return model, tokenizer
-
-
-def load_full_precision(checkpoint: Checkpoint, device: torch.device) -> PreTrainedModel:
-    """Return the whole model of a checkpoint, in the dtype it is stored in, or in fp32 where that is faster."""
-    model = meta_model(checkpoint.config, checkpoint.path)
-    assign_weights(model, checkpoint.tensors(checkpoint.names()), checkpoint.path)
-    model.to(device=device)  # type: ignore[call-arg]
-    widen(model)
-    return model

@@ -5,7 +5,6 @@ from typing import Any
 
 from lfq_lightning.quant_scheme import QuantScheme
 
-CARD = "README.md"
 _ROWS = {"full_precision": "full precision", "quantized": "this model"}
 _COLUMNS = {
     "kl": "KL to full precision",

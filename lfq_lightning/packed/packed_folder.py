@@ -12,19 +12,17 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from lfq_lightning.errors import UserError, one_line
+from lfq_lightning.file_names import CONFIG, INDEX, SINGLE, user_path
 from lfq_lightning.formats import FORMATS, PackFormat, check_layout
 from lfq_lightning.models.checkpoints.checkpoint import read_config
 from lfq_lightning.models.experts import router_names
 from lfq_lightning.models.families import FAMILIES, PLAIN
 from lfq_lightning.models.limits import limits
 from lfq_lightning.models.meta_model import meta_model
+from lfq_lightning.packed.seal import changed_files, sha256
 from lfq_lightning.quant_scheme import QuantScheme
 from lfq_lightning.quantized_tensor import QuantizedTensor
-from lfq_lightning.runs.seal import changed_files, sha256
-from lfq_lightning.user_path import user_path
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 SHARD_CHECKSUMS = "sha256"  # key in the index's metadata: file → digest
 
 
@@ -57,12 +55,12 @@ class PackedFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = user_path(path, "MODEL_DIR")
-        if not (self.path / "config.json").is_file():
+        if not (self.path / CONFIG).is_file():
             raise UserError(f"{self.path} is not a finished packed model (no config.json); run `lfq run` to make one.")
         if not (self.path / INDEX).is_file() and not (self.path / SINGLE).is_file():
             raise UserError(f"{self.path} has neither {INDEX} nor {SINGLE}; copy the model again.")
         try:
-            self.settings: dict[str, Any] = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
+            self.settings: dict[str, Any] = json.loads((self.path / CONFIG).read_text(encoding="utf-8"))
             self.files, self._checksums = self._index()
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise UserError(

@@ -2,12 +2,12 @@
 
 from torch import Tensor, nn
 
-from lfq_lightning.calibration.precision import product_dtype
 from lfq_lightning.errors import UserError
 from lfq_lightning.ops.bitstream import pack
 from lfq_lightning.ops.packed_matmul import cpu_int4
 from lfq_lightning.ops.packed_matmul.reference import packed_matmul
 from lfq_lightning.ops.path import runs_triton
+from lfq_lightning.precision import product_dtype
 from lfq_lightning.quantized_tensor import QuantizedTensor
 
 

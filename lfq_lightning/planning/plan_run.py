@@ -9,7 +9,6 @@ from jsonargparse import Namespace
 from rich.console import Console
 from rich.table import Table
 
-from lfq_lightning.calibration.precision import AUTO, choose_precision, compute_dtype, product_dtype, stream_dtype
 from lfq_lightning.data import CalibrationData
 from lfq_lightning.errors import UserError
 from lfq_lightning.models.checkpoints import open_checkpoint
@@ -29,6 +28,7 @@ from lfq_lightning.planning.memory_estimate import (
     stream_bytes,
 )
 from lfq_lightning.planning.preflight import check_shares, check_training, output_bytes
+from lfq_lightning.precision import AUTO, choose_precision, compute_dtype, product_dtype, stream_dtype
 
 _GPU_RATE = 300e12  # FLOP/s of bf16 products that an H100 sustains in such work; stated, not measured
 _PRODUCT_SIZE = 1024

@@ -13,7 +13,6 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from lfq_lightning.calibration.calibration_module import CalibrationModule
-from lfq_lightning.calibration.precision import compute_dtype
 from lfq_lightning.data import CalibrationData
 from lfq_lightning.distributed.fsdp2 import FSDP2
 from lfq_lightning.distributed.ranks import Ranks
@@ -21,6 +20,7 @@ from lfq_lightning.errors import UserError
 from lfq_lightning.models.model_skeleton import ModelSkeleton
 from lfq_lightning.plan import BlockPlan
 from lfq_lightning.planning.memory_estimate import outer_bytes
+from lfq_lightning.precision import compute_dtype
 from lfq_lightning.quantizers import DenseQuantizer
 
 # Lightning's callbacks that change, average or tune the parameters of one model over a whole fit

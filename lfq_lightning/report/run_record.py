@@ -10,12 +10,11 @@ import yaml
 from transformers import PreTrainedTokenizerBase
 
 from lfq_lightning.errors import UserError, one_line
+from lfq_lightning.file_names import CONFIG, JOURNAL, METRICS, RESOLVED, VERSIONS, user_path
 from lfq_lightning.models.checkpoints.checkpoint import read_tokenizer
-from lfq_lightning.runs.run_folder import JOURNAL
-from lfq_lightning.runs.seal import changed_files, unsealed
-from lfq_lightning.user_path import user_path
+from lfq_lightning.packed.seal import changed_files, unsealed
 
-_READ = {"config.json", "lfq.yaml", "versions.json", "tokenizer.json", "tokenizer_config.json"}  # and what seals itself
+_READ = {CONFIG, RESOLVED, VERSIONS, "tokenizer.json", "tokenizer_config.json"}  # and what seals itself
 
 
 @dataclass(frozen=True)
@@ -48,21 +47,21 @@ class RunRecord:
     def read(cls, folder: str | Path) -> "RunRecord":
         """Raises UserError naming the file if the folder is no finished run, or is not what the run wrote."""
         path = user_path(folder, "RUN")
-        if not (path / "config.json").is_file() or not (path / JOURNAL).is_file():
+        if not (path / CONFIG).is_file() or not (path / JOURNAL).is_file():
             raise UserError(f"{path} is not the folder of a finished run; give the output of `lfq run`.")
         changed = [name for name in changed_files(path) if name in _READ]
         if changed:
             raise UserError(f"{path / changed[0]} is not what the run wrote; put it back, or run it again.")
-        text = _read(path / "lfq.yaml", str) if (path / "lfq.yaml").is_file() else ""
+        text = _read(path / RESOLVED, str) if (path / RESOLVED).is_file() else ""
         measured = path / "evaluation" / "evaluation.json"
         return cls(
             name=path.resolve().name,
-            settings=_read(path / "lfq.yaml", yaml.safe_load) or {} if text else {},
+            settings=_read(path / RESOLVED, yaml.safe_load) or {} if text else {},
             yaml_text=text,
             blocks=_read(path / JOURNAL, lambda lines: [unsealed(line) for line in lines.splitlines()]),
-            metrics=_read(path / "metrics.json", unsealed),
-            versions=_read(path / "versions.json", json.loads),
-            config=_read(path / "config.json", json.loads),
+            metrics=_read(path / METRICS, unsealed),
+            versions=_read(path / VERSIONS, json.loads),
+            config=_read(path / CONFIG, json.loads),
             evaluation=_read(measured, json.loads) if measured.is_file() else None,
             tokenizer=read_tokenizer(path),
         )

@@ -11,8 +11,6 @@ from lfq_lightning.report.run_record import RunRecord
 from lfq_lightning.report.sections import Runs, confidence, cost, depth, flips, weights
 from lfq_lightning.write_file import write_text
 
-REPORT = "report.html"
-
 _METRICS = {
     "kl": ("KL to FP", 4),
     "top1_agreement": ("top-1 agreement", 4),

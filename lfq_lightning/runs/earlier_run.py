@@ -9,11 +9,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lfq_lightning.errors import UserError
+from lfq_lightning.file_names import FACTS, JOURNAL, shard_name, user_path
 from lfq_lightning.models.families import Family
-from lfq_lightning.runs.run_folder import FACTS, JOURNAL, RunFolder, shard_name
-from lfq_lightning.runs.seal import sha256, unsealed
+from lfq_lightning.packed.seal import sha256, unsealed
+from lfq_lightning.runs.run_folder import RunFolder
 from lfq_lightning.runs.spent import Spent
-from lfq_lightning.user_path import user_path
 
 Facts = dict[str, dict[str, Any]]
 

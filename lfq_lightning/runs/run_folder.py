@@ -16,50 +16,56 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lfq_lightning.calibration.stream_store import STREAM
 from lfq_lightning.errors import UserError, one_line
+from lfq_lightning.file_names import (
+    CARD,
+    CHECKSUMS,
+    CONFIG,
+    EVALUATION,
+    FACTS,
+    INDEX,
+    JOURNAL,
+    LOCK,
+    LOGS,
+    METRICS,
+    REPORT,
+    RESOLVED,
+    STATE,
+    STREAM,
+    TOKENS,
+    VERSIONS,
+    shard_name,
+    user_path,
+)
 from lfq_lightning.formats.compressed_tensors import CompressedTensors
 from lfq_lightning.models.checkpoints import Checkpoint
 from lfq_lightning.models.checkpoints.small_files import write_small_files
 from lfq_lightning.models.families import PLAIN, Family
 from lfq_lightning.packed.engines import engines
-from lfq_lightning.packed.model_card import CARD, model_card
-from lfq_lightning.packed.packed_folder import INDEX, SHARD_CHECKSUMS
+from lfq_lightning.packed.model_card import model_card
+from lfq_lightning.packed.packed_folder import SHARD_CHECKSUMS
+from lfq_lightning.packed.seal import recorded_files, sealed, sha256, unsealed
 from lfq_lightning.quant_scheme import QuantScheme
-from lfq_lightning.runs.seal import CHECKSUMS, recorded_files, sealed, sha256, unsealed
 from lfq_lightning.token_set import TokenSet
-from lfq_lightning.user_path import user_path
 from lfq_lightning.write_file import append_lines, to_disk, write_tensors, write_text, writing
 
 log = logging.getLogger(__name__)
 
-JOURNAL = "journal.jsonl"
-FACTS = "facts.json"
-STATE = "state.safetensors"
-TOKENS = "tokens.safetensors"
-LOGS = "logs"  # Lightning's loggers may write here before the run does
-EVALUATION = "evaluation"  # what `lfq eval` measured
-LOCK = ".lock"
 _SCRATCH = "small-files.partial"
 _SHARD = "model-?????-of-?????.safetensors"
 _OURS = {  # what a run writes by these names; its tokenizer's files and licences are recorded in checksums.json
-    *(INDEX, CARD, "config.json", "metrics.json", "versions.json", "report.html", "lfq.yaml", CHECKSUMS, LOCK),
+    *(INDEX, CARD, CONFIG, METRICS, VERSIONS, REPORT, RESOLVED, CHECKSUMS, LOCK),
     *(FACTS, STATE, TOKENS, JOURNAL),
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json"),
     f"{EVALUATION}/evaluation.json",
 }
 _PATTERNS = (_SHARD, ".tmp??????", f"{EVALUATION}/answers-????????????????.jsonl", f"{_SCRATCH}/*")
-_RECORDED = (INDEX, CARD, FACTS, "lfq.yaml", "versions.json")  # too; what holds times carries its own checksum
+_RECORDED = (INDEX, CARD, FACTS, RESOLVED, VERSIONS)  # too; what holds times carries its own checksum
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS}
 _ENDS = (".partial", ".again")  # of names that are being written
 _AGAIN = ".again"
 _VERSIONS = ("lfq-lightning", "torch", "lightning", "transformers", "safetensors", "triton")
-
-
-def shard_name(number: int, shards: int) -> str:
-    """Return the file of a shard: 0 is what is outside the blocks, block i is in i + 1."""
-    return f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
 
 
 class RunFolder:
@@ -116,7 +122,7 @@ class RunFolder:
     @property
     def unfinished(self) -> bool:
         """A run was here and did not end, and it is not to be replaced."""
-        return (self.path / FACTS).is_file() and not (self.path / "config.json").exists() and not self.overwrite
+        return (self.path / FACTS).is_file() and not (self.path / CONFIG).exists() and not self.overwrite
 
     @property
     def state_file(self) -> Path:
@@ -132,7 +138,7 @@ class RunFolder:
             if foreign or not (self.path / JOURNAL).is_file():
                 named = ", ".join(sorted(foreign)[:3]) or "none of a run"
                 raise UserError(f"output: {self.path} holds other files ({named}); give a new or empty folder.")
-            if (self.path / "config.json").exists() and not self.overwrite:
+            if (self.path / CONFIG).exists() and not self.overwrite:
                 raise UserError(f"output: {self.path} holds a finished run; give another folder or --overwrite true.")
         existing = self.path
         while not existing.exists():
@@ -166,9 +172,7 @@ class RunFolder:
             spent: what making it has taken.
         """
         # Config first: what is left is no model then. The journal last: until then the folder is known as a run's.
-        for old in sorted(
-            self._content(), key=lambda name: (name == JOURNAL, name == CHECKSUMS, name != "config.json")
-        ):
+        for old in sorted(self._content(), key=lambda name: (name == JOURNAL, name == CHECKSUMS, name != CONFIG)):
             (self.path / old).unlink()
         for folder in sorted((entry for entry in self.path.rglob("*") if entry.is_dir()), reverse=True):
             if LOGS not in folder.relative_to(self.path).parts and not any(folder.iterdir()):
@@ -183,8 +187,8 @@ class RunFolder:
     def _describe(self, resolved_config: str | None) -> None:
         """Write what was asked for, and by which packages it is done."""
         if resolved_config is not None:
-            self.write_text("lfq.yaml", resolved_config)
-        self.write_json("versions.json", {name: found for name in _VERSIONS if (found := _version(name))})
+            self.write_text(RESOLVED, resolved_config)
+        self.write_json(VERSIONS, {name: found for name in _VERSIONS if (found := _version(name))})
 
     def reopen(self, blocks: int, resolved_config: str | None) -> None:
         """Keep of the journal what can be gone on from: its whole lines, up to the first whose shard is not intact.
@@ -256,7 +260,7 @@ class RunFolder:
         metrics: dict[str, Any],
     ) -> None:
         """Write metrics, tokenizer, index and, last of all, config.json: from here on it is a model."""
-        self.write_json("metrics.json", sealed(metrics))
+        self.write_json(METRICS, sealed(metrics))
         metadata = {"total_size": self.total_bytes, SHARD_CHECKSUMS: self._checksums}
         self.write_json(INDEX, {"metadata": metadata, "weight_map": dict(sorted(self._weight_map.items()))})
         config = _model_config(checkpoint, architecture)
@@ -277,7 +281,7 @@ class RunFolder:
                 to_disk(self.path / name)
             for written in self.path.glob(f"*{_AGAIN}"):
                 written.replace(written.with_suffix(""))
-        self.write_text("config.json", text)
+        self.write_text(CONFIG, text)
         for left in (self.path / STATE, self.path / TOKENS):  # last: they are what to go on from
             left.unlink(missing_ok=True)
 
@@ -291,7 +295,7 @@ class RunFolder:
         digests = {file.as_posix(): sha256(scratch / file) for file in small}
         beside = [name for name in _RECORDED if (self.path / name).is_file()]
         digests |= {name: sha256(self.path / name) for name in beside}
-        digests["config.json"] = hashlib.sha256(config.encode()).hexdigest()
+        digests[CONFIG] = hashlib.sha256(config.encode()).hexdigest()
         self.write_json(CHECKSUMS, sealed(digests))
         for file in small:
             (self.path / file).parent.mkdir(exist_ok=True)

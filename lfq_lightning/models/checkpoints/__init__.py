@@ -1,8 +1,8 @@
 """Where full-precision weights come from: a Hugging Face folder or hub id, or a GGUF file; read lazily."""
 
 from lfq_lightning.errors import UserError
+from lfq_lightning.file_names import user_path
 from lfq_lightning.models.checkpoints.checkpoint import LICENCES, Checkpoint
-from lfq_lightning.user_path import user_path
 
 __all__ = ["LICENCES", "Checkpoint", "open_checkpoint"]
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from lfq_lightning.errors import UserError, one_line, said
+from lfq_lightning.file_names import CONFIG
 from lfq_lightning.models.families import FAMILIES, Family
 from lfq_lightning.registry import did_you_mean
 
@@ -104,7 +105,7 @@ def read_config(path: Path) -> PretrainedConfig:
 
     An attention kernel that a training script has left in it is forgotten: which one runs is this machine's matter.
     """
-    file = path / "config.json" if path.is_dir() else path
+    file = path / CONFIG if path.is_dir() else path
     with said(lambda error: f"{file} cannot be read: {one_line(error)[:300]}"):
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     config._attn_implementation = None

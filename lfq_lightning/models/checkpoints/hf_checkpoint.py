@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from lfq_lightning.errors import UserError, one_line
+from lfq_lightning.file_names import ADAPTER, CONFIG, INDEX, SINGLE
 from lfq_lightning.models.checkpoints.checkpoint import (
     LICENCES,
     Checkpoint,
@@ -25,7 +26,6 @@ log = logging.getLogger(__name__)
 
 _COMPUTED = "rotary_emb.inv_freq"  # old checkpoints store what the model computes
 _WANTED = ["*.json", "*.safetensors", "tokenizer.model", "*.txt", "*.jinja", *LICENCES]
-_SINGLE, _INDEX, _ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_config.json"
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # as safetensors names them
 
 
@@ -45,11 +45,11 @@ class HFCheckpoint(Checkpoint):
     """A folder as `save_pretrained` writes it; one or several safetensors shards."""
 
     def __init__(self, path: Path) -> None:
-        if not (path / "config.json").is_file():
+        if not (path / CONFIG).is_file():
             raise UserError(f"{path} has no config.json; give the folder of a Hugging Face model.")
-        if (path / _ADAPTER).is_file():
+        if (path / ADAPTER).is_file():
             raise UserError(
-                f"{path} holds an adapter ({_ADAPTER}), which transformers applies to the model and which is not read "
+                f"{path} holds an adapter ({ADAPTER}), which transformers applies to the model and which is not read "
                 "here; merge it into the weights and save those (peft: merge_and_unload), or move it elsewhere."
             )
         super().__init__(path, read_config(path))
@@ -71,15 +71,15 @@ class HFCheckpoint(Checkpoint):
 
     def _chosen_files(self) -> list[Path]:
         """Return the files that transformers reads: a single file goes before an index."""
-        single, index = self.path / _SINGLE, self.path / _INDEX
+        single, index = self.path / SINGLE, self.path / INDEX
         if single.is_file():
             if index.is_file():
                 log.warning(
-                    "%s: %s is read, as transformers does; %s and its shards are not.", self.path, _SINGLE, _INDEX
+                    "%s: %s is read, as transformers does; %s and its shards are not.", self.path, SINGLE, INDEX
                 )
             return [single]
         if not index.is_file():
-            raise UserError(f"{self.path} has no {_SINGLE}; only safetensors are read, convert the model first.")
+            raise UserError(f"{self.path} has no {SINGLE}; only safetensors are read, convert the model first.")
         files = _index_files(index)
         for name in files:
             if not (self.path / name).is_file():

@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from lfq_lightning.errors import UserError, one_line
+from lfq_lightning.file_names import CONFIG, user_path
 from lfq_lightning.models.checkpoints.checkpoint import Checkpoint, read_config
-from lfq_lightning.user_path import user_path
 
 _KNOWN = Path(__file__).parents[2] / "model_shapes"  # of models whose config needs a login, or that all ask about
 
@@ -61,14 +61,14 @@ class ShapeCheckpoint(Checkpoint):
 def _config_file(source: str) -> Path:
     path = user_path(source, "--model")
     if path.is_dir():
-        path = path / "config.json"
+        path = path / CONFIG
     if path.is_file():
         return path
     known = _KNOWN / f"{source.replace('/', '--')}.json"
     if known.is_file():
         return known
     try:
-        return Path(hf_hub_download(source, "config.json"))
+        return Path(hf_hub_download(source, CONFIG))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         names = ", ".join(sorted(file.stem.replace("--", "/") for file in _KNOWN.glob("*.json")))
         raise UserError(

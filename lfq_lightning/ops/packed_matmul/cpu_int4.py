@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lfq_lightning.calibration.precision import product_dtype
+from lfq_lightning.precision import product_dtype
 from lfq_lightning.quantized_tensor import QuantizedTensor
 
 _TILES = (64, 32)  # outputs: AVX-512, AVX2

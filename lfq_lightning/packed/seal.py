@@ -5,7 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-CHECKSUMS = "checksums.json"  # file → SHA-256 of what a run or an export wrote besides shards, whose are in the index
+from lfq_lightning.file_names import CHECKSUMS
+
 _KEY = "sha256"
 
 
