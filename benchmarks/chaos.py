@@ -233,7 +233,7 @@ def edit(case: Case) -> str:
     """Change the config between runs."""
     until_block(case, 2)
     before = _files(case.folder)
-    process = case.start(case.folder, "--data.num_samples", "24")
+    process = case.start(case.folder, "--data.num-samples", "24")
     said = process.communicate()[0]
     if process.returncode == 0 or "was made with another data.num_samples (32, now 24)" not in said:
         raise SystemExit(f"an edited config went by:\n{said}")

@@ -21,7 +21,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lfq_lightning.calibration.calibration_module import CalibrationModule
 from lfq_lightning.callbacks.block_scheduler import BlockScheduler
 from lfq_lightning.data import CalibrationData
-from lfq_lightning.plan import Rule
+from lfq_lightning.stages import Rule
 from lfq_lightning.trainer import Trainer as CalibrationTrainer
 
 RESULTS = Path(__file__).parent / "results" / "overhead.csv"
@@ -38,9 +38,9 @@ class Alternate(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, CalibrationModule)
-        if pl_module.block is None or not pl_module.block.plan.learned:
+        if not pl_module.current.plan.learned:
             return
-        self.module = pl_module.block
+        self.module = pl_module.current
         self.loader = trainer.datamodule.train_dataloader()  # type: ignore[attr-defined]
         self.batches = itertools.cycle(self.loader)
         self.started = time.perf_counter()

@@ -25,9 +25,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 
 from benchmarks.cpu import cpu
 from lfq_lightning.cli import main as lfq
-from lfq_lightning.commands.decode_speed import compare
 from lfq_lightning.ops.bitstream import pack, unpack
 from lfq_lightning.ops.packed_matmul import cpu_int4
+from lfq_lightning.packed.decode_speed import compare
 from lfq_lightning.precision import product_dtype
 from lfq_lightning.quant_scheme import QuantScheme
 from lfq_lightning.quantized_tensor import QuantizedTensor

@@ -19,7 +19,8 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from lfq_lightning.cli import eval_parser, main
+from lfq_lightning.cli import main
+from lfq_lightning.commands.eval import eval_parser
 from lfq_lightning.errors import UserError
 from lfq_lightning.evaluation.evaluate_models import REFERENCE
 from lfq_lightning.planning.plan_run import RunPlan, parse_machine, plan_config

@@ -10,125 +10,12 @@ from lfq_lightning.objectives import OBJECTIVES, Objective
 from lfq_lightning.objectives.weighted_sum import WeightedSum
 from lfq_lightning.optimizers import DEFAULT_LR
 from lfq_lightning.quant_scheme import QuantScheme
-from lfq_lightning.quantizers import QUANTIZERS, ClosedFormQuantizer, DenseQuantizer, LearnedQuantizer
+from lfq_lightning.quantizers import QUANTIZERS, ClosedFormQuantizer, LearnedQuantizer
 from lfq_lightning.registry import Plugin, did_you_mean
+from lfq_lightning.stages import STAGES, BlockPlan, LaterStage, LayerPlan, ParsedRule, Rule
+from lfq_lightning.stages.block_by_block import BlockByBlock
 
-WHOLE = "whole"
 _SCHEME_KEYS = {"bits": int, "group_size": int, "symmetric": bool}
-
-
-@dataclass
-class Rule:
-    """One line of the plan, as YAML gives it.
-
-    Args:
-        match: `last`, `all`, a block index, a glob on full layer names (`*.down_proj`), or a list of globs; or `whole`:
-            once all blocks are done, all of them together are trained from what they would ship as.
-        quantizer: a name, or `{name, bits, group_size, symmetric, …}` with the quantizer's own options; 4 bits, per
-            output channel and symmetric if not said. A learned quantizer also takes `init`, a closed-form one. With
-            `match: whole` a learned one, without these: the grids are there.
-        objective: a name, or `{name, …}`; what a learned quantizer minimises, and what every block reports. A list of
-            them, each with a `weight`, is their weighted sum.
-        steps: optimisation steps of a learned quantizer.
-        lr: peak learning rate; 2e-3 for adam, 1 / steps for sign_sgd if not said.
-        batch_size: sequences per step.
-        optimizer: `adam` with a cosine to 0, `adamw8bit` (the same with a state of 8 bits, through bitsandbytes), or
-            `sign_sgd` with a line to 0; the quantizer's own if not said.
-        final_blocks: with `match: last`, how many of the last blocks are trained together as one.
-        activation_checkpointing: run each decoder layer again in the backward pass instead of keeping its activations.
-    """
-
-    match: int | str | list[str]
-    quantizer: str | dict[str, Any]
-    objective: str | dict[str, Any] | list[dict[str, Any]] = "mse"
-    steps: int = 200
-    lr: float | None = None
-    batch_size: int = 8
-    optimizer: str | None = None
-    final_blocks: int = 1
-    activation_checkpointing: bool = False
-
-
-@dataclass(frozen=True)
-class LayerPlan:
-    """What one linear layer gets: a closed-form solution, and maybe training that starts from it."""
-
-    scheme: QuantScheme
-    closed_form: Plugin[ClosedFormQuantizer] | Plugin[DenseQuantizer]
-    learned: Plugin[LearnedQuantizer] | None
-
-    @property
-    def needs_reference(self) -> bool:
-        cls = self.closed_form.cls
-        return issubclass(cls, ClosedFormQuantizer) and cls.needs_reference(self.closed_form.options)
-
-
-@dataclass(frozen=True)
-class BlockPlan:
-    """What one block gets. `layers` maps full names; a linear layer not in it stays as it is.
-
-    Args:
-        index: its place in the run.
-        indices: the decoder layers in it; one, or the last few as one block, or all once more.
-    """
-
-    index: int
-    indices: range
-    layers: dict[str, LayerPlan]
-    objective: Plugin[Objective]
-    steps: int
-    lr: float
-    batch_size: int
-    optimizer: str
-    activation_checkpointing: bool
-
-    @property
-    def whole(self) -> bool:
-        """It trains all blocks, which are done by then, once more."""
-        return self.index != self.indices[0]
-
-    @property
-    def solved(self) -> dict[str, LayerPlan]:
-        """The layers that are solved in closed form; of the whole none, whose codes are there."""
-        return {} if self.whole else self.layers
-
-    @property
-    def learned(self) -> bool:
-        return any(layer.learned for layer in self.layers.values())
-
-    @property
-    def needs_reference(self) -> bool:
-        return any(layer.needs_reference for layer in self.solved.values())
-
-    @property
-    def logit_space(self) -> bool:
-        return self.objective.build().logit_space
-
-
-@dataclass(frozen=True)
-class _ParsedRule:
-    rule: Rule
-    layer: LayerPlan
-    objective: Plugin[Objective]
-    optimizer: str
-    lr: float
-    where: str
-
-    @property
-    def training(self) -> tuple[Any, ...]:
-        """What rules that train one block must agree on."""
-        rule = self.rule
-        return self.objective, rule.steps, self.lr, rule.batch_size, self.optimizer, rule.activation_checkpointing
-
-    def plan(self, index: int, indices: range, layers: dict[str, LayerPlan], skeleton: ModelSkeleton) -> BlockPlan:
-        """Return a block's plan by this rule. Raises UserError for an objective that the model's head cannot have."""
-        if self.objective.build().linear_head_only and skeleton.logit_terms[1] is not None:
-            raise UserError(
-                f"{self.where}: objective {self.objective.name} cannot do with this model's soft-capped logits; use "
-                "logit_ce."
-            )
-        objective, steps, lr, batch_size, optimizer, checkpointing = self.training
-        return BlockPlan(index, indices, layers, objective, steps, lr, batch_size, optimizer, checkpointing)
 
 
 @dataclass(frozen=True)
@@ -146,10 +33,13 @@ class Plan:
         if not rules:
             raise UserError("plan: it has no rule; give at least `- {match: all, quantizer: …}`.")
         parsed = [_parse(rule, f"plan[{i}]") for i, rule in enumerate(rules)]
-        self._rules = [each for each in parsed if each.rule.match != WHOLE]
-        self._whole = [each for each in parsed if each.rule.match == WHOLE]
-        if len(self._whole) > 1:
-            raise UserError(f"{self._whole[1].where}: match whole is there twice; one such training ends a run.")
+        self._rules = [each for each in parsed if not isinstance(each.stage, LaterStage)]
+        self._later = [each for each in parsed if isinstance(each.stage, LaterStage)]
+        if len(self._later) > 1:
+            raise UserError(
+                f"{self._later[1].where}: match {self._later[1].rule.match} comes after match "
+                f"{self._later[0].rule.match}; one such stage ends a run."
+            )
         self._final_blocks = max((rule.final_blocks for rule in rules), default=1)
 
     def resolve(self, skeleton: ModelSkeleton) -> list[BlockPlan]:
@@ -169,14 +59,18 @@ class Plan:
             if parsed.where not in outcome.matched:
                 layers = ", ".join(list(skeleton.linear_shapes(0))[:2])
                 raise UserError(
-                    f"{parsed.where}: match {parsed.rule.match!r} matches nothing; use last, all, whole, a block index "
-                    f"from 0 to {len(skeleton) - 1}, or a glob on layer names such as {layers}."
+                    f"{parsed.where}: match {parsed.rule.match!r} matches nothing; use last, all, "
+                    f"{', '.join(STAGES.names())}, a block index from 0 to {len(skeleton) - 1}, or a glob on layer "
+                    f"names such as {layers}."
                 )
-        return plans + [_whole_plan(parsed, skeleton, plans) for parsed in self._whole]
+        for parsed in self._later:
+            assert isinstance(parsed.stage, LaterStage)
+            plans.append(parsed.stage.plan(parsed, skeleton, plans))
+        return plans
 
     def _resolve_block(self, skeleton: ModelSkeleton, indices: range, outcome: "_Outcome") -> BlockPlan:
         layers: dict[str, LayerPlan] = {}
-        used: list[_ParsedRule] = []
+        used: list[ParsedRule] = []
         last = len(skeleton) - 1 in indices
         for index in indices:
             for name in skeleton.linear_shapes(index):
@@ -204,7 +98,8 @@ class Plan:
                     "steps, lr, batch_size, optimizer or activation_checkpointing; make them equal."
                 )
         if not used:  # nothing to do; it only reports
-            return BlockPlan(indices[0], indices, {}, OBJECTIVES.parse("mse"), 1, 0.0, Rule.batch_size, "adam", False)
+            mse = OBJECTIVES.parse("mse")
+            return BlockPlan(BlockByBlock(), indices[0], indices, {}, mse, 1, 0.0, Rule.batch_size, "adam", False)
         lead = (learned or used)[0]
         plan = lead.plan(indices[0], indices, layers, skeleton)
         if plan.logit_space and not last:
@@ -213,26 +108,6 @@ class Plan:
                 "is not the last; use `match: last` for it, with `final_blocks: k` to train the last k blocks together."
             )
         return plan
-
-
-def _whole_plan(parsed: _ParsedRule, skeleton: ModelSkeleton, plans: list[BlockPlan]) -> BlockPlan:
-    """Return the plan of a last training of all that `plans` quantise to integers."""
-    learned = parsed.layer.learned
-    assert learned is not None, "the rule has been checked"
-    layers = {
-        name: LayerPlan(layer.scheme, layer.closed_form, learned)
-        for plan in plans
-        for name, layer in plan.layers.items()
-        if not issubclass(layer.closed_form.cls, DenseQuantizer)
-    }
-    if not layers:
-        raise UserError(f"{parsed.where}: match whole trains what other rules have quantised, and none does.")
-    try:
-        for layer in layers.values():
-            learned.cls.check(layer.scheme, learned.options)
-    except UserError as error:
-        raise UserError(f"{parsed.where}: {error}") from error
-    return parsed.plan(len(plans), range(len(skeleton)), layers, skeleton)
 
 
 def _matches(match: int | str | list[str], layer: str, index: int, last: bool) -> bool:
@@ -245,33 +120,26 @@ def _matches(match: int | str | list[str], layer: str, index: int, last: bool) -
     return fnmatch.fnmatchcase(layer, match)
 
 
-def _parse(rule: Rule, where: str) -> _ParsedRule:
+def _parse(rule: Rule, where: str) -> ParsedRule:
+    stage = STAGES.get(rule.match)() if isinstance(rule.match, str) and rule.match in STAGES.names() else BlockByBlock()
     try:
         for name in ("steps", "batch_size", "final_blocks"):
             if vars(rule)[name] < 1:
                 raise UserError(f"{name}: {vars(rule)[name]} must be at least 1.")
         if rule.final_blocks > 1 and rule.match != "last":
             raise UserError("final_blocks: it goes with `match: last` only.")
-        if rule.match == WHOLE and isinstance(rule.quantizer, dict) and {*_SCHEME_KEYS, "init"} & set(rule.quantizer):
-            raise UserError(
-                "match whole goes on from the codes and grids that are there; leave bits, group_size, "
-                "symmetric and init to the other rules."
-            )
         if rule.lr is not None and not rule.lr > 0:
             raise UserError(f"lr: {rule.lr} must be positive.")
-        layer = _parse_quantizer(rule.quantizer, known_grid=rule.match != WHOLE)
-        if rule.match == WHOLE and (layer.learned is None or layer.learned.cls.learns_positions):
-            raise UserError(
-                "match whole trains what codes and grids tell of a weight, not where it lay between two levels; use "
-                "`scales`, `block_ap` or `flexround`."
-            )
+        layer = _parse_quantizer(rule.quantizer, known_grid=not stage.from_shards)
+        if isinstance(stage, LaterStage):
+            stage.check(rule, layer)
         optimizer = rule.optimizer or (layer.learned.cls.default_optimizer if layer.learned else "adam")
         if optimizer not in DEFAULT_LR:
             raise UserError(f"unknown optimizer {optimizer!r}: {did_you_mean(optimizer, DEFAULT_LR)}")
         if optimizer == "adamw8bit":
             require("bitsandbytes", "optimizer adamw8bit")
         lr = rule.lr if rule.lr is not None else DEFAULT_LR[optimizer](rule.steps)
-        return _ParsedRule(rule, layer, _parse_objective(rule.objective), optimizer, lr, where)
+        return ParsedRule(stage, rule, layer, _parse_objective(rule.objective), optimizer, lr, where)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
 

@@ -28,15 +28,19 @@ from lfq_lightning.callbacks.block_scheduler import BlockScheduler  # noqa: E402
 from lfq_lightning.callbacks.console import Console  # noqa: E402
 from lfq_lightning.callbacks.live_metrics import LiveMetrics  # noqa: E402
 from lfq_lightning.callbacks.report import Report  # noqa: E402
-from lfq_lightning.commands.read_yaml import read_yaml, read_yaml_file  # noqa: E402
 from lfq_lightning.data import CalibrationData  # noqa: E402
 from lfq_lightning.distributed.ranks import launched_rank  # noqa: E402
 from lfq_lightning.file_names import LOGS  # noqa: E402
-from lfq_lightning.plan import Rule  # noqa: E402
 from lfq_lightning.planning.check_config import check_config  # noqa: E402
+from lfq_lightning.planning.read_yaml import read_yaml, read_yaml_file  # noqa: E402
 from lfq_lightning.precision import choose_precision  # noqa: E402
 from lfq_lightning.runs.earlier_run import begun_precision  # noqa: E402
+from lfq_lightning.stages import Rule  # noqa: E402
 from lfq_lightning.trainer import Trainer  # noqa: E402
+
+log = logging.getLogger(__name__)
+
+_SWITCHES = {"--overwrite"}  # options of `run` that are true when they are named
 
 
 class CommandLine(LightningCLI):
@@ -120,6 +124,7 @@ def run(arguments: list[str]) -> None:
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stdout)
     for name in ("httpx", "lightning.fabric.utilities.seed", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    arguments = with_underscores(arguments)
     _load_plugins(arguments)
     try:
         CommandLine(arguments)
@@ -139,11 +144,33 @@ class _ConfigReader(CommandLine):
 def read_config(arguments: list[str]) -> Namespace:
     """Return the checked config that `run …` would use. Raises UserError for every mistake in it."""
     logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
+    arguments = with_underscores(arguments)
     _load_plugins(arguments)
     reader = _ConfigReader.__new__(_ConfigReader)
     with contextlib.suppress(_ReadError):
         reader.__init__(arguments)  # type: ignore[misc]
     return reader.config.run
+
+
+def with_underscores(arguments: list[str]) -> list[str]:
+    """Return arguments as jsonargparse has them: `--save-seconds 9 --overwrite` is `--save_seconds 9 --overwrite true`.
+
+    The YAML's spelling, with underscores, works too, with a hint.
+    """
+    spelled = []
+    for position, argument in enumerate(arguments):
+        option, equals, value = argument.partition("=")
+        if not option.startswith("--"):
+            spelled.append(argument)
+            continue
+        if "_" in option:
+            log.warning("on the command line %s is written %s", option, option.replace("_", "-"))
+        name = f"--{option[2:].replace('-', '_')}"
+        following = arguments[position + 1] if position + 1 < len(arguments) else "--"
+        spelled.append(f"{name}{equals}{value}")
+        if name in _SWITCHES and not equals and following.startswith("--"):
+            spelled.append("true")
+    return spelled
 
 
 def _loggers(given: Any, output: str) -> Any:

@@ -82,8 +82,9 @@ class Trainer(pl.Trainer):
             for scheduler in schedulers:
                 scheduler.release()
         if not all(scheduler.finished for scheduler in schedulers):
+            where = schedulers[0].run.folder.path
             raise UserError(
-                f"the run was stopped before its last block; finished shards are in {schedulers[0].folder.path}, but "
+                f"the run was stopped before its last block; finished shards are in {where}, but "
                 "not a whole model; raise max_time, max_steps or max_epochs, or remove what stopped it."
             )
 

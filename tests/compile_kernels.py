@@ -3,7 +3,7 @@
     python -m tests.compile_kernels [--every]
 
 Without `--every`, one of those that differ in little: kernels without matrix products for sm_80, which has less shared
-memory than sm_90 and as many registers; packed products in fp16 for sm_90, in bf16 for sm_80. One JSON line per case:
+memory than sm_90 and as many registers; of packed products by turns fp16 for sm_90, bf16 for sm_80. One line per case:
 registers and shared memory as the assembler reports them, how many instructions stand in loops, how many of these touch
 spilled registers, and which matrix instructions the code has. Runs without TRITON_INTERPRET; test_compiled_kernels.py
 starts it and judges, and does so for all with `--every-kernel`.
@@ -141,15 +141,19 @@ def cases() -> Iterator[Case]:
 def jobs(every: bool) -> list[tuple[int, int]]:
     """Return which cases, by their number, are compiled for which architecture."""
     pairs = [(index, case, architecture) for index, case in enumerate(cases()) for architecture in case.architectures]
-    return [
-        (index, architecture) for index, case, architecture in pairs if every or _stands_for_others(case, architecture)
-    ]
-
-
-def _stands_for_others(case: Case, architecture: int) -> bool:
-    if "packed_matmul" in case.name:
-        return (" fp16 " in case.name) == (architecture == 90)
-    return architecture == 80
+    if every:
+        return [(index, architecture) for index, _, architecture in pairs]
+    kinds: dict[str, list[tuple[int, int]]] = {}
+    for index, case, architecture in pairs:
+        kinds.setdefault(case.name.replace("bf16", "fp16"), []).append((index, architecture))
+    newest, oldest = (lambda job: (job[1], -job[0])), (lambda job: (-job[1], job[0]))
+    chosen = []
+    for number, (kind, alike) in enumerate(kinds.items()):
+        if "packed_matmul" in kind:  # by turns fp16 for the newest architecture, and bf16 for the oldest
+            chosen.append(max(alike, key=oldest if number % 2 else newest))
+        else:
+            chosen += [job for job in alike if job[1] == min(ARCHITECTURES)]
+    return chosen
 
 
 def _spread(arguments: dict[str, Any]) -> dict[str, Any]:

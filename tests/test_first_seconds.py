@@ -7,12 +7,12 @@ import pytest
 import yaml
 from transformers import AutoTokenizer, GenerationConfig
 
-from lfq_lightning.commands.read_yaml import read_yaml
 from lfq_lightning.errors import UserError
 from lfq_lightning.models import limits
 from lfq_lightning.models.chat_template import check_templates, render
 from lfq_lightning.models.checkpoints import open_checkpoint
 from lfq_lightning.models.checkpoints.small_files import check_small_files, write_small_files
+from lfq_lightning.planning.read_yaml import read_yaml
 from tests.conftest import byte_tokenizer, save_tiny
 from tests.test_cli import fails, run
 

@@ -118,7 +118,7 @@ def test_the_whole_is_planned_for(llama, text_file):
     machine = Machine(1, 1, 10**11, False, 1e12, "stated")
     without, with_it = (plan_run(str(llama), rules, data, "32-true", machine) for rules in (blocks, [*blocks, whole]))
     (added,) = set(with_it.blocks) - set(without.blocks)
-    assert added.startswith("the whole  scales")
+    assert added.startswith("the whole model  scales")
     assert with_it.blocks[added].train > max(block.peak for block in without.blocks.values())
     assert with_it.output == without.output
     skeleton = ModelSkeleton(open_checkpoint(str(llama)))

@@ -15,7 +15,7 @@ from lfq_lightning.distributed.ranks import Ranks
 from lfq_lightning.packed.packed_folder import PackedFolder
 
 GRID = {"bits": 3, "group_size": 16}
-LAST = {"match": "last", "objective": "logit_ce", "steps": 8, "batch_size": 4}
+LAST = {"match": "last", "objective": "logit_ce", "steps": 4, "batch_size": 4}
 FLEXROUND = {"name": "flexround", **GRID, "init": "gptq", "offset": True}
 SUM = [{"name": "logit_ce", "weight": 1}, {"name": "mse", "normalised": True, "weight": 2}]
 CLOSED_FORM = {
@@ -31,8 +31,8 @@ LEARNED = {
     "flexround": [
         {**LAST, "quantizer": FLEXROUND},
         # AWQ's search is no continuous function of its inputs: where these differ in the last bit, it may choose anew
-        {"match": 0, "quantizer": {**FLEXROUND, "init": "awq"}, "steps": 8, "batch_size": 4},
-        {"match": "all", "quantizer": {**FLEXROUND, "init": "rtn"}, "steps": 8, "batch_size": 4},
+        {"match": 0, "quantizer": {**FLEXROUND, "init": "awq"}, "steps": 4, "batch_size": 4},
+        {"match": "all", "quantizer": {**FLEXROUND, "init": "rtn"}, "steps": 4, "batch_size": 4},
     ],
     "low rank, two last blocks": [
         {**LAST, "quantizer": {**FLEXROUND, "rank": 3, "offset": False}, "final_blocks": 2, "objective": SUM},
@@ -40,7 +40,7 @@ LEARNED = {
     ],
     "block_ap, then the whole": [
         {**LAST, "quantizer": {"name": "block_ap", **GRID, "symmetric": False}},
-        {"match": "all", "quantizer": {"name": "signround", **GRID}, "steps": 8, "batch_size": 4},
+        {"match": "all", "quantizer": {"name": "signround", **GRID}, "steps": 4, "batch_size": 4},
         {**LAST, "match": "whole", "quantizer": "scales"},
     ],
 }
@@ -86,7 +86,7 @@ def runs(tmp_path_factory, llama, text_file):
         commands.append((name, command(name, plan, trainer, folder / "two" / name)))
     # stopped in the middle of block 1, with one and with two ranks, and gone on with the other number
     flexround = LEARNED["flexround"]
-    stopped = {"max_steps": 13}
+    stopped = {"max_steps": 6}
     one = command("", flexround, stopped, folder / "two" / "begun by one")
     commands.append(("two begin", command("", flexround, stopped, folder / "one" / "begun by two")))
     commands.append(("two go on", command("", flexround, {}, folder / "two" / "begun by one")))

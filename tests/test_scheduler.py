@@ -7,21 +7,17 @@ import torch
 from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler, LearningRateMonitor, ModelCheckpoint
 from safetensors.torch import load_file, save_file
 
+from docs import method
 from lfq_lightning.calibration.activation_cache import ActivationCache
-from lfq_lightning.calibration.block_module import BlockModule
 from lfq_lightning.calibration.calibration_module import CalibrationModule
-from lfq_lightning.calibration.final_block_module import FinalBlockModule
-from lfq_lightning.calibration.solve import solve
 from lfq_lightning.calibration.stream_store import StreamStore
 from lfq_lightning.callbacks import BlockCallback
 from lfq_lightning.callbacks.block_scheduler import BlockScheduler
 from lfq_lightning.data import CalibrationData
 from lfq_lightning.distributed.ranks import Ranks
 from lfq_lightning.errors import UserError
-from lfq_lightning.formats.compressed_tensors import CompressedTensors
-from lfq_lightning.models.checkpoints import open_checkpoint
-from lfq_lightning.models.model_skeleton import ModelSkeleton
-from lfq_lightning.plan import Plan, Rule
+from lfq_lightning.plan import Rule
+from lfq_lightning.token_set import TokenSet
 from lfq_lightning.trainer import Trainer
 
 FLEXROUND = {"name": "flexround", "bits": 3, "group_size": 16, "init": "gptq"}
@@ -50,87 +46,26 @@ def shards(output):
     return tensors
 
 
-def by_hand(model, text, tmp):
-    """The method as a plain PyTorch loop: the same parts, no Lightning and no scheduler."""
-    checkpoint = open_checkpoint(str(model))
-    skeleton = ModelSkeleton(checkpoint)
-    plans = Plan(RULES).resolve(skeleton)
-    data = CalibrationData(str(text), num_samples=12, seq_len=32, num_held_out=5, seed=SEED)
-    tokens = data.token_sets(checkpoint, torch.device("cpu"))
-    store = StreamStore(torch.device("cpu"), tmp, 0, 10**9)
-    splits = [
-        ActivationCache(str(len(t)), (skeleton.embed(i[None]) for i in t.input_ids), t, ONE, store) for t in tokens
-    ]
-    packed = {}
-    for plan in plans:
-        block, objective = skeleton.block(plan.indices), plan.objective.build()
-        final = objective.logit_space
-        head = skeleton.head(torch.float32) if final else None
-        module = FinalBlockModule(block, objective, plan, head) if final else BlockModule(block, objective, plan)
-        with torch.no_grad():
-            for split in splits:
-                split.teacher[0::2], split.teacher[1::2] = block(split.teacher[0::2]), block(split.teacher[1::2])
-                if final:
-                    h = head.readout(split.teacher[split.mask])
-                    split.set_target(lambda _, h=h: {}, torch.device("cpu"))
-                    rows = objective.target(h, head)["moment"]
-                    moment = torch.zeros_like(split.teacher)
-                    moment[split.mask] = rows
-                    split.target = {"moment": moment}
-                else:
-                    split.target = {}
-            x, m = splits[0].student, splits[0].mask
-            inputs = lambda half, x=x, m=m: iter([(x[half::2], m[half::2])])  # noqa: E731
-            shipped = {n: s for n, s in solve(block, plan.layers, inputs, checkpoint.dtype, inputs, ONE, {}).items()}
-        for name, solution in shipped.items():
-            if plan.layers[name].learned:
-                block.train_linear(name, plan.layers[name].learned.build(solution.latent, solution.quantized))
-        shipped = {name: solution.quantized for name, solution in shipped.items()}
-        if plan.learned:
-            parameters = [p for p in module.parameters() if p.requires_grad]
-            optimizer = torch.optim.Adam(parameters, lr=LR, eps=1e-15, fused=True)
-            cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=STEPS)
-
-            def held_out(module=module, split=splits[1]):
-                total = 0.0
-                for start in range(0, len(split), BATCH):
-                    batch = split.batch(list(range(start, min(start + BATCH, len(split)))))
-                    with torch.no_grad():
-                        total += float(module.validation_step(batch)) * int(batch["mask"].sum())
-                return total / int(split.mask.sum())
-
-            order = torch.Generator().manual_seed(SEED * 1_000_003 + plan.index)
-            indices = []
-            while len(indices) < STEPS * BATCH:  # 12 sequences, 4 a batch: one of each of 4 classes
-                classes = [(torch.randperm(3, generator=order) * 4 + number).tolist() for number in range(4)]
-                indices += [row[place] for place in range(3) for row in classes]
-            best, kept = held_out(), [p.detach().clone() for p in parameters]
-            for step in range(STEPS):
-                batch = splits[0].batch(indices[step * BATCH : (step + 1) * BATCH])
-                optimizer.zero_grad()
-                module.training_step(batch).backward()
-                optimizer.step()
-                cosine.step()
-                if (step + 1) % 2 == 0 and held_out() < best:
-                    best, kept = held_out(), [p.detach().clone() for p in parameters]
-            with torch.no_grad():
-                for parameter, value in zip(parameters, kept, strict=True):
-                    parameter.copy_(value)
-            shipped |= block.ship()
-        for name, quantized in shipped.items():
-            packed |= CompressedTensors().pack(name, quantized)
-        with torch.no_grad():
-            for split in splits:
-                split.student[0::2], split.student[1::2] = block(split.student[0::2]), block(split.student[1::2])
-    return packed
-
-
-def test_bit_equal_to_a_hand_written_loop(llama, text_file, tmp_path):
+def test_bit_equal_to_the_plain_loop(llama, text_file, tmp_path):
     calibrate(llama, text_file, tmp_path / "run")
-    ours, expected = shards(tmp_path / "run"), by_hand(llama, text_file, tmp_path)
+    data = CalibrationData(str(text_file), num_samples=12, seq_len=32, num_held_out=5, seed=SEED)
+    ours, expected = shards(tmp_path / "run"), method.calibrate(str(llama), RULES, data)
     assert len(expected) > 3 * 7 * 2
     for name, tensor in expected.items():
         assert torch.equal(ours[name], tensor), name
+
+
+def test_batches_by_hand(tmp_path):
+    """12 sequences, 4 a batch: one of each of 4 classes, in a permutation of each."""
+    tokens = TokenSet(torch.zeros(12, 2, dtype=torch.long), torch.ones(12, 2, dtype=torch.bool))
+    store = StreamStore(torch.device("cpu"), tmp_path, 0, 10**9)
+    cache = ActivationCache("train", iter(torch.zeros(12, 1, 2, 3)), tokens, ONE, store)
+    order, expected = torch.Generator().manual_seed(SEED), []
+    while len(expected) < 8 * 4:
+        classes = [(torch.randperm(3, generator=order) * 4 + number).tolist() for number in range(4)]
+        expected += [row[place] for place in range(3) for row in classes]
+    assert cache.shuffled(4, 8, SEED).batches == [expected[i : i + 4] for i in range(0, 32, 4)]
+    assert cache.shuffled(4, 8, SEED, skip=3).batches == cache.shuffled(4, 8, SEED).batches[3:]
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
@@ -174,7 +109,7 @@ class Watcher(BlockCallback):
         self.validations += 1
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if trainer.optimizers and pl_module.block.plan.learned:
+        if trainer.optimizers and pl_module.current.plan.learned:
             self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
 
 
@@ -270,7 +205,7 @@ def test_reused_blocks_change_no_byte(llama, text_file, tmp_path, before, precis
     short = calibrate(
         llama, text_file, tmp_path / "short", rules=wanted, precision=precision, reuse=str(tmp_path / "base")
     )
-    assert short.taken == 2
+    assert short.fit.taken == 2
     for name in ("model-00002-of-00004", "model-00003-of-00004", "model-00004-of-00004"):
         files = [tmp_path / run / f"{name}.safetensors" for run in ("whole", "short")]
         assert files[0].read_bytes() == files[1].read_bytes()
@@ -283,7 +218,7 @@ def test_reused_blocks_change_no_byte(llama, text_file, tmp_path, before, precis
 def test_reuse_ends_where_plans_or_weights_differ(llama, text_file, tmp_path):
     calibrate(llama, text_file, tmp_path / "base")
     changed = [RULES[0], Rule(1, {**FLEXROUND, "bits": 4}, steps=STEPS, batch_size=BATCH), RULES[2]]
-    assert calibrate(llama, text_file, tmp_path / "a", rules=changed, reuse=str(tmp_path / "base")).taken == 1
+    assert calibrate(llama, text_file, tmp_path / "a", rules=changed, reuse=str(tmp_path / "base")).fit.taken == 1
     other = tmp_path / "other"
     other.mkdir()
     for file in llama.iterdir():
@@ -291,7 +226,7 @@ def test_reuse_ends_where_plans_or_weights_differ(llama, text_file, tmp_path):
     tensors = load_file(other / "model.safetensors")
     tensors["model.layers.1.mlp.down_proj.weight"][3, 3] += 1
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
-    assert calibrate(other, text_file, tmp_path / "b", reuse=str(tmp_path / "base")).taken == 1
+    assert calibrate(other, text_file, tmp_path / "b", reuse=str(tmp_path / "base")).fit.taken == 1
     with pytest.raises(UserError, match="another seed"):
         calibrate(llama, text_file, tmp_path / "c", seed=SEED + 1, reuse=str(tmp_path / "base"))
     with pytest.raises(UserError, match=r"another trainer.precision \('32-true', now 'bf16-mixed'\)"):

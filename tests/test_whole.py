@@ -141,7 +141,7 @@ def test_any_model_and_setting(text_file, tmp_path, family, quantizer):
 @pytest.mark.parametrize(
     ("rules", "message"),
     [
-        ([*BLOCKS, WHOLE, WHOLE], r"plan\[3\]: match whole is there twice"),
+        ([*BLOCKS, WHOLE, WHOLE], r"plan\[3\]: match whole comes after match whole"),
         ([*BLOCKS, Rule("whole", "gptq")], r"plan\[2\]: match whole trains what codes and grids tell .* use `scales`"),
         ([*BLOCKS, Rule("whole", "adaround")], "not where it lay between two levels"),
         ([*BLOCKS, Rule("whole", {"name": "scales", "bits": 3})], r"plan\[2\]: match whole goes on .* leave bits"),

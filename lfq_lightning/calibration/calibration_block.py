@@ -12,8 +12,8 @@ from lfq_lightning.models.decoder_block import DecoderBlock
 from lfq_lightning.models.head import Head
 from lfq_lightning.objectives import Objective
 from lfq_lightning.optimizers import build_optimizer
-from lfq_lightning.plan import BlockPlan
 from lfq_lightning.quantizers import LearnedQuantizer
+from lfq_lightning.stages import BlockPlan
 
 
 class CalibrationBlock(LightningModule, ABC):

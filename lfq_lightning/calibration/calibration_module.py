@@ -6,13 +6,14 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from lfq_lightning.calibration.activation_cache import Batch
+from lfq_lightning.calibration.activation_cache import Batch, BatchLoader
+from lfq_lightning.calibration.bench import Bench
 from lfq_lightning.calibration.calibration_block import CalibrationBlock
 from lfq_lightning.models.checkpoints import open_checkpoint
 
 
 class CalibrationModule(LightningModule):
-    """Delegates to the current CalibrationBlock, `block`, which the BlockScheduler puts in place.
+    """Delegates to the CalibrationBlock on the `bench`, where the BlockScheduler puts one after another.
 
     Args:
         checkpoint: the full-precision model: a Hugging Face folder, a hub id, or a .gguf file.
@@ -21,18 +22,27 @@ class CalibrationModule(LightningModule):
     def __init__(self, checkpoint: str) -> None:
         super().__init__()
         self.checkpoint = open_checkpoint(checkpoint)
-        self.block: CalibrationBlock | None = None
-        self.first_step = 0  # of the current epoch: a block that goes on from a file does not begin at 0
+        self.bench: Bench | None = None
 
     @property
     def current(self) -> CalibrationBlock:
-        assert self.block is not None, "the BlockScheduler callback places a block before each epoch"
-        return self.block
+        return self.placed.current
+
+    @property
+    def placed(self) -> Bench:
+        assert self.bench is not None, "the BlockScheduler callback sets up the bench before the first block"
+        return self.bench
+
+    def train_dataloader(self) -> BatchLoader:
+        return self.placed.train_dataloader()
+
+    def val_dataloader(self) -> BatchLoader:
+        return self.placed.val_dataloader()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
         if not self.current.plan.learned:  # Lightning skips None, which several processes may not do
             return None if self.trainer.world_size == 1 else torch.zeros((), device=self.device, requires_grad=True)
-        step = self.first_step + batch_idx // self.trainer.accumulate_grad_batches
+        step = self.placed.first_step + batch_idx // self.trainer.accumulate_grad_batches
         loss = self.current.training_step(batch, step)
         self.log("train/loss", loss.detach(), sync_dist=True)
         return loss
@@ -45,4 +55,4 @@ class CalibrationModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         # Lightning asks once before the first block is placed; the scheduler asks again at the start of each epoch.
-        return self.block.configure_optimizers() if self.block is not None else None
+        return self.current.configure_optimizers() if self.bench is not None and self.bench.occupied else None

@@ -6,7 +6,7 @@ from lfq_lightning.calibration.calibration_block import CalibrationBlock
 from lfq_lightning.models.decoder_block import DecoderBlock
 from lfq_lightning.models.head import Head
 from lfq_lightning.objectives import Objective
-from lfq_lightning.plan import BlockPlan
+from lfq_lightning.stages import BlockPlan
 
 
 @final

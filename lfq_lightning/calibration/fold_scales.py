@@ -12,9 +12,9 @@ from lfq_lightning.distributed.ranks import Ranks
 from lfq_lightning.errors import UserError
 from lfq_lightning.models.decoder_block import DecoderBlock
 from lfq_lightning.models.families import Family
-from lfq_lightning.plan import LayerPlan
 from lfq_lightning.quantizers import ClosedFormQuantizer
 from lfq_lightning.registry import plugin_name
+from lfq_lightning.stages import LayerPlan
 
 
 def fold_scales(

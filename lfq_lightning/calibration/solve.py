@@ -17,11 +17,11 @@ from lfq_lightning.errors import UserError
 from lfq_lightning.models.decoder_block import DecoderBlock
 from lfq_lightning.models.experts import seeing
 from lfq_lightning.peak_memory import return_freed_memory
-from lfq_lightning.plan import LayerPlan
 from lfq_lightning.quantized_tensor import QuantizedTensor
 from lfq_lightning.quantizers import ClosedFormQuantizer, DenseQuantizer
 from lfq_lightning.quantizers.rtn import RTN
 from lfq_lightning.registry import plugin_name
+from lfq_lightning.stages import LayerPlan
 
 log = logging.getLogger(__name__)
 

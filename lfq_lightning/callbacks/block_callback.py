@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 
-from lfq_lightning.plan import BlockPlan
+from lfq_lightning.stages import BlockPlan
 
 
 @dataclass(frozen=True)
@@ -48,3 +48,9 @@ class BlockCallback(Callback):
 
     def on_run_end(self, trainer: Trainer, metrics: dict[str, Any], folder: Path) -> None:
         """Called once, with the content of metrics.json, when `folder` is a complete model."""
+
+
+def listeners(trainer: Trainer) -> list[BlockCallback]:
+    """Return the Trainer's callbacks that follow the blocks."""
+    everyone = trainer.callbacks  # type: ignore[attr-defined]
+    return [callback for callback in everyone if isinstance(callback, BlockCallback)]

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from lfq_lightning.callbacks import CALLBACKS, BlockCallback, BlockReport
 from lfq_lightning.clock import clock
-from lfq_lightning.plan import BlockPlan
+from lfq_lightning.stages import BlockPlan
 
 _ROWS = {
     "full_precision": "full precision",

@@ -1,12 +1,20 @@
-"""A conversation with a packed model on the terminal: `lfq chat`."""
+"""`lfq chat MODEL`: talk with a packed model."""
 
 import sys
 
+from lfq_lightning.commands.command_line import MODEL_DIR, check_positive, log_to_stderr, parser
 from lfq_lightning.errors import UserError
-from lfq_lightning.models.chat_template import Message
-from lfq_lightning.ops.path import best_device
-from lfq_lightning.packed.generate import answer
-from lfq_lightning.packed.load_model import load
+
+
+def main(arguments: list[str]) -> None:
+    """Run the command."""
+    ours = parser("chat", "Talk with a packed model; an empty line ends it.")
+    ours.add_argument("model", metavar="MODEL", help=MODEL_DIR)
+    ours.add_argument("--max-new-tokens", type=int, default=300, help="longest answer (default: 300)")
+    options = ours.parse_args(arguments)
+    check_positive(options, "max_new_tokens")
+    log_to_stderr()
+    chat(options.model, options.max_new_tokens)
 
 
 def chat(folder: str, max_new_tokens: int) -> None:
@@ -14,6 +22,11 @@ def chat(folder: str, max_new_tokens: int) -> None:
 
     Raises UserError if the model has no chat template.
     """
+    from lfq_lightning.models.chat_template import Message
+    from lfq_lightning.ops.path import best_device
+    from lfq_lightning.packed.generate import answer
+    from lfq_lightning.packed.load_model import load
+
     model, tokenizer = load(folder, device=best_device())
     if not tokenizer.chat_template:
         raise UserError(f"{folder} has no chat template, so it is no chat model; use `lfq generate`.")

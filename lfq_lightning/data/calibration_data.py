@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningDataModule
 
-from lfq_lightning.calibration.activation_cache import BatchLoader, Splits
 from lfq_lightning.data.prompt_tokens import check_tokens
 from lfq_lightning.data.read_documents import check_documents
 from lfq_lightning.data.read_prompts import read_prompts
@@ -16,12 +15,11 @@ from lfq_lightning.errors import UserError
 from lfq_lightning.file_names import user_path
 from lfq_lightning.models.checkpoints import Checkpoint
 from lfq_lightning.peak_memory import host_bytes
-from lfq_lightning.plan import BlockPlan
 from lfq_lightning.token_set import TokenSet
 
 
 class CalibrationData(LightningDataModule):
-    """Token sequences for calibration and a held-out split of its own; then each block's loaders over activations.
+    """Token sequences for calibration, and a held-out split of its own.
 
     Args:
         dataset: `self_generated` (the model's own samples), a .txt, a .jsonl (`text` or `messages`), or a hub name; or
@@ -63,9 +61,6 @@ class CalibrationData(LightningDataModule):
         self.pack = pack
         self.device_gb = device_gb
         self.host_gb = host_gb
-        self.splits: Splits | None = None
-        self.plan: BlockPlan | None = None
-        self.first_step = 0
 
     def settings(self) -> dict[str, Any]:
         """Return what the sequences depend on, the seed apart."""
@@ -84,21 +79,15 @@ class CalibrationData(LightningDataModule):
         host = host_bytes() // 2 // processes if self.host_gb is None else int(self.host_gb * 1e9)
         return int(self.device_gb * 1e9), host
 
-    def place(self, splits: Splits, plan: BlockPlan, first_step: int) -> None:
-        """Take the activations before a block, which the BlockScheduler has made, its plan, and the step to begin."""
-        self.splits, self.plan, self.first_step = splits, plan, first_step
+    def train_dataloader(self) -> Any:
+        """Return the batches of the block in training, which the LightningModule has; Lightning asks here for them."""
+        assert self.trainer is not None
+        return self.trainer.lightning_module.train_dataloader()
 
-    def train_dataloader(self) -> BatchLoader:
-        """One epoch is the training of one block; a block with nothing to train gets one batch."""
-        assert self.splits is not None and self.plan is not None and self.trainer is not None
-        each = self.trainer.accumulate_grad_batches
-        batches = self.plan.steps * each if self.plan.learned else 1
-        order = self.seed * 1_000_003 + self.plan.index
-        return self.splits.train.shuffled(self.plan.batch_size, batches, order, skip=self.first_step * each)
-
-    def val_dataloader(self) -> BatchLoader:
-        assert self.splits is not None and self.plan is not None
-        return self.splits.held_out.in_order(self.plan.batch_size)
+    def val_dataloader(self) -> Any:
+        """Return its held-out batches, likewise."""
+        assert self.trainer is not None
+        return self.trainer.lightning_module.val_dataloader()
 
     def check(self, checkpoint: Checkpoint) -> None:
         """Raise UserError for what cannot work; reads no data."""

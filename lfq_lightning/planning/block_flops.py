@@ -1,8 +1,11 @@
 """Count the floating-point work of a block's calibration, for the ETA."""
 
+import time
+
+from lfq_lightning.data import CalibrationData
 from lfq_lightning.models.experts import chosen_share
 from lfq_lightning.models.model_skeleton import ModelSkeleton
-from lfq_lightning.plan import BlockPlan
+from lfq_lightning.stages import BlockPlan
 
 _CHECKS = 4  # validations during training, at Lightning's val_check_interval of 0.25
 
@@ -18,7 +21,7 @@ def block_flops(plan: BlockPlan, skeleton: ModelSkeleton, tokens: int, held_out_
     forward = sum(2.0 * o * i * share(name) for name, (o, i) in shapes.items())  # per token
     readout = 4.0 * config.hidden_size * config.vocab_size if plan.logit_space else 0.0
     everything = tokens + held_out_tokens
-    passes = 1 if plan.whole else 2  # the teacher is there
+    passes = 2 if plan.stage.teacher_runs else 1
     work = passes * forward * everything + 2 * forward * held_out_tokens
     if any(layer.closed_form.cls.needs_inputs for layer in plan.solved.values()):
         # each input is summed once, and gate and up of an expert read one; fp32 products count four times
@@ -29,3 +32,15 @@ def block_flops(plan: BlockPlan, skeleton: ModelSkeleton, tokens: int, held_out_
         work += plan.steps * plan.batch_size * seq_len * (3 * forward + readout)
         work += _CHECKS * held_out_tokens * (forward + readout)
     return work + readout * everything
+
+
+def seconds_left(
+    started: float, plans: list[BlockPlan], first: int, done: int, skeleton: ModelSkeleton, data: CalibrationData
+) -> float:
+    """Return about how many seconds the blocks after block `done` take, by those from `first` on, begun at `started`.
+
+    `started` is a time of `time.perf_counter`.
+    """
+    tokens, held_out = data.num_samples * data.seq_len, data.num_held_out * data.seq_len
+    work = [block_flops(plan, skeleton, tokens, held_out, data.seq_len) for plan in plans]
+    return (time.perf_counter() - started) * sum(work[done + 1 :]) / sum(work[first : done + 1])

@@ -7,9 +7,9 @@ import torch
 from lfq_lightning.calibration.activation_cache import TOKENS_AT_ONCE
 from lfq_lightning.models.model_skeleton import ModelSkeleton
 from lfq_lightning.peak_memory import resident_bytes
-from lfq_lightning.plan import BlockPlan, LayerPlan
 from lfq_lightning.quantized_tensor import QuantizedTensor
 from lfq_lightning.quantizers import ClosedFormQuantizer
+from lfq_lightning.stages import BlockPlan, LayerPlan
 
 _STATE_BYTES = {"adam": 8, "adamw8bit": 2, "sign_sgd": 0}  # per trained parameter
 _LOSS_TILES = 3 * 4 * 1024**2  # of the logit loss, which makes no whole logits
@@ -99,10 +99,8 @@ def block_memory(plan: BlockPlan, skeleton: ModelSkeleton, setting: Setting) -> 
     tokens = min(max(setting.seq_len, TOKENS_AT_ONCE), here * setting.seq_len)
     forward = tokens * (3 * widest + 6 * config.hidden_size) * max(setting.compute_bytes, setting.stream_bytes)
     read = block + (width * weights // len(plan.indices) if width != 4 else 0)
-    solve = block + forward + head
+    solve = max(block + forward + head, plan.stage.start_bytes(weights))
     solved, folded, beside = 0, 0, dict[int, int]()  # what the other experts' stacks hold, observed in the same pass
-    if plan.whole:  # the block, its codes, and the weights that round to them
-        solve = max(solve, 9 * weights)
     for names, layer in _stacks(shapes, plan.solved):
         columns, rows = shapes[names[0]][1], sum(shapes[name][0] for name in names)
         kind = layer.closed_form.cls

@@ -16,7 +16,7 @@ from lfq_lightning.models.checkpoints.shape_checkpoint import ShapeCheckpoint
 from lfq_lightning.models.model_skeleton import ModelSkeleton
 from lfq_lightning.models.widen import has_room
 from lfq_lightning.peak_memory import host_bytes
-from lfq_lightning.plan import BlockPlan, Plan, Rule
+from lfq_lightning.plan import Plan
 from lfq_lightning.planning.block_flops import block_flops
 from lfq_lightning.planning.memory_estimate import (
     BlockMemory,
@@ -29,10 +29,11 @@ from lfq_lightning.planning.memory_estimate import (
 )
 from lfq_lightning.planning.preflight import check_shares, check_training, output_bytes
 from lfq_lightning.precision import AUTO, choose_precision, compute_dtype, product_dtype, stream_dtype
+from lfq_lightning.registry import plugin_name
+from lfq_lightning.stages import BlockPlan, LaterStage, Rule
 
 _GPU_RATE = 300e12  # FLOP/s of bf16 products that an H100 sustains in such work; stated, not measured
 _PRODUCT_SIZE = 1024
-_WHOLE = "the whole"
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class RunPlan:
 
     Args:
         blocks: bytes of the phases of each kind of block.
+        later: of those of a later stage, the stage.
         process: bytes before any weights.
         outer: bytes of embedding and head.
         streams: bytes of the activations.
@@ -78,6 +80,7 @@ class RunPlan:
     """
 
     blocks: dict[str, BlockMemory]
+    later: dict[str, str]
     process: int
     outer: int
     streams: int
@@ -155,6 +158,11 @@ def plan_run(model: str, rules: list[Rule], data: CalibrationData, precision: st
     streams = stream_bytes(skeleton, plans, setting)
     return RunPlan(
         blocks=blocks,
+        later={
+            _range(same): plugin_name(type(same[0].stage))
+            for same in different.values()
+            if isinstance(same[0].stage, LaterStage)
+        },
         process=process_bytes(machine.on_gpu),
         outer=outer_bytes(skeleton),
         streams=streams,
@@ -227,8 +235,8 @@ def _cure(plan: RunPlan, machine: Machine) -> str:
     if plan.writing + plan.process > machine.device_bytes:
         return "the whole model cannot write its own calibration data here; give data.dataset."
     name, worst = max(plan.blocks.items(), key=lambda item: item[1].peak)
-    if name.startswith(_WHOLE):
-        return "training the whole model at once is the largest; leave `match: whole` away."
+    if name in plan.later:
+        return f"the last stage is the largest; omit the rule `match: {plan.later[name]}`."
     if worst.train < worst.peak:
         return "solving in closed form is the largest; use more processes, or `rtn` as init."
     ways = ["activation_checkpointing: true", "flexround with a `rank`", "more processes"]
@@ -245,7 +253,7 @@ def _kind(plan: BlockPlan) -> str:
 def _range(same: list[BlockPlan]) -> str:
     indices = [index for plan in same for index in plan.indices]
     span = f"{indices[0]} … {indices[-1]}" if len(indices) > 1 else str(indices[0])
-    span = _WHOLE if same[0].whole else span
+    span = same[0].stage.title or span
     quantizers = sorted({(layer.learned or layer.closed_form).name for layer in same[0].layers.values()})
     return f"{span}  {'+'.join(quantizers) or 'full precision'}  {same[0].objective.name}"
 

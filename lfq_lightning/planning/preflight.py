@@ -18,10 +18,10 @@ from lfq_lightning.distributed.fsdp2 import FSDP2
 from lfq_lightning.distributed.ranks import Ranks
 from lfq_lightning.errors import UserError
 from lfq_lightning.models.model_skeleton import ModelSkeleton
-from lfq_lightning.plan import BlockPlan
 from lfq_lightning.planning.memory_estimate import outer_bytes
 from lfq_lightning.precision import compute_dtype
 from lfq_lightning.quantizers import DenseQuantizer
+from lfq_lightning.stages import BlockPlan
 
 # Lightning's callbacks that change, average or tune the parameters of one model over a whole fit
 _OF_ONE_MODEL = (
@@ -118,7 +118,7 @@ def output_bytes(skeleton: ModelSkeleton, plans: list[BlockPlan]) -> int:
     """Return about how many bytes the packed model takes on disk."""
     width, total = skeleton.checkpoint.dtype.itemsize, outer_bytes(skeleton)
     for plan in plans:
-        if plan.whole:  # its shards take the place of the blocks'
+        if plan.stage.replaces_shards:
             continue
         for index in plan.indices:
             for name, (o, i) in skeleton.linear_shapes(index).items():

@@ -35,7 +35,7 @@ class EarlierRun:
             lines = (self.path / JOURNAL).read_text(encoding="utf-8").splitlines(keepends=True)
             self._reports = list(self._whole_lines(lines))
         except (OSError, ValueError) as error:
-            cure = "start anew with --overwrite true" if goes_on else "give an output of `lfq run`"
+            cure = "start anew with --overwrite" if goes_on else "give an output of `lfq run`"
             raise UserError(f"{self._named} is not the folder of a run, or is damaged ({error}); {cure}.") from error
 
     def _whole_lines(self, lines: list[str]) -> Iterator[dict[str, Any]]:
@@ -105,7 +105,7 @@ class EarlierRun:
     @property
     def _cure(self) -> str:
         if self.goes_on:
-            return "make it equal to go on, or give another folder, or start anew with --overwrite true."
+            return "make it equal to go on, or give another folder, or start anew with --overwrite."
         return "make it equal, or calibrate from the start."
 
 

@@ -11,9 +11,9 @@ from torch import Tensor, uint8
 
 from lfq_lightning.data import CalibrationData
 from lfq_lightning.models.checkpoints import Checkpoint
-from lfq_lightning.plan import BlockPlan
-from lfq_lightning.registry import Plugin
+from lfq_lightning.registry import Plugin, plugin_name
 from lfq_lightning.runs.plugin_sources import sources, with_terms
+from lfq_lightning.stages import BlockPlan
 from lfq_lightning.token_set import TokenSet
 
 _VERSIONS = ("lfq-lightning", "torch", "transformers", "lightning")
@@ -49,7 +49,7 @@ def own_facts(plans: list[BlockPlan], data: CalibrationData, checkpoint: Checkpo
         facts |= {f"{name} {where}": getattr(plan, name) for name in ("steps", "lr", "batch_size", "optimizer")}
         facts[f"decoder layers {where}"] = list(plan.indices)
         facts[f"objective {where}"] = repr(plan.objective)
-        what = "last quantizer" if plan.whole else "quantizer"
+        what = f"{plan.stage.title}'s quantizer" if plan.stage.title else "quantizer"
         facts |= {f"{what} of {name}": repr(layer) for name, layer in plan.layers.items()}
         facts |= {f"source of {plugin.name}": digest([], sources(plugin)) for plugin in _plugins(plan)}
     return facts
@@ -64,7 +64,8 @@ def block_fingerprint(before: str, plan: BlockPlan, tensors: dict[str, Tensor]) 
 
 def _plugins(plan: BlockPlan) -> list[Plugin[Any]]:
     layers = [p for layer in plan.layers.values() for p in (layer.closed_form, layer.learned) if p is not None]
-    return [term for plugin in (*layers, plan.objective) for term in with_terms(plugin)]
+    stage: Plugin[Any] = Plugin(plugin_name(type(plan.stage)), type(plan.stage), {})
+    return [term for plugin in (*layers, plan.objective, stage) for term in with_terms(plugin)]
 
 
 def sample_digest(file: Path) -> str:

@@ -139,7 +139,7 @@ class RunFolder:
                 named = ", ".join(sorted(foreign)[:3]) or "none of a run"
                 raise UserError(f"output: {self.path} holds other files ({named}); give a new or empty folder.")
             if (self.path / CONFIG).exists() and not self.overwrite:
-                raise UserError(f"output: {self.path} holds a finished run; give another folder or --overwrite true.")
+                raise UserError(f"output: {self.path} holds a finished run; give another folder or --overwrite.")
         existing = self.path
         while not existing.exists():
             existing = existing.parent

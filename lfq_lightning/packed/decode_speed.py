@@ -1,4 +1,4 @@
-"""How fast a packed model reads and writes, against the same model dense: `lfq bench`."""
+"""How fast a packed model reads and writes, against the same model dense."""
 
 import multiprocessing
 import statistics

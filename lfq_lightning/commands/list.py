@@ -1,4 +1,4 @@
-"""Print every plugin with its options, defaults and source: `lfq list`."""
+"""`lfq list`: every objective, quantizer, stage, callback and format with its options and source."""
 
 import inspect
 from typing import Any
@@ -7,16 +7,24 @@ from rich.console import Console
 from rich.table import Table
 
 from lfq_lightning.callbacks import CALLBACKS
+from lfq_lightning.commands.command_line import parser
 from lfq_lightning.formats import FORMATS
 from lfq_lightning.objectives import OBJECTIVES
 from lfq_lightning.quantizers import QUANTIZERS, LearnedQuantizer
 from lfq_lightning.registry import Registry
+from lfq_lightning.stages import STAGES
+
+
+def main(arguments: list[str]) -> None:
+    """Run the command."""
+    parser("list", "Print every objective, quantizer, stage, callback and format.").parse_args(arguments)
+    print_plugins()
 
 
 def print_plugins() -> None:
     """Print one table per registry."""
     console = Console(width=max(100, Console().width))
-    registries: list[Registry[Any]] = [OBJECTIVES, QUANTIZERS, CALLBACKS, FORMATS]
+    registries: list[Registry[Any]] = [OBJECTIVES, QUANTIZERS, STAGES, CALLBACKS, FORMATS]
     for registry in registries:
         table = Table(title=f"{registry.kind}s", title_justify="left", show_lines=True)
         for column in ("name", "what", "options", "source"):

@@ -1,4 +1,4 @@
-"""`lfq data`: what a run's calibration data look like, before anything is calibrated on them."""
+"""What calibration data look like, before anything is calibrated on them."""
 
 from collections import Counter
 

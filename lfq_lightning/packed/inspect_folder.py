@@ -1,4 +1,4 @@
-"""What a packed folder holds: `lfq inspect`."""
+"""What a packed folder holds, layer by layer."""
 
 from rich.console import Console
 from rich.table import Table

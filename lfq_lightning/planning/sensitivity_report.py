@@ -1,4 +1,4 @@
-"""`lfq sensitivity`: the table and the plan."""
+"""The table of sensitivities, and the plan that follows from it."""
 
 from pathlib import Path
 

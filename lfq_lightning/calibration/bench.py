@@ -1,0 +1,214 @@
+"""Bench: where one block at a time stands, between the two streams of activations that run through all of them."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor
+
+from lfq_lightning.calibration.activation_cache import ActivationCache, BatchLoader, Splits
+from lfq_lightning.calibration.block_module import BlockModule
+from lfq_lightning.calibration.calibration_block import CalibrationBlock
+from lfq_lightning.calibration.final_block_module import FinalBlockModule
+from lfq_lightning.calibration.fold_scales import fold_scales
+from lfq_lightning.calibration.solve import Solution, solve
+from lfq_lightning.calibration.stream_store import StreamStore
+from lfq_lightning.calibration.weighted_mean import WeightedMean
+from lfq_lightning.distributed.ranks import Ranks
+from lfq_lightning.errors import UserError
+from lfq_lightning.models.decoder_block import DecoderBlock
+from lfq_lightning.models.head import Head
+from lfq_lightning.models.model_skeleton import ModelSkeleton
+from lfq_lightning.precision import compute_dtype, stream_dtype
+from lfq_lightning.quantized_tensor import QuantizedTensor
+from lfq_lightning.stages import BlockPlan
+from lfq_lightning.token_set import TokenSet
+
+
+class Bench:
+    """What calibrating any block needs: both streams of both splits, the frozen head, and the block's batches.
+
+    Args:
+        trainer: its precision and device are the blocks'.
+        skeleton: where blocks and head come from.
+        tokens: of calibration and of the held-out split.
+        ranks: each has its share of the sequences.
+        store: where the streams lie.
+        seed: of the order of batches.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        skeleton: ModelSkeleton,
+        tokens: tuple[TokenSet, TokenSet],
+        ranks: Ranks,
+        store: StreamStore,
+        seed: int,
+    ) -> None:
+        self.trainer = trainer
+        self.device = trainer.strategy.root_device
+        self.skeleton = skeleton
+        self.tokens = tokens
+        self.ranks = ranks
+        self.seed = seed
+        self.first_step = 0  # of the block's training: one that resumes does not begin at 0
+        self._current: CalibrationBlock | None = None
+        self.splits = Splits(
+            *(
+                ActivationCache(name, self._embed(some), some, ranks, store)
+                for name, some in zip(("train", "held_out"), tokens, strict=True)
+            )
+        )
+
+    # ---- the block ---------------------------------------------------------------------------------------------------
+
+    @property
+    def occupied(self) -> bool:
+        """Tell whether a block is on the bench."""
+        return self._current is not None
+
+    @property
+    def current(self) -> CalibrationBlock:
+        """The block on the bench."""
+        assert self._current is not None, "a block is placed before anything is asked of it"
+        return self._current
+
+    def read(self, plan: BlockPlan) -> DecoderBlock:
+        """Return a block in full precision, fp32, on the device."""
+        return self.skeleton.block(plan.indices, plan.activation_checkpointing).to(self.device)
+
+    def place(self, block: DecoderBlock, plan: BlockPlan) -> CalibrationBlock:
+        """Put a block on the bench, with its objective; what it is compared by decides which module it becomes."""
+        objective, clips = plan.objective.build(), bool(self.trainer.gradient_clip_val)
+        module: CalibrationBlock
+        if objective.logit_space:
+            module = FinalBlockModule(block, objective, plan, self.head(), clips).to(self.device)
+        else:
+            module = BlockModule(block, objective, plan, clips).to(self.device)
+        self._current, self.first_step = module, 0
+        return module
+
+    def clear(self) -> None:
+        """Free the block, with its optimizer; the next one is read only then."""
+        self._current = None
+        self.trainer.strategy.optimizers, self.trainer.strategy.lr_scheduler_configs = [], []
+        self.ranks.let_go()
+
+    # ---- what it starts from -----------------------------------------------------------------------------------------
+
+    def run_teacher(self) -> None:
+        """Run the full-precision block, unless its stream stands behind it already, and keep what the objective needs.
+
+        Raises UserError for activations that are not finite.
+        """
+        plan = self.current.plan
+        for split in self.splits.each():
+            if plan.stage.teacher_runs:
+                split.advance_teacher(self.current.block, self.device, keep=plan.needs_reference)
+            split.set_target(self._target, self.device)
+        self._check_finite("full-precision", [split.teacher for split in self.splits.each()])
+
+    def solve(self) -> dict[str, Solution]:
+        """Fold scales and quantise the block's layers in closed form, on the student stream. Raises UserError."""
+        train, dtype = self.splits.train, self.skeleton.checkpoint.dtype
+        inputs, reference = (partial(way, self.device) for way in (train.student_batches, train.reference_batches))
+        block, plan = self.current.block, self.current.plan
+        try:
+            family = self.skeleton.checkpoint.family
+            observed = fold_scales(block, plan.layers, inputs, family, dtype, self.ranks)
+            return solve(block, plan.layers, inputs, dtype, reference, self.ranks, observed)
+        except ArithmeticError as error:
+            raise UserError(f"block {plan.index}: {error}; try trainer.precision 32-true or more samples.") from error
+
+    def restore(self, weights: dict[str, Tensor], codes: dict[str, QuantizedTensor]) -> dict[str, Solution]:
+        """Give the block the weights that are on disk, and the student stream what enters the first of its layers."""
+        for split, tokens in zip(self.splits.each(), self.tokens, strict=True):
+            split.restart_student(self._embed(tokens))
+        self.current.block.load(weights)
+        return {
+            name: Solution(quantized.to(self.device), quantized.exact().to(self.device))
+            for name, quantized in codes.items()
+        }
+
+    def train_from(self, solutions: dict[str, Solution]) -> dict[str, QuantizedTensor]:
+        """Let layers that are trained begin at their solutions; return the codes of the others."""
+        block = self.current.block
+        for name, layer in self.current.plan.layers.items():
+            if layer.learned is not None:
+                start = solutions.pop(name)  # what training starts from is released when its layer has it
+                block.train_linear(name, layer.learned.build(start.latent, start.quantized).to(self.device))
+        return {name: solution.quantized for name, solution in solutions.items()}
+
+    # ---- its training ------------------------------------------------------------------------------------------------
+
+    def train_dataloader(self) -> BatchLoader:
+        """Return the batches of the block's training; a block with nothing to train gets one."""
+        plan, each = self.current.plan, self.trainer.accumulate_grad_batches
+        batches = plan.steps * each if plan.learned else 1
+        order = self.seed * 1_000_003 + plan.index
+        return self.splits.train.shuffled(plan.batch_size, batches, order, skip=self.first_step * each)
+
+    def val_dataloader(self) -> BatchLoader:
+        """Return the held-out batches."""
+        return self.splits.held_out.in_order(self.current.plan.batch_size)
+
+    def held_out(self) -> tuple[float, Tensor]:
+        """Return the held-out loss now, as validation computes it, and the block's outputs (N, T, D)."""
+        mean, outputs = WeightedMean(self.ranks), []
+        for quantizer in self.current.quantizers():
+            quantizer.eval()
+        for batch in self.val_dataloader():
+            batch = self.trainer.lightning_module.transfer_batch_to_device(batch, self.device, 0)
+            hidden, loss = self.current(batch)
+            mean.add(loss, batch["mask"])
+            outputs.append(hidden.to(self.splits.held_out.student))
+        for quantizer in self.current.quantizers():
+            quantizer.train()
+        return mean.value(), torch.cat(outputs)
+
+    # ---- behind it ---------------------------------------------------------------------------------------------------
+
+    def advance_student(self) -> None:
+        """Move the student stream on with the weights that ship. Raises UserError if it is not finite."""
+        for split in self.splits.each():
+            split.advance_student(self.current.block, self.device)
+        self._check_finite("quantised", [split.student for split in self.splits.each()])
+
+    def pass_by(self, block: DecoderBlock, weights: dict[str, Tensor]) -> None:
+        """Move both streams past a block that is done: in full precision, and with the `weights` that ship."""
+        for split in self.splits.each():
+            split.advance_teacher(block, self.device)
+        block.load(weights)
+        for split in self.splits.each():
+            split.advance_student(block, self.device)
+
+    def head(self, dtype: torch.dtype | None = None) -> Head:
+        """Return the frozen head, its products in `dtype` or the run's. It is not kept: beside a block it is large."""
+        return self.skeleton.head(dtype or compute_dtype(self.trainer.precision)).to(self.device)
+
+    @contextmanager
+    def forward_only(self) -> Iterator[None]:
+        """Without gradients, in the run's precision."""
+        with torch.no_grad(), self.trainer.precision_plugin.forward_context():
+            yield
+
+    def _embed(self, tokens: TokenSet) -> Iterator[Tensor]:
+        """Yield what enters the first block, (1, T, D), for each of this rank's sequences."""
+        dtype = stream_dtype(self.trainer.precision)
+        for ids in tokens.input_ids[self.ranks.share(len(tokens))]:
+            yield self.skeleton.embed(ids[None]).to(dtype)
+
+    def _target(self, hidden: Tensor) -> dict[str, Tensor]:
+        objective, head = self.current.objective, self.current.head
+        return objective.checked_target(objective.view(hidden, head), head)
+
+    def _check_finite(self, which: str, streams: list[Tensor]) -> None:
+        broken = sum(not bool(sequence.isfinite().all()) for stream in streams for sequence in stream)
+        if self.ranks.total(broken) != [0]:
+            raise UserError(
+                f"block {self.current.plan.index}: its {which} activations hold NaN or infinity; the model overflows "
+                f"in {self.trainer.precision}, or its weights are broken; try trainer.precision 32-true."
+            )

@@ -1,0 +1,20 @@
+"""`lfq export MODEL --format gptq --output DIR`: the same model for another engine; nothing is calibrated again."""
+
+from lfq_lightning.commands.command_line import MODEL_DIR, parser
+
+
+def main(arguments: list[str]) -> None:
+    """Run the command."""
+    ours = parser("export", "Write a packed model in another format; nothing is calibrated again.")
+    ours.add_argument("model", metavar="MODEL", help=MODEL_DIR)
+    ours.add_argument("--format", required=True, help="gguf, or one of those that `lfq list` shows")
+    ours.add_argument("--output", required=True, help="new folder, or for gguf a new file")
+    options = ours.parse_args(arguments)
+    if options.format == "gguf":
+        from lfq_lightning.packed.gguf_export import export_gguf
+
+        print(export_gguf(options.model, options.output))
+    else:
+        from lfq_lightning.packed.export import export
+
+        print(export(options.model, options.format, options.output))

@@ -1,0 +1,102 @@
+"""Shards: what blocks ship, packed and written; read again, to resume, to reuse, or to be trained once more."""
+
+from collections import ChainMap
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from lfq_lightning.calibration.bench import Bench
+from lfq_lightning.distributed.ranks import Ranks
+from lfq_lightning.errors import UserError
+from lfq_lightning.formats.compressed_tensors import CompressedTensors
+from lfq_lightning.models.decoder_block import DecoderBlock
+from lfq_lightning.quant_scheme import QuantScheme
+from lfq_lightning.quantized_tensor import QuantizedTensor
+from lfq_lightning.runs.earlier_run import EarlierRun
+from lfq_lightning.runs.fingerprint import block_fingerprint
+from lfq_lightning.runs.run_folder import RunFolder
+from lfq_lightning.runs.spent import Meter
+from lfq_lightning.stages import BlockPlan
+
+
+class Shards:
+    """The shards of a run, in their format. Every rank counts them in; the first writes them.
+
+    Args:
+        folder: where they lie.
+        ranks: of the run.
+        dtype: of what stays dense.
+
+    Attributes:
+        schemes: of every layer that has shipped packed.
+    """
+
+    def __init__(self, folder: RunFolder, ranks: Ranks, dtype: torch.dtype) -> None:
+        self.folder = folder
+        self.ranks = ranks
+        self.dtype = dtype
+        self.format = CompressedTensors()
+        self.schemes: dict[str, QuantScheme] = {}
+
+    def write_outer(self, tensors: dict[str, Tensor]) -> None:
+        """Write what is outside the blocks."""
+        self._write(0, tensors)
+
+    def write_block(self, plan: BlockPlan, block: DecoderBlock, shipped: dict[str, QuantizedTensor]) -> None:
+        """Write a block: the `shipped` layers packed, everything else as it is."""
+        replaced = {f"{name}.weight" for name in shipped}
+        dense = {name: tensor for name, tensor in block.tensors().items() if name not in replaced}
+        for index, layer in zip(plan.indices, block.names, strict=True):
+            prefix = f"{layer}."
+            tensors = {name: tensor.to(self.dtype).cpu() for name, tensor in dense.items() if name.startswith(prefix)}
+            for name, quantized in shipped.items():
+                if name.startswith(prefix):
+                    tensors |= self.format.pack(name, quantized)
+                    self.schemes[name] = quantized.scheme
+            self._write(index + 1, tensors, again=plan.stage.replaces_shards)
+
+    def shipped(self, plan: BlockPlan) -> tuple[dict[str, Tensor], dict[str, QuantizedTensor]]:
+        """Return the weights that this run has shipped of a block, and the codes of its planned layers."""
+        stored = dict(ChainMap(*self._read(EarlierRun(self.folder.path, goes_on=True), plan).values()))
+        codes = {name: self.format.unpack(name, stored, self.schemes[name]) for name in plan.layers}
+        return self.format.dequantize(stored, self.schemes), codes
+
+    def take_over(
+        self, earlier: EarlierRun, plans: list[BlockPlan], first: int, fingerprint: str, bench: Bench, meter: Meter
+    ) -> tuple[int, str]:
+        """Take over an earlier run's blocks from `first` on, as far as plan and weights agree.
+
+        Returns the next block, and the fingerprint of the one before it. Raises UserError if none agrees.
+        """
+        for plan in plans[first:-1]:
+            block = bench.skeleton.block(plan.indices).to(bench.device)
+            found = block_fingerprint(fingerprint, plan, block.tensors())
+            report = earlier.report(plan.index, found)
+            if report is None and plan.index == 0 and not earlier.goes_on:
+                raise UserError(f"reuse: {earlier.path} did not begin with this model and plan; leave reuse away.")
+            if report is None:
+                return plan.index, fingerprint
+            shards = self._read(earlier, plan)
+            stored = dict(ChainMap(*shards.values()))
+            schemes = {name: p.scheme for name, p in plan.layers.items() if f"{name}.weight_packed" in stored}
+            with bench.forward_only():
+                bench.pass_by(block, self.format.dequantize(stored, schemes))
+            for (number, tensors), digest in zip(shards.items(), report["shards"].values(), strict=True):
+                if earlier.goes_on:
+                    self.folder.note_shard(number, tensors, digest)
+                else:
+                    self._write(number, tensors)
+            if not earlier.goes_on:
+                line = report | {"shards": self.folder.checksums(shards), "spent": vars(meter.now())}
+                self.ranks.once(partial(self.folder.append_journal, line))
+            self.schemes |= schemes
+            fingerprint = found
+        return plans[-1].index, fingerprint
+
+    def _read(self, run: EarlierRun, plan: BlockPlan) -> dict[int, dict[str, Tensor]]:
+        return {index + 1: run.shard(index + 1, self.folder.shards, self.folder.family) for index in plan.indices}
+
+    def _write(self, number: int, tensors: dict[str, Tensor], again: bool = False) -> None:
+        self.ranks.once(lambda: self.folder.write_shard(number, tensors, again))
+        self.folder.note_shard(number, tensors)
