@@ -7,7 +7,7 @@ from lfq_lightning.models.checkpoints import open_checkpoint
 from lfq_lightning.models.families import Family
 from lfq_lightning.models.model_skeleton import ModelSkeleton
 from lfq_lightning.plan import Plan, Rule
-from tests.conftest import save_tiny
+from tests.helpers import save_tiny
 
 FLEXROUND = {"name": "flexround", "bits": 3, "group_size": 16, "init": "gptq"}
 

@@ -14,8 +14,7 @@ from lfq_lightning.models.load_full_precision import load_full_precision
 from lfq_lightning.models.widen import WideLinear
 from lfq_lightning.planning.preflight import check_same_precision
 from lfq_lightning.trainer import Trainer
-from tests.conftest import save_tiny
-from tests.test_cli import run
+from tests.helpers import run, save_tiny
 
 
 def a_cpu(monkeypatch, fast):

@@ -90,7 +90,7 @@ def list_cases(cases: list[Case]) -> None:
 def tested(operations: list[str]) -> dict[str, bool]:
     """Run the operations' GPU tests, and tell which are green."""
     root = Path(__file__).parents[2]
-    files = [f"tests/{TESTS[operation]}" for operation in operations]
+    files = [f"tests/ops/{TESTS[operation]}" for operation in operations]
     with tempfile.NamedTemporaryFile(suffix=".xml") as report:
         command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-n", str(os.cpu_count()), *files]
         subprocess.run([*command, f"--junit-xml={report.name}"], cwd=root)

@@ -14,6 +14,12 @@ from benchmarks.quality.methods import ABLATIONS, METHODS, RECIPE
 from lfq_lightning.evaluation.paired import compare
 
 ROOT = Path(__file__).parents[2]
+_FOLD = {  # rows of the README's table
+    "SmolLM2-135M, 3 bits": "smollm2-135m, W3g64",
+    "stories15M, 4 bits": "stories15m, W4g96",
+    "stories15M, 3 bits": "stories15m, W3g96",
+    "stories15M, 2 bits": "stories15m, W2g32",
+}
 LFQ = ("+lfq", "+lfq anchored")  # suffixes of a method whose last block is by LFQ
 BEGIN, END = "<!-- quality: begin -->", "<!-- quality: end -->"
 COLUMNS = {
@@ -40,7 +46,7 @@ def main() -> None:
     lead = f"## LFQ on against off\n\n{count}\n\n{lfq}"
     _replace(ROOT / "docs" / "results.md", text, "\n\n".join([_summary(rows), lead, *tables]))
     readme = ROOT / "README.md"
-    _replace(readme, readme.read_text(encoding="utf-8"), f"{_summary(rows)}\n\n{count}")
+    _replace(readme, readme.read_text(encoding="utf-8"), _above_the_fold(rows))
 
 
 def _groups(rows: Rows) -> dict[str, Rows]:
@@ -101,6 +107,22 @@ def _summary(rows: Rows) -> str:
         else:
             ratios.append("")
     lines.append(f"| **{RECIPE} against autoround, same seeds** | {' | '.join(ratios)} |")
+    return "\n".join(lines)
+
+
+def _above_the_fold(rows: Rows) -> str:
+    """The KL of a few methods in a few settings, and the recipe against AutoRound: the README's table."""
+    methods = ("gptq", "awq", "autoround", RECIPE)
+    lines = ["| | GPTQ | AWQ | AutoRound | recommended | against AutoRound |", "|---" * (2 + len(methods)) + "|"]
+    for title, setting in _FOLD.items():
+        group = next(group for name, group in _groups(rows).items() if name.startswith(setting))
+        means = {method: _mean([row for row in group if row["method"] == method], "kl") for method in methods}
+        cells = [_shown(mean, COLUMNS["kl"][1]) for mean in means.values()]
+        cells[-1] = f"**{cells[-1]}**"
+        pair = [[row for row in group if row["method"] == method] for method in (RECIPE, "autoround")]
+        seeds = {row["seed"] for row in pair[0]} & {row["seed"] for row in pair[1]}
+        ours, theirs = (_mean([row for row in side if row["seed"] in seeds], "kl") for side in pair)
+        lines.append(f"| {title} | {' | '.join(cells)} | {ours / theirs - 1:+.0%} |")
     return "\n".join(lines)
 
 

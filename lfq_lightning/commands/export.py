@@ -1,5 +1,7 @@
 """`lfq export MODEL --format gptq --output DIR`: the same model for another engine; nothing is calibrated again."""
 
+from pathlib import Path
+
 from lfq_lightning.commands.command_line import MODEL_DIR, parser
 
 
@@ -9,7 +11,12 @@ def main(arguments: list[str]) -> None:
     ours.add_argument("model", metavar="MODEL", help=MODEL_DIR)
     ours.add_argument("--format", required=True, help="gguf, or one of those that `lfq list` shows")
     ours.add_argument("--output", required=True, help="new folder, or for gguf a new file")
+    ours.add_argument("--plugins", type=Path, nargs="+", default=[], help="Python files with formats of your own")
     options = ours.parse_args(arguments)
+    for file in options.plugins:
+        from lfq_lightning.registry import load_plugin_file
+
+        load_plugin_file(file)
     if options.format == "gguf":
         from lfq_lightning.packed.gguf_export import export_gguf
 

@@ -1,6 +1,7 @@
 """EarlierRun: what a run folder holds, for a run that goes on from it or begins with the same blocks."""
 
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,15 @@ class EarlierRun:
     def spent(self) -> dict[str, float]:
         """What the run had taken when its last block was done."""
         return self._reports[-1]["spent"] if self._reports else vars(Spent())
+
+    def check_version(self) -> None:
+        """Raise UserError if another version of this package began that run."""
+        begun = self.facts.get("shared", {}).get("version of lfq-lightning")
+        if begun != version("lfq-lightning"):
+            raise UserError(
+                f"{self._named} was begun by lfq_lightning {begun}, and this is {version('lfq-lightning')}; finish it "
+                "with that version, or give another folder, or start anew with --overwrite."
+            )
 
     def check(self, facts: Facts) -> None:
         """Raise UserError naming the first of `facts` in which that run differs from this one."""

@@ -41,6 +41,7 @@ def open_run(
     own = own_facts(plans, data, checkpoint)
     if resumes:
         begun = EarlierRun(folder.path, goes_on=True)
+        begun.check_version()
         begun.check({"own": own})
         sources = [begun, reused]
     kept = folder.read_tokens() if resumes and expensive else None

@@ -17,7 +17,7 @@ from lfq_lightning.errors import UserError
 from lfq_lightning.formats import FORMATS
 from lfq_lightning.packed.export import export
 from lfq_lightning.packed.gguf_export import export_gguf
-from tests.conftest import byte_tokenizer, save_tiny
+from tests.helpers import byte_tokenizer, save_tiny
 
 ROOT = Path(__file__).parents[2]
 SCHEMES = {f"w{bits}": {"bits": bits, "group_size": 32} for bits in (2, 3, 4, 8)} | {
