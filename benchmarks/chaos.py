@@ -1,4 +1,4 @@
-"""Kill runs at random moments, and spoil what they leave: what is gone on with ends in the same bytes every time.
+"""Kill runs at random moments, and spoil what they leave: what is resumed ends in the same bytes every time.
 
     python -m benchmarks.chaos --work runs/chaos [--kills 8]
 

@@ -43,7 +43,7 @@ class Plan:
         self._final_blocks = max((rule.final_blocks for rule in rules), default=1)
 
     def resolve(self, skeleton: ModelSkeleton) -> list[BlockPlan]:
-        """Return the plan of each block. Raises UserError for a rule that matches nothing or a group that fits not."""
+        """Return the plan of each block. Raises UserError for a rule that matches nothing or cannot be followed."""
         if self._final_blocks > len(skeleton):
             raise UserError(f"plan: final_blocks {self._final_blocks} is more than the model's {len(skeleton)} blocks.")
         outcome = _Outcome(set(), set())
@@ -84,7 +84,7 @@ class Plan:
                 if first.layer.needs_reference and ".experts." in name:
                     raise UserError(
                         f"{first.where}: an expert sees the tokens that its router sends it, and full precision sends "
-                        "others, so nothing can be corrected towards it; leave `correct` away for experts."
+                        "others, so nothing can be corrected towards it; omit `correct` for experts."
                     )
                 layers[name] = first.layer
                 if first not in used:

@@ -185,7 +185,7 @@ def _loggers(given: Any, output: str) -> Any:
 
 
 def _keep_earlier(file: Path) -> None:
-    """Rename the metrics of a run that now goes on: Lightning would remove them."""
+    """Rename the metrics of a run that now resumes: Lightning would remove them."""
     if file.is_file():
         number = 1 + len(list(file.parent.glob("metrics-*.csv")))
         file.rename(file.with_name(f"metrics-{number}.csv"))

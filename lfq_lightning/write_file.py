@@ -48,7 +48,7 @@ def _whole(file: Path, write: Callable[[Path], object]) -> None:
             aside.replace(file)
             to_disk(file.parent)
     except UserError:
-        aside.unlink(missing_ok=True)  # a full disk: let go of what was taken
+        aside.unlink(missing_ok=True)  # a full disk: release what was taken
         raise
 
 
@@ -60,7 +60,7 @@ def writing(path: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"{path} cannot be written ({one_line(error)}); free some space and run the same command again, without "
-            "--overwrite: it goes on from here."
+            "--overwrite: it resumes from here."
         ) from error
 
 

@@ -80,17 +80,17 @@ def _fake_quant(o: int, i: int, backward: bool, offset: bool) -> Case:
 
         return run
 
-    def plain(terms: LevelTerms, scale: Tensor, zero: Tensor, most: int) -> Tensor:
+    def plain(terms: LevelTerms, scale: Tensor, zero: Tensor, max_code: int) -> Tensor:
         """The formula in PyTorch, for its compiler."""
         assert terms.log_divisor is not None and terms.row_log_divisor is not None
         levels = terms.latent * torch.exp(-(terms.log_divisor + terms.row_log_divisor)) / scale
         if terms.offset is not None:
             levels = levels + terms.offset.clamp(-0.5, 0.5)
-        return (((levels.round() + zero).clamp(0, most) - zero) * scale).bfloat16()
+        return (((levels.round() + zero).clamp(0, max_code) - zero) * scale).bfloat16()
 
-    def eager(terms: LevelTerms, scale: Tensor, zero: Tensor, most: int) -> Tensor:
+    def eager(terms: LevelTerms, scale: Tensor, zero: Tensor, max_code: int) -> Tensor:
         levels = fake_quant_reference.level_tensor(terms, scale)
-        return fake_quant_reference.fake_quantize(levels, scale, zero, most).bfloat16()
+        return fake_quant_reference.fake_quantize(levels, scale, zero, max_code).bfloat16()
 
     def sides() -> dict[str, Callable[[], Side]]:
         if backward:

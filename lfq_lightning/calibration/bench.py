@@ -95,7 +95,7 @@ class Bench:
         """Free the block, with its optimizer; the next one is read only then."""
         self._current = None
         self.trainer.strategy.optimizers, self.trainer.strategy.lr_scheduler_configs = [], []
-        self.ranks.let_go()
+        self.ranks.release()
 
     # ---- what it starts from -----------------------------------------------------------------------------------------
 

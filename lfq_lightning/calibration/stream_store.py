@@ -35,7 +35,7 @@ class StreamStore:
         self._held: dict[str, tuple[str, int]] = {}
 
     def empty(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Return an uninitialised tensor, in place of an earlier one of that name, which the caller has let go of."""
+        """Return an uninitialised tensor, in place of an earlier one of that name, which the caller has released."""
         self.release(name)
         needed = prod(shape) * dtype.itemsize
         kind = next((kind for kind, budget in self._budgets.items() if self._used(kind) + needed <= budget), "disk")
@@ -46,7 +46,7 @@ class StreamStore:
         return torch.empty(shape, dtype=dtype, device=self.device if kind == "device" else "cpu")
 
     def release(self, name: str) -> None:
-        """Give the budget of a tensor back; the caller lets go of the tensor."""
+        """Give the budget of a tensor back; the caller releases the tensor."""
         self._held.pop(name, None)
 
     def _mapped(self, file: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -107,7 +107,7 @@ class Ranks:
             raise UserError(sent[1])
         return sent[0]
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         """Free modules that were sharded: FSDP2 ties them to themselves, and nothing else would look for them soon."""
         if self.size > 1:
             gc.collect()

@@ -1,4 +1,4 @@
-"""Answers: what a model has answered so far, on disk, so that an evaluation that ends early goes on from there."""
+"""Answers: what a model has answered so far, on disk, so that an evaluation that ends early resumes from there."""
 
 import hashlib
 import json

@@ -40,7 +40,7 @@ def evaluate_models(
     """Measure models and return what was found; `output`/evaluation.json also keeps earlier parts of the same models.
 
     The full-precision model runs first, then each other, one in memory at a time. Answers are kept as they come: the
-    same command goes on where it was stopped, and what one call has measured the next does not measure again.
+    same command resumes where it was stopped, and what one call has measured the next does not measure again.
 
     Args:
         sources: the models; the first is what the others are compared with.
@@ -57,8 +57,8 @@ def evaluate_models(
     for source, model in others.items():
         if model.config.vocab_size != teacher.config.vocab_size:
             raise UserError(
-                f"{source} has {model.config.vocab_size} words and {reference} {teacher.config.vocab_size}, so one was "
-                "not made from the other; give the right --reference."
+                f"{source} has a vocabulary of {model.config.vocab_size}, {reference} one of "
+                f"{teacher.config.vocab_size}, so neither was made from the other; give the right --reference."
             )
     for measure in measures:
         measure.begin(teacher, list(others.values()))
@@ -68,7 +68,7 @@ def evaluate_models(
             for part, scores in measure.scores(model).items():
                 for metric, score in scores.items():
                     parts[part][metric][name] = score
-        model.let_go()
+        model.release()
     compared = {part: {name: _compared(by) for name, by in metrics.items()} for part, metrics in parts.items()}
     results = {"models": sources, "reference": reference, "parts": compared}
     output.mkdir(parents=True, exist_ok=True)

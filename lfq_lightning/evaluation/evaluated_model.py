@@ -91,7 +91,7 @@ class EvaluatedModel:
         generation = read_generation_config(folder) if own is None else own.generation_config()
         return end_ids(generation, self.config, self.tokenizer)
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         """Free the model."""
         self._model = None
         gc.collect()
@@ -102,7 +102,7 @@ class EvaluatedModel:
         """Return the model's head in fp32, for hidden states that its own final norm has left."""
         linear = self.model.get_output_embeddings()
         if not isinstance(linear, nn.Linear | WideLinear):
-            raise UserError(f"{self.source} has a packed LM head, which is not measured here; leave --packed away.")
+            raise UserError(f"{self.source} has a packed LM head, which is not measured here; omit --packed.")
         terms = FAMILIES[self.config.model_type].logit_terms(self.config.to_dict())
         bias = None if linear.bias is None else linear.bias.float()
         return Head(nn.Identity(), linear.weight.float(), bias, *terms)

@@ -104,7 +104,7 @@ class TaskList:
         """Return what a task's configuration has to say instead for its data to be local."""
         entry = self._manager.task_index[leaf]
         if entry.yaml_path is None:
-            raise UserError(f"--data-dir: {leaf} is a program that fetches its data; leave --data-dir away for it.")
+            raise UserError(f"--data-dir: {leaf} is a program that fetches its data; omit --data-dir for it.")
         assert self.data_dir is not None
         config = load_yaml(entry.yaml_path, resolve_func=False)
         folder = self.data_dir / leaf

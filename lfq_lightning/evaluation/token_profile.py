@@ -76,13 +76,13 @@ class TokenProfile:
         worst = int(given_up.argmax())
         if top_s[worst] == top_t[worst]:
             return
-        words = {"full_precision": int(top_t[worst]), "quantized": int(top_s[worst])}
+        top = {"full_precision": int(top_t[worst]), "quantized": int(top_s[worst])}
         example = {
             "context": token_ids[max(0, worst + 1 - _CONTEXT) : worst + 1].tolist(),
             "position": worst,
-            "top": words,
+            "top": top,
             "probability": {
-                model: {of: float(log_p[worst, word].exp()) for of, word in words.items()}
+                model: {of: float(log_p[worst, token].exp()) for of, token in top.items()}
                 for model, log_p in (("full_precision", teacher), ("quantized", student))
             },
         }

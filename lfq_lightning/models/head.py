@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from lfq_lightning.ops.gram import add_gram
 from lfq_lightning.ops.logit_divergence import soft_cap
 
-_GRAM_WORDS = 2**14  # rows of the head turned to fp32 at once
+_GRAM_ROWS = 2**14  # rows of the head turned to fp32 at once
 
 
 class Head(nn.Module):
@@ -50,8 +50,8 @@ class Head(nn.Module):
         width = self.weight.shape[1]
         gram = torch.zeros(width, width, dtype=sums, device=self.weight.device)
         with torch.no_grad():
-            for words in self.weight.split(_GRAM_WORDS):
-                add_gram(gram, words)
+            for rows in self.weight.split(_GRAM_ROWS):
+                add_gram(gram, rows)
         return gram
 
     def readout(self, hidden: Tensor) -> Tensor:

@@ -15,6 +15,6 @@ def round_to_grid(levels, zero):
 
 
 @triton.jit
-def clip_to_codes(code, most):
-    """Return clip(code, 0, most); NaN stays NaN."""
-    return tl.minimum(tl.maximum(code, 0.0, tl.PropagateNan.ALL), most, tl.PropagateNan.ALL)
+def clip_to_codes(code, max_code):
+    """Return clip(code, 0, max_code); NaN stays NaN."""
+    return tl.minimum(tl.maximum(code, 0.0, tl.PropagateNan.ALL), max_code, tl.PropagateNan.ALL)

@@ -38,7 +38,7 @@ def load(
     model = meta_model(packed.config, packed.path)
     weights: dict[str, Tensor] = {}
     for shard in packed.shards():
-        # a copy in any case: it lets go of the mapped file
+        # a copy in any case: it releases the mapped file
         dense = {name: tensor.to(device, copy=True) for name, tensor in shard.dense.items()}
         for name, quantized in shard.layers.items():
             here = quantized.to(device)

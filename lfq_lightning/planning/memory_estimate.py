@@ -61,7 +61,7 @@ def process_bytes(on_gpu: bool) -> int:
 
 
 def state_bytes(plan: BlockPlan, skeleton: ModelSkeleton) -> int:
-    """Return the size of the file to go on from in the middle of a block."""
+    """Return the size of the file that a run resumes from in the middle of a block."""
     trained = 0
     for index in plan.indices:
         for name, (o, i) in skeleton.linear_shapes(index).items():

@@ -18,7 +18,7 @@ class FP(DenseQuantizer):
     @classmethod
     def check(cls, scheme: QuantScheme, options: dict[str, Any]) -> None:
         if scheme != QuantScheme():
-            raise UserError("quantizer fp: it leaves the weight as it is; leave bits, group_size and symmetric away.")
+            raise UserError("quantizer fp: it leaves the weight as it is; omit bits, group_size and symmetric.")
 
     def export(self) -> Tensor:
         return self.weight

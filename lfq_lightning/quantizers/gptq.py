@@ -90,7 +90,7 @@ class GPTQ(ClosedFormQuantizer):
 
     def solve(self) -> None:
         (rows, columns), size = self.weight.shape, self.scheme.group_of(self.weight.shape[1])
-        diagonal = self.hessian.diagonal().clone()  # no view: the Hessian is let go of below
+        diagonal = self.hessian.diagonal().clone()  # no view: the Hessian is released below
         importance = diagonal if self.scale_by == "diagonal" else None
         order = _order(diagonal, size, self.act_order)
         back = torch.argsort(order)
@@ -145,7 +145,7 @@ class GPTQ(ClosedFormQuantizer):
     def _inverse_factor(self, order: Tensor) -> Tensor:
         """Return the upper Cholesky factor U of the inverse Hessian (I, I), H⁻¹ = UᵀU, in processing order.
 
-        The Hessian is let go of: five matrices of its size are held at once.
+        The Hessian is released: five matrices of its size are held at once.
         """
         hessian = self.hessian[order][:, order]
         del self.hessian

@@ -25,7 +25,7 @@ class NF4(DenseQuantizer):
     def check(cls, scheme: QuantScheme, options: dict[str, Any]) -> None:
         require("bitsandbytes", "quantizer nf4")
         if scheme.num_bits != 4:
-            raise UserError(f"quantizer nf4 has 4 bits, not {scheme.num_bits}; leave bits away.")
+            raise UserError(f"quantizer nf4 has 4 bits, not {scheme.num_bits}; omit bits.")
         if scheme.group_size not in (-1, *_BLOCK_SIZES):
             sizes = ", ".join(map(str, _BLOCK_SIZES))
             raise UserError(f"quantizer nf4: group_size {scheme.group_size} must be one of {sizes}.")

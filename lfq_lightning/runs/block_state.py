@@ -1,4 +1,4 @@
-"""BlockState: where the training of a block stands, in memory and in a file to go on from."""
+"""BlockState: where the training of a block stands, in memory and in a file to resume from."""
 
 import json
 import logging
@@ -97,7 +97,7 @@ class BlockState:
         self.ranks.once(lambda: write_tensors(file, whole, {_FACTS: text, _CHECKSUM: _checksum(whole, text)}))
 
     def load(self, file: Path, trainer: Trainer) -> None:
-        """Go on from a file; its trainer has this block's optimizer already."""
+        """Resume from a file; its trainer has this block's optimizer already."""
         facts, tensors = _read(file)
         self.step, self.checked_step, self.best_step, self.best_loss = (facts[name] for name in _PROGRESS)
         for name, parameter in self._trained():

@@ -1,4 +1,4 @@
-"""EarlierRun: what a run folder holds, for a run that goes on from it or begins with the same blocks."""
+"""EarlierRun: what a run folder holds, for a run that resumes it or begins with the same blocks."""
 
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -24,19 +24,19 @@ class EarlierRun:
 
     Args:
         path: the folder. Raises UserError if it is not one.
-        goes_on: the same run, to be finished: everything must agree. If not, blocks are taken over (`reuse`) as far as
+        resumes: the same run, to be finished: everything must agree. If not, blocks are taken over (`reuse`) as far as
             they agree.
     """
 
-    def __init__(self, path: str | Path, goes_on: bool) -> None:
+    def __init__(self, path: str | Path, resumes: bool) -> None:
         self.path = user_path(path, "reuse")
-        self.goes_on = goes_on
+        self.resumes = resumes
         try:
             self.facts: Facts = unsealed((self.path / FACTS).read_text(encoding="utf-8"))
             lines = (self.path / JOURNAL).read_text(encoding="utf-8").splitlines(keepends=True)
             self._reports = list(self._whole_lines(lines))
         except (OSError, ValueError) as error:
-            cure = "start anew with --overwrite" if goes_on else "give an output of `lfq run`"
+            cure = "start anew with --overwrite" if resumes else "give an output of `lfq run`"
             raise UserError(f"{self._named} is not the folder of a run, or is damaged ({error}); {cure}.") from error
 
     def _whole_lines(self, lines: list[str]) -> Iterator[dict[str, Any]]:
@@ -45,7 +45,7 @@ class EarlierRun:
             try:
                 yield unsealed(line)
             except ValueError:
-                if not self.goes_on and line.endswith("\n"):
+                if not self.resumes and line.endswith("\n"):
                     raise
                 return
 
@@ -65,7 +65,7 @@ class EarlierRun:
 
     def check(self, facts: Facts) -> None:
         """Raise UserError naming the first of `facts` in which that run differs from this one."""
-        for kind in facts if self.goes_on else ("shared",):
+        for kind in facts if self.resumes else ("shared",):
             then, now = self.facts.get(kind, {}), facts[kind]
             for name in [*now, *(name for name in then if name not in now)]:
                 if then.get(name) != now.get(name):
@@ -77,7 +77,7 @@ class EarlierRun:
     def report(self, number: int, fingerprint: str) -> dict[str, Any] | None:
         """Return the journal's line of the run's block `number`, if it was finished with that fingerprint.
 
-        Raises UserError if a run to be gone on with has another fingerprint: its model has changed since.
+        Raises UserError if a run to be resumed has another fingerprint: its model has changed since.
         """
         if number >= len(self._reports):
             return None
@@ -88,7 +88,7 @@ class EarlierRun:
             )
         if self._reports[number]["fingerprint"] == fingerprint:
             return self._reports[number]
-        if self.goes_on:
+        if self.resumes:
             raise UserError(f"{self._named} was made with other weights in block {number}; {self._cure}")
         return None
 
@@ -110,12 +110,12 @@ class EarlierRun:
 
     @property
     def _named(self) -> str:
-        return f"output: the unfinished run in {self.path}" if self.goes_on else f"reuse: {self.path}"
+        return f"output: the unfinished run in {self.path}" if self.resumes else f"reuse: {self.path}"
 
     @property
     def _cure(self) -> str:
-        if self.goes_on:
-            return "make it equal to go on, or give another folder, or start anew with --overwrite."
+        if self.resumes:
+            return "make it equal to resume, or give another folder, or start anew with --overwrite."
         return "make it equal, or calibrate from the start."
 
 
@@ -124,7 +124,7 @@ def begun_precision(output: str, overwrite: bool, reuse: str | None) -> str | No
     resumed = RunFolder(output, 0, overwrite).unfinished
     if not resumed and reuse is None:
         return None
-    earlier = EarlierRun(output, goes_on=True) if resumed else EarlierRun(str(reuse), goes_on=False)
+    earlier = EarlierRun(output, resumes=True) if resumed else EarlierRun(str(reuse), resumes=False)
     return earlier.facts.get("shared", {}).get("trainer.precision")
 
 

@@ -1,4 +1,4 @@
-"""Fingerprints: what results depend on. A run goes on from a folder, or takes blocks over, only if they agree."""
+"""Fingerprints: what results depend on. A run resumes a folder, or takes blocks over, only if they agree."""
 
 import hashlib
 from dataclasses import replace

@@ -31,7 +31,7 @@ def open_run(
     resolved_config: str | None,
     meter: Meter,
 ) -> OpenedRun:
-    """Make the run's tokens and open its folder; of an unfinished run there, go on with what it has.
+    """Make the run's tokens and open its folder; an unfinished run there is resumed.
 
     Raises UserError if that run, or the one to be reused, differs in what its results depend on.
     """
@@ -40,7 +40,7 @@ def open_run(
     expensive = data.generated
     own = own_facts(plans, data, checkpoint)
     if resumes:
-        begun = EarlierRun(folder.path, goes_on=True)
+        begun = EarlierRun(folder.path, resumes=True)
         begun.check_version()
         begun.check({"own": own})
         sources = [begun, reused]
@@ -54,7 +54,7 @@ def open_run(
     if resumes:
         # all but the last block: with it comes what is measured of the whole model
         folder.reopen(len(plans) - 1, resolved_config)
-        sources[0] = begun = EarlierRun(folder.path, goes_on=True)
+        sources[0] = begun = EarlierRun(folder.path, resumes=True)
         meter.add(begun.spent)
     else:
         folder.open(resolved_config, facts, tokens if expensive else None, vars(meter.now()))

@@ -52,7 +52,7 @@ def prepare(
         check_small_files(checkpoint)
         twice = any(plan.stage.replaces_shards for plan in plans)  # then shards are written beside the first ones
         folder.check((1 + twice) * output_bytes(skeleton, plans))
-    reused = EarlierRun(reuse, goes_on=False) if reuse else None
+    reused = EarlierRun(reuse, resumes=False) if reuse else None
     if reused is not None and reused.path.resolve() == folder.path.resolve():
         raise UserError("reuse: it is the output itself; give another output.")
     if launched_rank() == 0:

@@ -1,4 +1,4 @@
-"""RunFolder: what a run leaves on disk. Nothing half-done looks finished, and what is done can be gone on from."""
+"""RunFolder: what a run leaves on disk. Nothing half-done looks finished, and a run can be resumed."""
 
 import errno
 import fnmatch
@@ -167,8 +167,8 @@ class RunFolder:
 
         Args:
             resolved_config: YAML text to keep.
-            facts: what a run must agree in to go on from here; written last.
-            tokens: the calibration data, where making it again is dear.
+            facts: what a run must agree in to be resumed here; written last.
+            tokens: the calibration data, where making it again is expensive.
             spent: what making it has taken.
         """
         # Config first: what is left is no model then. The journal last: until then the folder is known as a run's.
@@ -191,7 +191,7 @@ class RunFolder:
         self.write_json(VERSIONS, {name: found for name in _VERSIONS if (found := _version(name))})
 
     def reopen(self, blocks: int, resolved_config: str | None) -> None:
-        """Keep of the journal what can be gone on from: its whole lines, up to the first whose shard is not intact.
+        """Keep of the journal what a run can resume from: its whole lines, up to the first whose shard is not intact.
 
         Args:
             blocks: how many at most.
@@ -203,7 +203,7 @@ class RunFolder:
         for line in text.splitlines(keepends=True)[:blocks]:
             broken = self._broken(line)
             if broken is not None:
-                log.warning("%s: %s; going on from there", self.path, broken)
+                log.warning("%s: %s; resuming from there", self.path, broken)
                 break
             kept.append(line)
         if len(kept) < len(text.splitlines()):
@@ -282,7 +282,7 @@ class RunFolder:
             for written in self.path.glob(f"*{_AGAIN}"):
                 written.replace(written.with_suffix(""))
         self.write_text(CONFIG, text)
-        for left in (self.path / STATE, self.path / TOKENS):  # last: they are what to go on from
+        for left in (self.path / STATE, self.path / TOKENS):  # last: they are what a run resumes from
             left.unlink(missing_ok=True)
 
     def _write_small_files(self, checkpoint: Checkpoint, config: str) -> None:

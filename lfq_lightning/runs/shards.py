@@ -58,7 +58,7 @@ class Shards:
 
     def shipped(self, plan: BlockPlan) -> tuple[dict[str, Tensor], dict[str, QuantizedTensor]]:
         """Return the weights that this run has shipped of a block, and the codes of its planned layers."""
-        stored = dict(ChainMap(*self._read(EarlierRun(self.folder.path, goes_on=True), plan).values()))
+        stored = dict(ChainMap(*self._read(EarlierRun(self.folder.path, resumes=True), plan).values()))
         codes = {name: self.format.unpack(name, stored, self.schemes[name]) for name in plan.layers}
         return self.format.dequantize(stored, self.schemes), codes
 
@@ -73,8 +73,8 @@ class Shards:
             block = bench.skeleton.block(plan.indices).to(bench.device)
             found = block_fingerprint(fingerprint, plan, block.tensors())
             report = earlier.report(plan.index, found)
-            if report is None and plan.index == 0 and not earlier.goes_on:
-                raise UserError(f"reuse: {earlier.path} did not begin with this model and plan; leave reuse away.")
+            if report is None and plan.index == 0 and not earlier.resumes:
+                raise UserError(f"reuse: {earlier.path} did not begin with this model and plan; omit reuse.")
             if report is None:
                 return plan.index, fingerprint
             shards = self._read(earlier, plan)
@@ -83,11 +83,11 @@ class Shards:
             with bench.forward_only():
                 bench.pass_by(block, self.format.dequantize(stored, schemes))
             for (number, tensors), digest in zip(shards.items(), report["shards"].values(), strict=True):
-                if earlier.goes_on:
+                if earlier.resumes:
                     self.folder.note_shard(number, tensors, digest)
                 else:
                     self._write(number, tensors)
-            if not earlier.goes_on:
+            if not earlier.resumes:
                 line = report | {"shards": self.folder.checksums(shards), "spent": vars(meter.now())}
                 self.ranks.once(partial(self.folder.append_journal, line))
             self.schemes |= schemes

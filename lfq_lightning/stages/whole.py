@@ -24,7 +24,7 @@ class Whole(LaterStage):
     def check(self, rule: Rule, layer: LayerPlan) -> None:
         if isinstance(rule.quantizer, dict) and _KNOWN_THEN & set(rule.quantizer):
             raise UserError(
-                "match whole goes on from the codes and grids that are there; leave bits, group_size, "
+                "match whole starts from the codes and grids that are there; leave bits, group_size, "
                 "symmetric and init to the other rules."
             )
         if layer.learned is None or layer.learned.cls.learns_positions:

@@ -85,7 +85,7 @@ def runs(tmp_path_factory, llama, text_file):
     wanted.append(("bf16", NEAREST, {"precision": "bf16-mixed"}))
     for name, plan, trainer in wanted:
         commands.append((name, command(name, plan, trainer, folder / "two" / name)))
-    # stopped in the middle of block 1, with one and with two ranks, and gone on with the other number
+    # stopped in the middle of block 1, with one and with two ranks, and resumed with the other number
     flexround = LEARNED["flexround"]
     stopped = {"max_steps": 6}
     one = command("", flexround, stopped, folder / "two" / "begun by one")

@@ -204,7 +204,7 @@ def test_mistakes_cost_one_sentence(packed, capsys, tmp_path, text_file):
     assert "--seq-len: 999 must be 2 … 64" in fails(
         capsys, "eval", folder, "--text", str(text_file), "--seq-len", "999"
     )
-    assert "has 300 words" in fails(capsys, "eval", folder, "--reference", other)
+    assert "has a vocabulary of 300" in fails(capsys, "eval", folder, "--reference", other)
     assert "--prompts" in fails(capsys, "eval", folder, "--prompts", str(tmp_path / "none.txt"))
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"text": "no prompt"}\n')

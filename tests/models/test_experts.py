@@ -138,7 +138,7 @@ def test_work_counts_the_tokens_an_expert_sees(mixture):
 def test_correction_of_experts_is_refused(tmp_path, config, capsys):
     model = save_tiny(tmp_path / "model", "qwen3_moe")
     path = config(model={"checkpoint": str(model)}, plan=[{"match": "all", "quantizer": {**GPTQ, "correct": 0.5}}])
-    assert "leave `correct` away for experts" in fails(capsys, "run", "--config", str(path))
+    assert "omit `correct` for experts" in fails(capsys, "run", "--config", str(path))
 
 
 def test_vllm_wants_one_scheme_for_all_experts(mixture):

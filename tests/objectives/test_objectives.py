@@ -139,7 +139,7 @@ def test_sizes_of_chunks_do_not_change_value_or_gradient(objective, monkeypatch)
         monkeypatch.setattr(linear_soft_ce, "_TILE_TOKENS", tokens)
         monkeypatch.setattr(linear_soft_ce, "_TILE_LOGITS", tokens * words)
         monkeypatch.setattr(logit_divergence, "_CHUNK_LOGITS", tokens * 101)
-        monkeypatch.setattr("lfq_lightning.models.head._GRAM_WORDS", words)
+        monkeypatch.setattr("lfq_lightning.models.head._GRAM_ROWS", words)
         for value, expected in zip(run(), whole, strict=True):
             assert torch.allclose(value, expected, rtol=1e-4, atol=1e-6)
 

@@ -82,7 +82,7 @@ def cases() -> Iterator[Case]:
         for k in (32, 128, 4096):
             rows, columns = fake_quant.tile_of(k)
             tile = {"ROWS": rows, "COLUMNS": columns}
-            sizes = {"R": "i32", "K": "i32", "G": "i32", "most": "i32"}
+            sizes = {"R": "i32", "K": "i32", "G": "i32", "max_code": "i32"}
             warps = fake_quant.WARPS
             for out in ("bf16", "u8"):
                 forward = {**pointers, "out": f"*{out}", **sizes, **flags, "CODES": out == "u8", **tile}
@@ -93,7 +93,7 @@ def cases() -> Iterator[Case]:
             backward = {**pointers, **given, **sizes, **flags, **tile}
             yield Case(f"fake_quant backward {kind} {k}", fake_quant.backward_kernel, _spread(backward), warps)
     for k in (32, 128, 4096):
-        tensors, sizes = {"position scale low zero": "*fp32"}, {"R K": "i32", "sharpness": "fp32", "most": "i32"}
+        tensors, sizes = {"position scale low zero": "*fp32"}, {"R K": "i32", "sharpness": "fp32", "max_code": "i32"}
         rows, columns = fake_quant.tile_of(k)
         forward = {**tensors, "out": "*bf16", **sizes, "ROWS": rows, "COLUMNS": columns}
         yield Case(f"soft_round {k}", soft_round.forward_kernel, _spread(forward), fake_quant.WARPS)
@@ -101,13 +101,13 @@ def cases() -> Iterator[Case]:
         given = {**tensors, "grad": "*bf16", "by_position by_scale": "*fp32", **sizes}
         backward = {**given, "ROWS": rows, "COLUMNS": columns}
         yield Case(f"soft_round backward {k}", soft_round.backward_kernel, _spread(backward), fake_quant.WARPS)
-    for width in (1024, linear_soft_ce.CHUNK_WORDS):
+    for width in (1024, linear_soft_ce.CHUNK_VOCABULARY):
         for p in ("bf16", "fp32"):
-            given = {"logits": "*fp32", "p": f"*{p}", "peak total shrink": "*fp32", "words": "i32", "WIDTH": width}
+            given = {"logits": "*fp32", "p": f"*{p}", "peak total shrink": "*fp32", "vocabulary": "i32", "WIDTH": width}
             warps = linear_soft_ce.warps_of(width)
             yield Case(f"soften {width} {p}", linear_soft_ce.soften_kernel, _spread(given), warps)
     for width in (16, gptq_solve.SPAN):
-        tensors = {"work factor scale zero codes latent errors": "*fp32", "columns rows most": "i32"}
+        tensors = {"work factor scale zero codes latent errors": "*fp32", "columns rows max_code": "i32"}
         given = {**tensors, "WIDTH": width, "ROWS": gptq_solve.ROWS}
         yield Case(f"gptq {width}", gptq_solve.round_span_kernel, _spread(given), gptq_solve.WARPS)
     for bits in range(2, 9):
@@ -167,7 +167,7 @@ def compile_case(index: int, architecture: int) -> Compiled:
     aligned = {
         (place,): [["tt.divisibility", 16]]
         for place, (name, kind) in enumerate(signature.items())
-        if kind.startswith("*") or name in ("K", "N", "rows", "words")
+        if kind.startswith("*") or name in ("K", "N", "rows", "vocabulary")
     }
     source = ASTSource(case.kernel, signature, constexprs=constants, attrs=aligned)
     target = GPUTarget("cuda", architecture, 32)

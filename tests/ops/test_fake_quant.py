@@ -45,20 +45,22 @@ def leaves(terms: LevelTerms, scale: Tensor, zero: Tensor, dtype: torch.dtype) -
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("most", [3, 7, 255])
+@pytest.mark.parametrize("max_code", [3, 7, 255])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_values_and_gradients(kind: str, shape: tuple[int, int, int], most: int, kernel_device: torch.device) -> None:
+def test_values_and_gradients(
+    kind: str, shape: tuple[int, int, int], max_code: int, kernel_device: torch.device
+) -> None:
     made = terms_of(kind, shape, kernel_device)
     exact, exact_leaves = leaves(*made, torch.float64)
     levels = reference.level_tensor(exact, exact_leaves["scale"])
-    wanted = reference.fake_quantize(levels, exact_leaves["scale"], exact_leaves["zero"], most)
+    wanted = reference.fake_quantize(levels, exact_leaves["scale"], exact_leaves["zero"], max_code)
     sure = ((levels - levels.floor() - 0.5).abs() > EDGE).detach()
     grad = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(kernel_device) * sure
     wanted.backward(grad.double())
 
     terms, own = leaves(*made, torch.float32)
-    found = triton_kernel.fake_quantize(terms, own["scale"], own["zero"], most)
+    found = triton_kernel.fake_quantize(terms, own["scale"], own["zero"], max_code)
     found.backward(grad)
 
     assert sure.float().mean() > 0.9
@@ -70,7 +72,7 @@ def test_values_and_gradients(kind: str, shape: tuple[int, int, int], most: int,
         torch.testing.assert_close(
             leaf.grad.double(), expected, rtol=1e-5, atol=1e-6 * size, msg=lambda text, name=name: f"{name}: {text}"
         )
-    codes = triton_kernel.codes(terms, own["scale"], own["zero"], most)
+    codes = triton_kernel.codes(terms, own["scale"], own["zero"], max_code)
     again = (codes.float() - own["zero"]) * own["scale"]
     assert torch.equal(again, found), "what ships is what was trained"
 

@@ -20,18 +20,18 @@ def problem(columns: int, rows: int, device: torch.device) -> tuple[torch.Tensor
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("most", [3, 15])
+@pytest.mark.parametrize("max_code", [3, 15])
 @pytest.mark.parametrize(("columns", "rows"), [(1, 1), (63, 100), (100, 63), (128, 33), (16, 1000)])
-def test_span(columns: int, rows: int, most: int, kernel_device: torch.device) -> None:
+def test_span(columns: int, rows: int, max_code: int, kernel_device: torch.device) -> None:
     work, factor, scale, zero = problem(columns, rows, kernel_device)
     found = [torch.empty_like(work) for _ in range(3)]
-    kernel.round_span(work, factor, scale, zero, most, *found)
+    kernel.round_span(work, factor, scale, zero, max_code, *found)
     codes, latent, errors = (t.double() for t in found)
     w = work.double()
     for j in range(columns):  # on the kernel's own codes: a half that rounds the other way would change all after it
         torch.testing.assert_close(latent[j], w[j], rtol=1e-4, atol=1e-4)
         level = w[j] / scale[j].double()
-        nearest = (level + zero[j]).round().clamp(0, most)
+        nearest = (level + zero[j]).round().clamp(0, max_code)
         tie = (level - level.floor() - 0.5).abs() < 1e-3
         assert torch.equal(codes[j][~tie], nearest[~tie])
         error = (w[j] - (codes[j] - zero[j].double()) * scale[j].double()) / factor[j, j].double()

@@ -99,7 +99,7 @@ def test_kl_is_zero_at_a_perfect_match():
 @pytest.mark.parametrize(("tokens", "width", "vocabulary"), [*SHAPES[:3], (100, 63, 1025)])
 def test_kernel(tokens, width, vocabulary, words, kernel_device, monkeypatch):
     kernel = pytest.importorskip("lfq_lightning.ops.linear_soft_ce.triton")
-    monkeypatch.setattr(kernel, "CHUNK_WORDS", words)
+    monkeypatch.setattr(kernel, "CHUNK_VOCABULARY", words)
     monkeypatch.setattr(kernel, "_CHUNK_LOGITS", 50 * words)  # several chunks of tokens too
     hidden, _, weight = (t.to(kernel_device) for t in sample(tokens, width, vocabulary))
     logits = hidden.double() @ weight.double().T

@@ -11,16 +11,16 @@ kernel = pytest.importorskip("lfq_lightning.ops.soft_round.triton")
 SHAPES = [(3, 1, 63), (5, 2, 100), (1, 1, 4097), (7, 3, 32), (2, 3, 96)]
 
 
-def problem(shape: tuple[int, int, int], most: int, device: torch.device) -> list[Tensor]:
+def problem(shape: tuple[int, int, int], max_code: int, device: torch.device) -> list[Tensor]:
     seed = torch.Generator().manual_seed(shape[0])
-    position, low = torch.randn(shape, generator=seed), torch.randint(-1, most + 1, shape, generator=seed).float()
+    position, low = torch.randn(shape, generator=seed), torch.randint(-1, max_code + 1, shape, generator=seed).float()
     scale = torch.randn(*shape[:2], 1, generator=seed)
-    zero = torch.randint(0, most + 1, (*shape[:2], 1), generator=seed).float()
+    zero = torch.randint(0, max_code + 1, (*shape[:2], 1), generator=seed).float()
     return [t.to(device) for t in (position, scale, low, zero)]
 
 
-def formula(position: Tensor, scale: Tensor, low: Tensor, zero: Tensor, sharpness: float, most: int) -> Tensor:
-    return ((low + (position * sharpness).sigmoid()).clamp(0, most) - zero) * scale
+def formula(position: Tensor, scale: Tensor, low: Tensor, zero: Tensor, sharpness: float, max_code: int) -> Tensor:
+    return ((low + (position * sharpness).sigmoid()).clamp(0, max_code) - zero) * scale
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # the interpreter's sigmoid far below 0

@@ -214,7 +214,7 @@ def test_a_run_of_another_version_is_refused(left, llama, text_file):
     facts = unsealed((left / "facts.json").read_text())
     facts["shared"]["version of lfq-lightning"] = "0.1.0"
     (left / "facts.json").write_text(json.dumps(sealed(facts)))
-    with pytest.raises(UserError, match=r"was begun by lfq_lightning 0\.1\.0, and this is .*; finish it with that version"):
+    with pytest.raises(UserError, match=r"was begun by lfq_lightning 0\.1\.0, and this is .*; finish it with"):
         calibrate(llama, text_file, left)
 
 

@@ -9,8 +9,8 @@ from lfq_lightning.ops.path import runs_triton
 __all__ = ["LevelTerms", "codes", "fake_quantize"]
 
 
-def fake_quantize(levels: Tensor | LevelTerms, scale: Tensor, zero: Tensor, most: int) -> Tensor:
-    """Return (clip(round(levels) + zero, 0, most) - zero)·scale; straight through the round, nothing through the clip.
+def fake_quantize(levels: Tensor | LevelTerms, scale: Tensor, zero: Tensor, max_code: int) -> Tensor:
+    """Return (clip(round(levels) + zero, 0, max_code) - zero)·scale; straight through the round, not the clip.
 
     fp32 (O, G, K); terms on a GPU come in the autocast dtype if autocast is on, into which they would be cast next.
 
@@ -18,22 +18,22 @@ def fake_quantize(levels: Tensor | LevelTerms, scale: Tensor, zero: Tensor, most
         levels: (O, G, K), weights in units of the scale; or the terms they are the sum of.
         scale: (O, G, 1).
         zero: (O, G, 1), whole numbers.
-        most: the largest code.
+        max_code: the largest code.
     """
     if isinstance(levels, LevelTerms) and runs_triton(scale.device):
         from lfq_lightning.ops.fake_quant import triton
 
-        return triton.fake_quantize(levels, scale, zero, most)
-    return reference.fake_quantize(_tensor(levels, scale), scale, zero, most)
+        return triton.fake_quantize(levels, scale, zero, max_code)
+    return reference.fake_quantize(_tensor(levels, scale), scale, zero, max_code)
 
 
-def codes(levels: Tensor | LevelTerms, scale: Tensor, zero: Tensor, most: int) -> Tensor:
+def codes(levels: Tensor | LevelTerms, scale: Tensor, zero: Tensor, max_code: int) -> Tensor:
     """Return the codes of what `fake_quantize` returns: uint8 (O, G, K)."""
     if isinstance(levels, LevelTerms) and runs_triton(scale.device):
         from lfq_lightning.ops.fake_quant import triton
 
-        return triton.codes(levels, scale, zero, most)
-    return reference.codes(_tensor(levels, scale), zero, most)
+        return triton.codes(levels, scale, zero, max_code)
+    return reference.codes(_tensor(levels, scale), zero, max_code)
 
 
 def _tensor(levels: Tensor | LevelTerms, scale: Tensor) -> Tensor:

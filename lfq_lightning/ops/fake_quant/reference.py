@@ -8,21 +8,21 @@ from torch import Tensor
 from lfq_lightning.ops.fake_quant.level_terms import LevelTerms
 
 
-def fake_quantize(levels: Tensor, scale: Tensor, zero: Tensor, most: int) -> Tensor:
-    """Return (clip(round(levels) + zero, 0, most) - zero)·scale; straight through the round, nothing through the clip.
+def fake_quantize(levels: Tensor, scale: Tensor, zero: Tensor, max_code: int) -> Tensor:
+    """Return (clip(round(levels) + zero, 0, max_code) - zero)·scale; straight through the round, not the clip.
 
     Args:
         levels: (O, G, K), weights in units of the scale.
         scale: (O, G, 1).
         zero: (O, G, 1), whole numbers.
-        most: the largest code.
+        max_code: the largest code.
     """
-    return _FakeQuantize.apply(levels, scale, zero, most)
+    return _FakeQuantize.apply(levels, scale, zero, max_code)
 
 
-def codes(levels: Tensor, zero: Tensor, most: int) -> Tensor:
-    """Return clip(round(levels) + zero, 0, most), uint8 (O, G, K): the codes of what `fake_quantize` returns."""
-    return levels.round().add_(zero).clamp_(0, most).to(torch.uint8)
+def codes(levels: Tensor, zero: Tensor, max_code: int) -> Tensor:
+    """Return clip(round(levels) + zero, 0, max_code), uint8 (O, G, K): the codes of what `fake_quantize` returns."""
+    return levels.round().add_(zero).clamp_(0, max_code).to(torch.uint8)
 
 
 def level_tensor(terms: LevelTerms, scale: Tensor) -> Tensor:
@@ -40,10 +40,10 @@ def level_tensor(terms: LevelTerms, scale: Tensor) -> Tensor:
 
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, levels: Tensor, scale: Tensor, zero: Tensor, most: int) -> Tensor:
+    def forward(ctx, levels: Tensor, scale: Tensor, zero: Tensor, max_code: int) -> Tensor:
         rounded = levels.round().add_(zero)
-        inside = (rounded >= 0) & (rounded <= most)
-        steps = rounded.clamp_(0, most).sub_(zero)
+        inside = (rounded >= 0) & (rounded <= max_code)
+        steps = rounded.clamp_(0, max_code).sub_(zero)
         ctx.save_for_backward(steps, inside, scale)
         return steps * scale
 

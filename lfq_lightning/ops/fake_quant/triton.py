@@ -18,16 +18,16 @@ _TILE = 2048  # weights a program holds at once; half of it backward, which keep
 WARPS = 4
 
 
-def fake_quantize(terms: LevelTerms, scale: Tensor, zero: Tensor, most: int) -> Tensor:
+def fake_quantize(terms: LevelTerms, scale: Tensor, zero: Tensor, max_code: int) -> Tensor:
     """The reference's `fake_quantize(level_tensor(terms, scale), …)`, in the autocast dtype if autocast is on."""
     device = scale.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
-    return _fake_quant(*_arguments(terms, scale, zero), most, dtype)
+    return _fake_quant(*_arguments(terms, scale, zero), max_code, dtype)
 
 
-def codes(terms: LevelTerms, scale: Tensor, zero: Tensor, most: int) -> Tensor:
+def codes(terms: LevelTerms, scale: Tensor, zero: Tensor, max_code: int) -> Tensor:
     """Return the codes of what `fake_quantize` returns, uint8 (O, G, K), by the same arithmetic."""
-    return _fake_quant(*_arguments(terms, scale, zero), most, torch.uint8)
+    return _fake_quant(*_arguments(terms, scale, zero), max_code, torch.uint8)
 
 
 def _arguments(t: LevelTerms, scale: Tensor, zero: Tensor) -> tuple[Tensor | None, ...]:
@@ -44,7 +44,7 @@ def _fake_quant(
     offset: Optional[Tensor],  # noqa: UP045
     shift: Optional[Tensor],  # noqa: UP045
     unit: Optional[Tensor],  # noqa: UP045
-    most: int,
+    max_code: int,
     dtype: torch.dtype,
 ) -> Tensor:
     (o, g, k), out = latent.shape, torch.empty(latent.shape, dtype=dtype, device=latent.device)
@@ -52,14 +52,14 @@ def _fake_quant(
     given = [_contiguous(t) for t in (latent, scale, zero, log_divisor, row_log_divisor, offset, shift, unit)]
     grid = (triton.cdiv(o * g, rows), triton.cdiv(k, columns))
     flags = _flags(log_divisor, offset, shift) | {"CODES": dtype == torch.uint8}
-    sizes = (o * g, k, g, most)
+    sizes = (o * g, k, g, max_code)
     tile = {"ROWS": rows, "COLUMNS": columns}
     launch(forward_kernel, grid, latent.device, *given, out, *sizes, **flags, **tile, num_warps=WARPS)
     return out
 
 
 @_fake_quant.register_fake
-def _(latent, scale, zero, log_divisor, row_log_divisor, offset, shift, unit, most, dtype):
+def _(latent, scale, zero, log_divisor, row_log_divisor, offset, shift, unit, max_code, dtype):
     return torch.empty(latent.shape, dtype=dtype, device=latent.device)
 
 
@@ -74,7 +74,7 @@ def _backward(
     offset: Optional[Tensor],  # noqa: UP045
     shift: Optional[Tensor],  # noqa: UP045
     unit: Optional[Tensor],  # noqa: UP045
-    most: int,
+    max_code: int,
 ) -> list[Tensor]:
     """Return the gradients of scale, zero, the logs of each group, log_divisor, offset and shift; empty if absent."""
     (o, g, k), (rows, columns) = latent.shape, tile_of(latent.shape[2], backward=True)
@@ -87,7 +87,7 @@ def _backward(
         *given,
         grad.contiguous(),
         *(by_scale, by_zero, by_group, *whole),
-        *(o * g, k, g, most),
+        *(o * g, k, g, max_code),
         **_flags(log_divisor, offset, shift),
         ROWS=rows,
         COLUMNS=columns,
@@ -97,7 +97,7 @@ def _backward(
 
 
 @_backward.register_fake
-def _(grad, latent, scale, zero, log_divisor, row_log_divisor, offset, shift, unit, most):
+def _(grad, latent, scale, zero, log_divisor, row_log_divisor, offset, shift, unit, max_code):
     return _gradients(latent, scale, log_divisor, offset, shift)
 
 
@@ -109,14 +109,14 @@ def _gradients(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, most, _ = inputs
+    *tensors, max_code, _ = inputs
     ctx.save_for_backward(*tensors)
-    ctx.most = most
+    ctx.max_code = max_code
 
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     _, _, _, log_divisor, _, offset, shift, _ = saved = ctx.saved_tensors
-    by_scale, by_zero, by_group, by_log, by_offset, by_shift = _backward(grad, *saved, ctx.most)
+    by_scale, by_zero, by_group, by_log, by_offset, by_shift = _backward(grad, *saved, ctx.max_code)
     has_log = log_divisor is not None
     return (
         None,
@@ -173,7 +173,7 @@ def _scaled(latent, log_divisor, shift, at, inside, s, row_log, u, DIVIDES: tl.c
 
 @triton.jit
 def forward_kernel(
-    latent, scale, zero, log_divisor, row_log_divisor, offset, shift, unit, out, R, K, G, most,
+    latent, scale, zero, log_divisor, row_log_divisor, offset, shift, unit, out, R, K, G, max_code,
     DIVIDES: tl.constexpr, OFFSETS: tl.constexpr, SHIFTS: tl.constexpr, CODES: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -186,7 +186,7 @@ def forward_kernel(
     levels = _scaled(latent, log_divisor, shift, at, inside, s, row_log, u, DIVIDES, SHIFTS)
     if OFFSETS:
         levels += tl.minimum(tl.maximum(tl.load(offset + at, mask=inside, other=0.0), -0.5), 0.5)
-    code = clip_to_codes(round_to_grid(levels, z), most)
+    code = clip_to_codes(round_to_grid(levels, z), max_code)
     value = code if CODES else (code - z) * s
     tl.store(out + at, value.to(out.dtype.element_ty), mask=inside)
 
@@ -194,7 +194,7 @@ def forward_kernel(
 @triton.jit
 def backward_kernel(
     latent, scale, zero, log_divisor, row_log_divisor, offset, shift, unit, grad,
-    by_scale, by_zero, by_group, by_log, by_offset, by_shift, R, K, G, most,
+    by_scale, by_zero, by_group, by_log, by_offset, by_shift, R, K, G, max_code,
     DIVIDES: tl.constexpr, OFFSETS: tl.constexpr, SHIFTS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -214,8 +214,8 @@ def backward_kernel(
             raw = tl.load(offset + at, mask=inside, other=0.0)
             levels += tl.minimum(tl.maximum(raw, -0.5), 0.5)
         code = round_to_grid(levels, z)
-        held = (code >= 0.0) & (code <= most)
-        step = clip_to_codes(code, most) - z
+        held = (code >= 0.0) & (code <= max_code)
+        step = clip_to_codes(code, max_code) - z
         g = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
         through = tl.where(held, g * s, 0.0)
         steps_sum += tl.sum(g * step, 1, keep_dims=True)

@@ -6,7 +6,14 @@ SPAN = 16  # columns rounded one after the other before a matrix product carries
 
 
 def round_span(
-    work: Tensor, factor: Tensor, scale: Tensor, zero: Tensor, most: int, codes: Tensor, latent: Tensor, errors: Tensor
+    work: Tensor,
+    factor: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    max_code: int,
+    codes: Tensor,
+    latent: Tensor,
+    errors: Tensor,
 ) -> None:
     """Round a span of columns; each column's error goes into those after it. Writes codes, latent and errors.
 
@@ -17,13 +24,13 @@ def round_span(
         factor: the span's part of the Cholesky factor of the inverse Hessian.
         scale: of each weight.
         zero: of each weight.
-        most: the largest code.
+        max_code: the largest code.
         codes: as whole numbers.
         latent: what each weight was just before it was rounded.
         errors: each weight's rounding error, over the factor's diagonal.
     """
     for j in range(len(work)):
         latent[j] = work[j]
-        codes[j] = (work[j] / scale[j]).round_().add_(zero[j]).clamp_(0, most)
+        codes[j] = (work[j] / scale[j]).round_().add_(zero[j]).clamp_(0, max_code)
         errors[j] = (work[j] - (codes[j] - zero[j]) * scale[j]) / factor[j, j]
         work[j + 1 :].addr_(factor[j, j + 1 :], errors[j], alpha=-1)

@@ -8,7 +8,14 @@ from lfq_lightning.ops.path import runs_triton
 
 
 def round_columns(
-    work: Tensor, factor: Tensor, scale: Tensor, zero: Tensor, most: int, codes: Tensor, latent: Tensor, errors: Tensor
+    work: Tensor,
+    factor: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    max_code: int,
+    codes: Tensor,
+    latent: Tensor,
+    errors: Tensor,
 ) -> None:
     """Write codes, latent and errors (C, O) fp32 of all columns of `work`; `reference.round_span` has the arguments.
 
@@ -28,7 +35,7 @@ def round_columns(
             round_span(middle, high)
             return
         span = slice(low, high)
-        grid, results = (scale[span], zero[span], most), (codes[span], latent[span], errors[span])
+        grid, results = (scale[span], zero[span], max_code), (codes[span], latent[span], errors[span])
         inner_loop(work[span], factor[span, span], *grid, *results)
 
     with torch.autocast(work.device.type, enabled=False):

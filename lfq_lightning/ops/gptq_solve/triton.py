@@ -20,7 +20,14 @@ WARPS = 1
 
 @torch.library.custom_op("lfq::gptq_round_span", mutates_args=("codes", "latent", "errors"))
 def round_span(
-    work: Tensor, factor: Tensor, scale: Tensor, zero: Tensor, most: int, codes: Tensor, latent: Tensor, errors: Tensor
+    work: Tensor,
+    factor: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    max_code: int,
+    codes: Tensor,
+    latent: Tensor,
+    errors: Tensor,
 ) -> None:
     """The reference's `round_span`, for at most SPAN columns; leaves `work` as it is."""
     columns, rows = work.shape
@@ -30,7 +37,7 @@ def round_span(
         (triton.cdiv(rows, ROWS),),
         work.device,
         *(t.contiguous() for t in (work, factor, scale, zero)),
-        *(codes, latent, errors, columns, rows, most),
+        *(codes, latent, errors, columns, rows, max_code),
         WIDTH=triton.next_power_of_2(columns),
         ROWS=ROWS,
         num_warps=WARPS,
@@ -38,13 +45,13 @@ def round_span(
 
 
 @round_span.register_fake
-def _(work, factor, scale, zero, most, codes, latent, errors):
+def _(work, factor, scale, zero, max_code, codes, latent, errors):
     return None
 
 
 @triton.jit
 def round_span_kernel(
-    work, factor, scale, zero, codes, latent, errors, columns, rows, most, WIDTH: tl.constexpr, ROWS: tl.constexpr
+    work, factor, scale, zero, codes, latent, errors, columns, rows, max_code, WIDTH: tl.constexpr, ROWS: tl.constexpr
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, WIDTH)
@@ -56,7 +63,7 @@ def round_span_kernel(
         one = tl.sum(tl.where(column[:, None] == j, w, 0.0), 0)
         s = tl.load(scale + now, mask=real, other=1.0)
         z = tl.load(zero + now, mask=real, other=0.0)
-        code = clip_to_codes(round_to_grid(tl.div_rn(one, s), z), most)
+        code = clip_to_codes(round_to_grid(tl.div_rn(one, s), z), max_code)
         error = tl.div_rn(one - (code - z) * s, tl.load(factor + j * columns + j))
         spread = tl.load(factor + j * columns + column, mask=(column > j) & (column < columns), other=0.0)
         w -= spread[:, None] * error[None, :]

@@ -28,7 +28,7 @@ def log_sum_exp(hidden: Tensor, weight: Tensor) -> Tensor:
 
 def _pass(hidden: Tensor, weight: Tensor, moments: bool) -> tuple[Tensor, Tensor]:
     rows = max(1, min(_TILE_TOKENS, len(hidden)))
-    words = max(1, _TILE_LOGITS // rows)
+    at_once = max(1, _TILE_LOGITS // rows)
     width = weight.shape[1] if moments else 0
     sums = torch.promote_types(weight.dtype, torch.float32)
     lse = torch.empty(len(hidden), dtype=sums, device=hidden.device)
@@ -39,7 +39,7 @@ def _pass(hidden: Tensor, weight: Tensor, moments: bool) -> tuple[Tensor, Tensor
             peak = torch.full((len(h), 1), -torch.inf, dtype=sums, device=h.device)
             total = torch.zeros_like(peak)
             mixed = torch.zeros(len(h), width, dtype=sums, device=h.device)
-            for w in weight.split(words):
+            for w in weight.split(at_once):
                 logits = (h @ w.T).to(sums)
                 new_peak = torch.maximum(peak, logits.amax(-1, keepdim=True))
                 shrink = (peak - new_peak).exp_()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lfq_lightning.ops.triton_launch import launch
 
-CHUNK_WORDS = 2**14  # of the vocabulary at a time: one row of a chunk lies in the registers of a program
+CHUNK_VOCABULARY = 2**14  # of the vocabulary at a time: one row of a chunk lies in the registers of a program
 _CHUNK_LOGITS = 2**27  # held at once: 512 MB in fp32, 256 MB more as probabilities in 16 bits
 
 
@@ -25,14 +25,14 @@ def logit_moment(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """
     lse = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
     moment = torch.zeros(len(hidden), weight.shape[1], dtype=torch.float32, device=hidden.device)
-    words = min(CHUNK_WORDS, len(weight))
-    rows = max(1, _CHUNK_LOGITS // words)
+    vocabulary = min(CHUNK_VOCABULARY, len(weight))
+    rows = max(1, _CHUNK_LOGITS // vocabulary)
     with torch.autocast(hidden.device.type, enabled=False):
         for part, mixed, out in zip(hidden.split(rows), moment.split(rows), lse.split(rows), strict=True):
             h = part.to(weight.dtype)
             peak = torch.full((len(h),), -torch.inf, dtype=torch.float32, device=h.device)
             total, shrink = torch.zeros_like(peak), torch.empty_like(peak)
-            for w in weight.split(words):
+            for w in weight.split(vocabulary):
                 logits = _product(h, w.T)
                 p = torch.empty(logits.shape, dtype=weight.dtype, device=h.device)
                 width = triton.next_power_of_2(len(w))
@@ -71,11 +71,11 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 @triton.jit
-def soften_kernel(logits, p, peak, total, shrink, words, WIDTH: tl.constexpr):
+def soften_kernel(logits, p, peak, total, shrink, vocabulary, WIDTH: tl.constexpr):
     row = tl.program_id(0)
     at = tl.arange(0, WIDTH)
-    inside = at < words
-    start = row.to(tl.int64) * words
+    inside = at < vocabulary
+    start = row.to(tl.int64) * vocabulary
     z = tl.load(logits + start + at, mask=inside, other=-float("inf"))
     before = tl.load(peak + row)
     now = tl.maximum(before, tl.max(z, 0))

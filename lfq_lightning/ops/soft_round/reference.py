@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 
-def soft_round(position: Tensor, scale: Tensor, low: Tensor, zero: Tensor, sharpness: float, most: int) -> Tensor:
-    """Return (clip(low + sigmoid(sharpness·position), 0, most) - zero)·scale, differentiable in position and scale.
+def soft_round(position: Tensor, scale: Tensor, low: Tensor, zero: Tensor, sharpness: float, max_code: int) -> Tensor:
+    """Return (clip(low + sigmoid(sharpness·position), 0, max_code) - zero)·scale, differentiable in position and scale.
 
     Args:
         position: (O, G, K), where each weight stands between its two levels, as a logit.
@@ -15,18 +15,20 @@ def soft_round(position: Tensor, scale: Tensor, low: Tensor, zero: Tensor, sharp
         low: (O, G, K), the lower level as a code, whole numbers.
         zero: (O, G, 1), whole numbers.
         sharpness: what positions are multiplied by.
-        most: the largest code.
+        max_code: the largest code.
     """
-    return _SoftRound.apply(position, scale, low, zero, sharpness, most)
+    return _SoftRound.apply(position, scale, low, zero, sharpness, max_code)
 
 
 class _SoftRound(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, position: Tensor, scale: Tensor, low: Tensor, zero: Tensor, sharpness: float, most: int) -> Tensor:
+    def forward(
+        ctx, position: Tensor, scale: Tensor, low: Tensor, zero: Tensor, sharpness: float, max_code: int
+    ) -> Tensor:
         up = (position * sharpness).sigmoid_()
         codes = low + up
-        inside = (codes >= 0) & (codes <= most)
-        steps = codes.clamp_(0, most).sub_(zero)
+        inside = (codes >= 0) & (codes <= max_code)
+        steps = codes.clamp_(0, max_code).sub_(zero)
         slope = (1 - up).mul_(up).mul_(inside)
         ctx.save_for_backward(steps, slope, scale)
         ctx.sharpness = sharpness
