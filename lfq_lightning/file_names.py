@@ -30,14 +30,14 @@ def shard_name(number: int, shards: int) -> str:
     return f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
 
 
-def user_path(given: str | Path, where: str) -> Path:
+def user_path(text: str | Path, where: str) -> Path:
     """Return the path with `~` expanded. Raises UserError, beginning with `where`, for what can be no path here."""
     try:
-        path = Path(given).expanduser()
+        path = Path(text).expanduser()
         path.lstat()  # asks the system, which refuses names that are too long, among others
     except (FileNotFoundError, NotADirectoryError):
         return path
     except (OSError, ValueError, RuntimeError) as error:
-        shown = str(given) if len(str(given)) <= 60 else f"{str(given)[:57]}…"
+        shown = str(text) if len(str(text)) <= 60 else f"{str(text)[:57]}…"
         raise UserError(f"{where}: {shown!r} is no path ({one_line(error)[:80]}); give another one.") from error
     return path

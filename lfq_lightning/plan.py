@@ -162,25 +162,25 @@ def _parse_objective(value: str | dict[str, Any] | list[dict[str, Any]]) -> Plug
 
 
 def _parse_quantizer(value: str | dict[str, Any], known_grid: bool) -> LayerPlan:
-    given = {"name": value} if isinstance(value, str) else dict(value)
-    keys: dict[str, Any] = {key: given.pop(key) for key in _SCHEME_KEYS if key in given}
+    options = {"name": value} if isinstance(value, str) else dict(value)
+    keys: dict[str, Any] = {key: options.pop(key) for key in _SCHEME_KEYS if key in options}
     for key, value in keys.items():
         if type(value) is not _SCHEME_KEYS[key]:
             raise UserError(f"quantizer: {key} is {value!r}, but must be of type {_SCHEME_KEYS[key].__name__}.")
     scheme = QuantScheme(**{"num_bits" if key == "bits" else key: value for key, value in keys.items()})
-    cls = QUANTIZERS.get(given["name"]) if isinstance(given.get("name"), str) else None
+    cls = QUANTIZERS.get(options["name"]) if isinstance(options.get("name"), str) else None
     if cls is None or not issubclass(cls, LearnedQuantizer):
-        plugin: Plugin[Any] = QUANTIZERS.parse(given, _SCHEME_KEYS)
+        plugin: Plugin[Any] = QUANTIZERS.parse(options, _SCHEME_KEYS)
         plugin.cls.check(scheme, plugin.options)
         return LayerPlan(scheme, plugin, None)
-    init = given.pop("init", cls.default_init)
+    init = options.pop("init", cls.default_init)
     start = init.get("name") if isinstance(init, dict) else init
     if isinstance(start, str) and not issubclass(QUANTIZERS.get(start), ClosedFormQuantizer):
         raise UserError(
             f"quantizer: init {start!r} does not solve for codes (it is learned, or keeps dense weights); start from a "
             "closed-form one such as gptq."
         )
-    learned: Plugin[Any] = QUANTIZERS.parse(given, {*_SCHEME_KEYS, "init"})
+    learned: Plugin[Any] = QUANTIZERS.parse(options, {*_SCHEME_KEYS, "init"})
     closed_form: Plugin[Any] = QUANTIZERS.parse(init)
     if known_grid:
         learned.cls.check(scheme, learned.options)

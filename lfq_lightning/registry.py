@@ -101,12 +101,12 @@ class Registry(Generic[T]):
         """
         if not isinstance(value, str | dict):
             raise UserError(f"{self.kind}: {value!r} is neither a name nor `{{name: …, option: …}}`.")
-        given = {"name": value} if isinstance(value, str) else dict(value)
-        if not isinstance(given.get("name"), str):
+        options = {"name": value} if isinstance(value, str) else dict(value)
+        if not isinstance(options.get("name"), str):
             raise UserError(f"{self.kind}: {value!r} has no name; write `{self.kind}: {{name: …}}`.")
-        name = given.pop("name")
+        name = options.pop("name")
         cls, known = self.get(name), self.options(name)
-        for key in given:
+        for key in options:
             if key not in known:
                 raise UserError(
                     f"{self.kind} {name!r} has no option {key!r}: {did_you_mean(key, [*known, *elsewhere])}"
@@ -115,7 +115,7 @@ class Registry(Generic[T]):
         positional = {p for p in inspect.signature(cls.__init__).parameters if p not in known and p != "self"}
         parser.add_class_arguments(cls, None, skip=positional)
         try:
-            parsed = parser.parse_object(given)
+            parsed = parser.parse_object(options)
         except ArgumentError as error:
             raise UserError(f"{self.kind} {name!r}: {one_line(error)}") from error
         return Plugin(name, cls, parsed.as_dict())

@@ -98,7 +98,7 @@ class CommandLine(LightningCLI):
         scheduler = BlockScheduler(
             config.plan, config.output, config.overwrite, config.reuse, config.save_seconds, resolved
         )
-        given = config.trainer.callbacks or []
+        lightnings = config.trainer.callbacks or []
         foreign = [CALLBACKS.parse(value) for value in config.callbacks]
         for plugin in foreign:
             if issubclass(plugin.cls, (BlockScheduler, Console, Report, LiveMetrics)):
@@ -109,7 +109,7 @@ class CommandLine(LightningCLI):
             Report(),
             LiveMetrics(),
             *(p.build() for p in foreign),
-            *(given if isinstance(given, list) else [given]),
+            *(lightnings if isinstance(lightnings, list) else [lightnings]),
         ]
         kwargs["logger"] = _loggers(config.trainer.logger, config.output)
         try:
@@ -173,11 +173,11 @@ def with_underscores(arguments: list[str]) -> list[str]:
     return spelled
 
 
-def _loggers(given: Any, output: str) -> Any:
+def _loggers(setting: Any, output: str) -> Any:
     """Return the loggers asked for, and the one that writes metrics.csv; `logger: false` is none at all."""
-    if given is False:
+    if setting is False:
         return False
-    asked = given if isinstance(given, list) else [given] if isinstance(given, Logger) else []
+    asked = setting if isinstance(setting, list) else [setting] if isinstance(setting, Logger) else []
     if launched_rank() == 0:
         _keep_earlier(Path(output).expanduser() / LOGS / "metrics.csv")
     csv = [] if any(isinstance(logger, CSVLogger) for logger in asked) else [CSVLogger(output, name=LOGS, version="")]

@@ -59,8 +59,8 @@ def self_generate(
     device = model.device
     ends = end_ids(checkpoint.generation_config(), checkpoint.config, tokenizer)
     asked = _Prompts(prompts, tokenizer, seq_len, seed) if prompts is not None else None
-    given = asked.tokens if asked is not None else tokens or [[tokenizer.bos_token_id]]
-    check_tokens(given, checkpoint.config.vocab_size, tokenizer)
+    beginnings = asked.tokens if asked is not None else tokens or [[tokenizer.bos_token_id]]
+    check_tokens(beginnings, checkpoint.config.vocab_size, tokenizer)
     kept: list[list[int]] = []
     short = 0
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

@@ -108,8 +108,8 @@ class GPTQ(ClosedFormQuantizer):
                     part = None if importance is None else importance[order[span]]
                     grid = self._grid(work[span].T.contiguous(), size, part)
                     scale[span], zero[span] = (value.float().view(1, rows) for value in grid)
-                given = (work[span], factor[span, span], scale[span], zero[span], self.scheme.max_code)
-                round_columns(*given, codes[span], latent[span], errors[span])
+                arguments = (work[span], factor[span, span], scale[span], zero[span], self.scheme.max_code)
+                round_columns(*arguments, codes[span], latent[span], errors[span])
                 work[low + step :].addmm_(factor[span, low + step :].T, errors[span], alpha=-1)
         self.scale, self.zero_point = (
             value[back].view(-1, size, rows)[:, 0].T[:, :, None].to(dtype).contiguous()

@@ -18,8 +18,8 @@ def pack(codes: Tensor, num_bits: int) -> Tensor:
     words = torch.empty(rows, triton.cdiv(columns * num_bits, 32), dtype=torch.int32, device=codes.device)
     if words.numel():
         grid = (triton.cdiv(rows * triton.cdiv(columns, 32), RUNS),)
-        given = (codes.contiguous(), words, rows, columns, words.shape[1])
-        launch(pack_kernel, grid, codes.device, *given, BITS=num_bits, RUNS=RUNS, num_warps=_WARPS)
+        arguments = (codes.contiguous(), words, rows, columns, words.shape[1])
+        launch(pack_kernel, grid, codes.device, *arguments, BITS=num_bits, RUNS=RUNS, num_warps=_WARPS)
     return words
 
 
@@ -34,8 +34,8 @@ def unpack(words: Tensor, num_bits: int, columns: int) -> Tensor:
     codes = torch.empty(len(words), columns, dtype=torch.uint8, device=words.device)
     if codes.numel():
         grid = (triton.cdiv(len(words) * triton.cdiv(columns, 32), RUNS),)
-        given = (words.contiguous(), codes, len(words), columns, words.shape[1])
-        launch(unpack_kernel, grid, words.device, *given, BITS=num_bits, RUNS=RUNS, num_warps=_WARPS)
+        arguments = (words.contiguous(), codes, len(words), columns, words.shape[1])
+        launch(unpack_kernel, grid, words.device, *arguments, BITS=num_bits, RUNS=RUNS, num_warps=_WARPS)
     return codes
 
 

@@ -49,12 +49,12 @@ def _fake_quant(
 ) -> Tensor:
     (o, g, k), out = latent.shape, torch.empty(latent.shape, dtype=dtype, device=latent.device)
     rows, columns = tile_of(k)
-    given = [_contiguous(t) for t in (latent, scale, zero, log_divisor, row_log_divisor, offset, shift, unit)]
+    arguments = [_contiguous(t) for t in (latent, scale, zero, log_divisor, row_log_divisor, offset, shift, unit)]
     grid = (triton.cdiv(o * g, rows), triton.cdiv(k, columns))
     flags = _flags(log_divisor, offset, shift) | {"CODES": dtype == torch.uint8}
     sizes = (o * g, k, g, max_code)
     tile = {"ROWS": rows, "COLUMNS": columns}
-    launch(forward_kernel, grid, latent.device, *given, out, *sizes, **flags, **tile, num_warps=WARPS)
+    launch(forward_kernel, grid, latent.device, *arguments, out, *sizes, **flags, **tile, num_warps=WARPS)
     return out
 
 
@@ -78,13 +78,13 @@ def _backward(
 ) -> list[Tensor]:
     """Return the gradients of scale, zero, the logs of each group, log_divisor, offset and shift; empty if absent."""
     (o, g, k), (rows, columns) = latent.shape, tile_of(latent.shape[2], backward=True)
-    given = [_contiguous(t) for t in (latent, scale, zero, log_divisor, row_log_divisor, offset, shift, unit)]
+    arguments = [_contiguous(t) for t in (latent, scale, zero, log_divisor, row_log_divisor, offset, shift, unit)]
     by_scale, by_zero, by_group, *whole = _gradients(latent, scale, log_divisor, offset, shift)
     launch(
         backward_kernel,
         (triton.cdiv(o * g, rows),),
         latent.device,
-        *given,
+        *arguments,
         grad.contiguous(),
         *(by_scale, by_zero, by_group, *whole),
         *(o * g, k, g, max_code),

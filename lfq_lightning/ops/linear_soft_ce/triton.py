@@ -36,11 +36,11 @@ def logit_moment(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
                 logits = _product(h, w.T)
                 p = torch.empty(logits.shape, dtype=weight.dtype, device=h.device)
                 width = triton.next_power_of_2(len(w))
-                given = (logits, p, peak, total, shrink, len(w))
-                launch(soften_kernel, (len(h),), h.device, *given, WIDTH=width, num_warps=warps_of(width))
+                arguments = (logits, p, peak, total, shrink, len(w))
+                launch(soften_kernel, (len(h),), h.device, *arguments, WIDTH=width, num_warps=warps_of(width))
                 mixed.mul_(shrink[:, None])
                 _add_product(mixed, p, w)
-                del logits, p, given  # before the next chunk's are made
+                del logits, p, arguments  # before the next chunk's are made
             out.copy_(peak + total.log())
             mixed.div_(total[:, None])
     return lse, moment

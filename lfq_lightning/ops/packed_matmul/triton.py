@@ -103,12 +103,12 @@ def matmul(x: Tensor, weight: TiledWeight) -> Tensor:
 
     Computed in the dtype of the scales, summed in fp32, in a fixed order.
     """
-    given, x = x.dtype, x.to(weight.dtype)
+    dtype, x = x.dtype, x.to(weight.dtype)
     # an operator's wrappers take longer than the product of one row; only the compiler and autograd need them
     wrapped = torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad)
     multiply = _packed_matmul if wrapped else _multiply
     count = _multiprocessors(x.device)
-    return multiply(x, weight.words, weight.grid, weight.arrivals, weight.bits, weight.group_size, count).to(given)
+    return multiply(x, weight.words, weight.grid, weight.arrivals, weight.bits, weight.group_size, count).to(dtype)
 
 
 def _multiply(

@@ -26,8 +26,8 @@ def _soft_round(
     (o, g, k), out = position.shape, torch.empty(position.shape, dtype=dtype, device=position.device)
     rows, columns = tile_of(k)
     grid = (triton.cdiv(o * g, rows), triton.cdiv(k, columns))
-    given = (*(t.contiguous() for t in (position, scale, low, zero)), out, o * g, k, sharpness, max_code)
-    launch(forward_kernel, grid, position.device, *given, ROWS=rows, COLUMNS=columns, num_warps=WARPS)
+    arguments = (*(t.contiguous() for t in (position, scale, low, zero)), out, o * g, k, sharpness, max_code)
+    launch(forward_kernel, grid, position.device, *arguments, ROWS=rows, COLUMNS=columns, num_warps=WARPS)
     return out
 
 
@@ -42,11 +42,11 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:
     (o, g, k), by_position, by_scale = position.shape, torch.empty_like(position), torch.empty_like(scale)
     rows, columns = tile_of(k, backward=True)
-    given = (t.contiguous() for t in (position, scale, low, zero, grad))
+    arguments = (t.contiguous() for t in (position, scale, low, zero, grad))
     sizes = (o * g, k, sharpness, max_code)
     grid = (triton.cdiv(o * g, rows),)
     launch(
-        *(backward_kernel, grid, position.device, *given, by_position, by_scale, *sizes),
+        *(backward_kernel, grid, position.device, *arguments, by_position, by_scale, *sizes),
         ROWS=rows,
         COLUMNS=columns,
         num_warps=WARPS,
