@@ -3,8 +3,7 @@
 import torch
 from torch import nn
 
-from lfq_lightning.ops.learned_grid import ship_through
-from lfq_lightning.quantizers import QUANTIZERS, LearnedQuantizer
+from lfq_lightning.quantizers import QUANTIZERS, LearnedQuantizer, ship_through
 
 
 @QUANTIZERS.register

@@ -1,6 +1,7 @@
 """Optimizers by name, each with the schedule it is used with."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,33 +30,48 @@ class SignSGD(torch.optim.Optimizer):
         return loss
 
 
-# name → learning rate where the user gives none, for this many steps
-DEFAULT_LR: dict[str, Callable[[int], float]] = {
-    "adam": lambda _: 2e-3,
-    "adamw8bit": lambda _: 2e-3,
-    "sign_sgd": lambda steps: 1 / steps,
-}
-
-
-def build_optimizer(name: str, groups: list[dict[str, Any]], steps: int, fused: bool) -> dict[str, Any]:
-    """Return what a LightningModule's `configure_optimizers` does.
+@dataclass(frozen=True)
+class OptimizerKind:
+    """All that is known of an optimizer.
 
     Args:
-        name: `adam` (a cosine to 0); `adamw8bit`, the same with 8-bit states (arXiv 2110.02861), tensors below 4096
-            values in 32; or `sign_sgd` (a line to 0, as AutoRound has it, arXiv 2309.05516, section 3.2).
-        groups: parameter groups, each with `params` and `lr`.
-        steps: length of the schedule.
-        fused: let Adam use PyTorch's fused kernel; it does not go with gradient clipping in Lightning.
+        build: (parameter groups, steps of the schedule, fused) → the optimizer and its schedule; `fused` lets Adam use
+            PyTorch's fused kernel, which does not go with gradient clipping in Lightning.
+        lr: its learning rate where the user gives none, for this many steps.
+        state_bytes: of each trained parameter.
+        needs: a package that not every machine has.
+        shards: its state can be shared out among processes.
     """
-    if name == "adam":
-        optimizer: torch.optim.Optimizer = torch.optim.Adam(groups, eps=_EPS, fused=fused)
-        schedule: Any = CosineAnnealingLR(optimizer, T_max=steps)
-    elif name == "adamw8bit":
-        from bitsandbytes.optim import AdamW8bit
 
-        optimizer = AdamW8bit(groups, eps=_EPS, weight_decay=0.0)
-        schedule = CosineAnnealingLR(optimizer, T_max=steps)
-    else:
-        optimizer = SignSGD(groups, lr=0.0)
-        schedule = LambdaLR(optimizer, lambda step: 1 - step / steps)
-    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+    build: Callable[[list[dict[str, Any]], int, bool], tuple[torch.optim.Optimizer, Any]]
+    lr: Callable[[int], float]
+    state_bytes: int
+    needs: str | None = None
+    shards: bool = True
+
+
+def _adam(groups: list[dict[str, Any]], steps: int, fused: bool) -> tuple[torch.optim.Optimizer, Any]:
+    """A cosine to 0."""
+    optimizer = torch.optim.Adam(groups, eps=_EPS, fused=fused)
+    return optimizer, CosineAnnealingLR(optimizer, T_max=steps)
+
+
+def _adamw8bit(groups: list[dict[str, Any]], steps: int, fused: bool) -> tuple[torch.optim.Optimizer, Any]:
+    """The same with 8-bit states (arXiv 2110.02861); tensors below 4096 values in 32."""
+    from bitsandbytes.optim import AdamW8bit
+
+    optimizer = AdamW8bit(groups, eps=_EPS, weight_decay=0.0)
+    return optimizer, CosineAnnealingLR(optimizer, T_max=steps)
+
+
+def _sign_sgd(groups: list[dict[str, Any]], steps: int, fused: bool) -> tuple[torch.optim.Optimizer, Any]:
+    """A line to 0, as AutoRound has it (arXiv 2309.05516, section 3.2)."""
+    optimizer = SignSGD(groups, lr=0.0)
+    return optimizer, LambdaLR(optimizer, lambda step: 1 - step / steps)
+
+
+OPTIMIZERS = {
+    "adam": OptimizerKind(_adam, lr=lambda _: 2e-3, state_bytes=8),
+    "adamw8bit": OptimizerKind(_adamw8bit, lr=lambda _: 2e-3, state_bytes=2, needs="bitsandbytes", shards=False),
+    "sign_sgd": OptimizerKind(_sign_sgd, lr=lambda steps: 1 / steps, state_bytes=0),
+}

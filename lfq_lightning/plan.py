@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from lfq_lightning.errors import UserError, require
+from lfq_lightning.models.experts import in_expert
 from lfq_lightning.models.model_skeleton import ModelSkeleton
 from lfq_lightning.objectives import OBJECTIVES, Objective
 from lfq_lightning.objectives.weighted_sum import WeightedSum
-from lfq_lightning.optimizers import DEFAULT_LR
+from lfq_lightning.optimizers import OPTIMIZERS
 from lfq_lightning.quant_scheme import QuantScheme
 from lfq_lightning.quantizers import QUANTIZERS, ClosedFormQuantizer, LearnedQuantizer
 from lfq_lightning.registry import Plugin, did_you_mean
@@ -81,7 +82,7 @@ class Plan:
                 first = matching[0]
                 outcome.won.add(first.where)
                 check_group(first.layer.scheme, name, skeleton, index, first.where)
-                if first.layer.needs_reference and ".experts." in name:
+                if first.layer.needs_reference and in_expert(name):
                     raise UserError(
                         f"{first.where}: an expert sees the tokens that its router sends it, and full precision sends "
                         "others, so nothing can be corrected towards it; omit `correct` for experts."
@@ -134,11 +135,12 @@ def _parse(rule: Rule, where: str) -> ParsedRule:
         if isinstance(stage, LaterStage):
             stage.check(rule, layer)
         optimizer = rule.optimizer or (layer.learned.cls.default_optimizer if layer.learned else "adam")
-        if optimizer not in DEFAULT_LR:
-            raise UserError(f"unknown optimizer {optimizer!r}: {did_you_mean(optimizer, DEFAULT_LR)}")
-        if optimizer == "adamw8bit":
-            require("bitsandbytes", "optimizer adamw8bit")
-        lr = rule.lr if rule.lr is not None else DEFAULT_LR[optimizer](rule.steps)
+        if optimizer not in OPTIMIZERS:
+            raise UserError(f"unknown optimizer {optimizer!r}: {did_you_mean(optimizer, OPTIMIZERS)}")
+        kind = OPTIMIZERS[optimizer]
+        if kind.needs is not None:
+            require(kind.needs, f"optimizer {optimizer}")
+        lr = rule.lr if rule.lr is not None else kind.lr(rule.steps)
         return ParsedRule(stage, rule, layer, _parse_objective(rule.objective), optimizer, lr, where)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error

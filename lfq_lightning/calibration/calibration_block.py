@@ -11,7 +11,7 @@ from lfq_lightning.errors import UserError
 from lfq_lightning.models.decoder_block import DecoderBlock
 from lfq_lightning.models.head import Head
 from lfq_lightning.objectives import Objective
-from lfq_lightning.optimizers import build_optimizer
+from lfq_lightning.optimizers import OPTIMIZERS
 from lfq_lightning.quantizers import LearnedQuantizer
 from lfq_lightning.stages import BlockPlan
 
@@ -75,4 +75,5 @@ class CalibrationBlock(LightningModule, ABC):
         if not groups:
             return None
         listed = [{"params": parameters, "lr": lr} for lr, parameters in groups.items()]
-        return build_optimizer(self.plan.optimizer, listed, self.plan.steps, fused=not self.clips)
+        optimizer, schedule = OPTIMIZERS[self.plan.optimizer].build(listed, self.plan.steps, not self.clips)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -15,7 +15,7 @@ from lfq_lightning.calibration.observe import observe_halves
 from lfq_lightning.distributed.ranks import Ranks
 from lfq_lightning.errors import UserError
 from lfq_lightning.models.decoder_block import DecoderBlock
-from lfq_lightning.models.experts import seeing
+from lfq_lightning.models.experts import in_expert, seeing, without_number
 from lfq_lightning.peak_memory import return_freed_memory
 from lfq_lightning.quantized_tensor import QuantizedTensor
 from lfq_lightning.quantizers import ClosedFormQuantizer, DenseQuantizer
@@ -168,7 +168,7 @@ def _solve_stage(
 
 def _report_experts(stacks: list[_Stacked], counts: list[int]) -> None:
     """Say how the tokens were shared among experts, and which had too few for what closed-form quantizers estimate."""
-    experts = [(stack, count) for stack, count in zip(stacks, counts, strict=True) if ".experts." in stack.names[0]]
+    experts = [(stack, count) for stack, count in zip(stacks, counts, strict=True) if in_expert(stack.names[0])]
     if not experts:
         return
     seen = sorted(count for _, count in experts)
@@ -250,8 +250,7 @@ def _stages(block: DecoderBlock, inputs: Inputs) -> list[list[list[str]]]:
         hook.remove()
     stages: dict[str, list[list[str]]] = {}
     for _, names in seen:
-        before, experts, after = names[0].partition(".experts.")
-        stages.setdefault(before + experts + after.partition(".")[2], []).append(names)
+        stages.setdefault(without_number(names[0]), []).append(names)
     return list(stages.values())
 
 

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.activations import ACT2FN
 
+_EXPERTS = ".experts."
+
 
 class Expert(nn.Module):
     """One gated MLP: down(act(gate(x)) · up(x)).
@@ -92,9 +94,25 @@ def seeing(block: nn.Module, mask: Tensor | None) -> Iterator[None]:
             each.every, each.keep = False, None
 
 
+def in_expert(layer: str) -> bool:
+    """Tell by its name whether a linear layer is one of an expert's."""
+    return _EXPERTS in layer
+
+
+def mixture_of(layer: str) -> str | None:
+    """Return the name of the mixture that an expert's layer is in; None for other layers."""
+    return layer.partition(_EXPERTS)[0] if in_expert(layer) else None
+
+
+def without_number(layer: str) -> str:
+    """Return the name that the same layer of all experts of a mixture has but for the expert's number."""
+    before, experts, after = layer.partition(_EXPERTS)
+    return before + experts + after.partition(".")[2]
+
+
 def chosen_share(config: PretrainedConfig) -> Callable[[str], float]:
     """Return the share of tokens that a linear layer sees, by its name: of an expert k of E, of all other layers 1."""
     sizes = config.to_dict()
     experts = sizes.get("num_experts") or sizes.get("num_local_experts") or 1
     share = sizes.get("num_experts_per_tok", 1) / experts
-    return lambda name: share if ".experts." in name else 1.0
+    return lambda name: share if in_expert(name) else 1.0

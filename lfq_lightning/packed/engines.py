@@ -2,6 +2,7 @@
 
 from lfq_lightning.formats import PackFormat
 from lfq_lightning.formats.fused import fused_parts
+from lfq_lightning.models.experts import mixture_of
 from lfq_lightning.quant_scheme import QuantScheme
 
 
@@ -18,7 +19,7 @@ def fused_differently(schemes: dict[str, QuantScheme], dense: list[str]) -> list
     every: dict[str, QuantScheme | None] = {**dict.fromkeys(dense), **schemes}
     experts: dict[str, str] = {}  # of each layer the first one's: all experts are one module there
     for name in every:
-        layer, inside, _ = name.partition(".experts.")
-        if inside and every[experts.setdefault(layer, name)] != every[name]:
-            return [experts[layer], name]
+        mixture = mixture_of(name)
+        if mixture is not None and every[experts.setdefault(mixture, name)] != every[name]:
+            return [experts[mixture], name]
     return next((parts for parts in fused_parts(list(every)).values() if len({every[part] for part in parts}) > 1), [])

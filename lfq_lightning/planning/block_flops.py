@@ -3,7 +3,7 @@
 import time
 
 from lfq_lightning.data import CalibrationData
-from lfq_lightning.models.experts import chosen_share
+from lfq_lightning.models.experts import chosen_share, in_expert
 from lfq_lightning.models.model_skeleton import ModelSkeleton
 from lfq_lightning.stages import BlockPlan
 
@@ -25,7 +25,7 @@ def block_flops(plan: BlockPlan, skeleton: ModelSkeleton, tokens: int, held_out_
     work = passes * forward * everything + 2 * forward * held_out_tokens
     if any(layer.closed_form.cls.needs_inputs for layer in plan.solved.values()):
         # each input is summed once, and gate and up of an expert read one; fp32 products count four times
-        inputs = {(i, name.rpartition(".")[0] if ".experts." in name else ""): name for name, (_, i) in shapes.items()}
+        inputs = {(i, name.rpartition(".")[0] if in_expert(name) else ""): name for name, (_, i) in shapes.items()}
         sums = sum(2.0 * i * i * share(name) for (i, _), name in inputs.items())
         work += tokens * (1.7 * forward + 4 * sums)
     if plan.learned:

@@ -5,13 +5,14 @@ from dataclasses import dataclass
 import torch
 
 from lfq_lightning.calibration.activation_cache import TOKENS_AT_ONCE
+from lfq_lightning.models.experts import in_expert
 from lfq_lightning.models.model_skeleton import ModelSkeleton
+from lfq_lightning.optimizers import OPTIMIZERS
 from lfq_lightning.peak_memory import resident_bytes
 from lfq_lightning.quantized_tensor import QuantizedTensor
 from lfq_lightning.quantizers import ClosedFormQuantizer
 from lfq_lightning.stages import BlockPlan, LayerPlan
 
-_STATE_BYTES = {"adam": 8, "adamw8bit": 2, "sign_sgd": 0}  # per trained parameter
 _LOSS_TILES = 3 * 4 * 1024**2  # of the logit loss, which makes no whole logits
 _SLACK = {True: 1.1, False: 1.25}  # on a GPU or not: what allocators hold beyond what was asked for
 _KNOWN: dict[tuple[str, int, int], tuple[int, int]] = {}  # parameters of quantizers: a mixture has thousands alike
@@ -111,7 +112,7 @@ def block_memory(plan: BlockPlan, skeleton: ModelSkeleton, setting: Setting) -> 
         solve = max(solve, block + solved + others + 4 * rows * columns + max(observed + forward, own))
         if kind.scales_inputs:
             folded += observed + 4 * rows * columns
-        if ".experts." in names[0]:
+        if in_expert(names[0]):
             beside[columns] = others + observed + 12 * rows * columns
     solve = max(solve, block + folded + forward)  # scales are searched for all layers at once
     sizes = (read, solve, _train(plan, shapes, setting, head))
@@ -150,7 +151,7 @@ def _train(plan: BlockPlan, shapes: dict[str, tuple[int, int]], setting: Setting
 
 def _kept_in_training(plan: BlockPlan, trained: int) -> int:
     """Return the bytes of that many trained parameters, their best values and their optimizer's state."""
-    return trained * (4 + 4 + _STATE_BYTES[plan.optimizer])
+    return trained * (4 + 4 + OPTIMIZERS[plan.optimizer].state_bytes)
 
 
 def _stacks(shapes: dict[str, tuple[int, int]], layers: dict[str, LayerPlan]) -> list[tuple[list[str], LayerPlan]]:

@@ -18,6 +18,7 @@ from lfq_lightning.distributed.fsdp2 import FSDP2
 from lfq_lightning.distributed.ranks import Ranks
 from lfq_lightning.errors import UserError
 from lfq_lightning.models.model_skeleton import ModelSkeleton
+from lfq_lightning.optimizers import OPTIMIZERS
 from lfq_lightning.planning.memory_estimate import outer_bytes
 from lfq_lightning.precision import compute_dtype
 from lfq_lightning.quantizers import DenseQuantizer
@@ -107,9 +108,9 @@ def check_training(ranks: int, plans: list[BlockPlan]) -> None:
                 f"plan: block {plan.index} has batches of {plan.batch_size} sequences, which do not divide among "
                 f"{ranks} processes; give a batch_size that is a multiple of {ranks}, or fewer processes."
             )
-        if plan.learned and plan.optimizer == "adamw8bit" and ranks > 1:
+        if plan.learned and not OPTIMIZERS[plan.optimizer].shards and ranks > 1:
             raise UserError(
-                f"plan: block {plan.index}: bitsandbytes' adamw8bit knows no sharded parameters; use adam, whose state "
+                f"plan: block {plan.index}: {plan.optimizer} knows no sharded parameters; use adam, whose state "
                 "is shared out among the processes, or one process."
             )
 

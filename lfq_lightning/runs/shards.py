@@ -79,7 +79,8 @@ class Shards:
                 return plan.index, fingerprint
             shards = self._read(earlier, plan)
             stored = dict(ChainMap(*shards.values()))
-            schemes = {name: p.scheme for name, p in plan.layers.items() if f"{name}.weight_packed" in stored}
+            packed = {self.format.packed_name(name) for name in stored}
+            schemes = {name: layer.scheme for name, layer in plan.layers.items() if name in packed}
             with bench.forward_only():
                 bench.pass_by(block, self.format.dequantize(stored, schemes))
             for (number, tensors), digest in zip(shards.items(), report["shards"].values(), strict=True):

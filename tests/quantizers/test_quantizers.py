@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lfq_lightning.errors import UserError
-from lfq_lightning.optimizers import DEFAULT_LR, build_optimizer
+from lfq_lightning.optimizers import OPTIMIZERS
 from lfq_lightning.quant_scheme import QuantScheme
 from lfq_lightning.quantizers import QUANTIZERS, ClosedFormQuantizer, LearnedQuantizer
 
@@ -125,20 +125,20 @@ def trained(name, scheme, steps=60):
     cls = QUANTIZERS.parse(name).cls
     start = solved(cls.default_init, scheme)
     quantizer = QUANTIZERS.parse(name).build(start.latent, start.export())
-    lr = DEFAULT_LR[cls.default_optimizer](steps)
+    lr = OPTIMIZERS[cls.default_optimizer].lr(steps)
     trainable = {n: p for n, p in quantizer.named_parameters() if p.requires_grad}
     groups = [{"params": [p], "lr": lr * cls.rates.get(n, 1.0)} for n, p in trainable.items()]
-    settings = build_optimizer(cls.default_optimizer, groups, steps, fused=True)
+    optimizer, schedule = OPTIMIZERS[cls.default_optimizer].build(groups, steps, True)
     errors = []
     for step in range(steps):
         quantizer.eval()
         errors.append(float(((inputs @ (quantizer() - weight).T) ** 2).mean().detach()))
         quantizer.train()
         quantizer.anneal(step / steps)
-        settings["optimizer"].zero_grad()
+        optimizer.zero_grad()
         ((inputs @ (quantizer() - weight).T) ** 2).mean().backward()
-        settings["optimizer"].step()
-        settings["lr_scheduler"]["scheduler"].step()
+        optimizer.step()
+        schedule.step()
     return quantizer.eval(), start, errors
 
 
