@@ -3,9 +3,10 @@
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.2.0"
-__all__ = ["load"]
+__all__ = ["load", "streamed_logits"]
 
 if TYPE_CHECKING:
+    from lfq_lightning.models.streamed import streamed_logits
     from lfq_lightning.packed.load_model import load
 
 
@@ -14,4 +15,8 @@ def __getattr__(name: str) -> Any:
         from lfq_lightning.packed.load_model import load
 
         return load
+    if name == "streamed_logits":
+        from lfq_lightning.models.streamed import streamed_logits
+
+        return streamed_logits
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -14,6 +14,7 @@ from lfq_lightning.data.source import SELF_GENERATED, Source, parse_sources, sha
 from lfq_lightning.errors import UserError
 from lfq_lightning.file_names import user_path
 from lfq_lightning.models.checkpoints import Checkpoint
+from lfq_lightning.models.discover import context_length
 from lfq_lightning.peak_memory import host_bytes
 from lfq_lightning.token_set import TokenSet
 
@@ -106,7 +107,7 @@ class CalibrationData(LightningDataModule):
         for name in ("device_gb", "host_gb"):
             if (vars(self)[name] or 0.0) < 0:
                 raise UserError(f"data.{name}: {vars(self)[name]} is negative; give 10^9 bytes, or 0 for none.")
-        context = checkpoint.config.max_position_embeddings
+        context = context_length(checkpoint.config)
         if self.seq_len > context:
             raise UserError(f"data.seq_len: {self.seq_len} is longer than the model's context; give at most {context}.")
 

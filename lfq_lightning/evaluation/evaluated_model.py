@@ -16,7 +16,7 @@ from lfq_lightning.evaluation.answers import Answers
 from lfq_lightning.file_names import CONFIG
 from lfq_lightning.models.checkpoints import open_checkpoint
 from lfq_lightning.models.checkpoints.checkpoint import read_generation_config, read_tokenizer
-from lfq_lightning.models.families import FAMILIES
+from lfq_lightning.models.discover import family_of
 from lfq_lightning.models.head import Head
 from lfq_lightning.models.load_full_precision import load_full_precision
 from lfq_lightning.models.widen import WideLinear
@@ -50,8 +50,6 @@ class EvaluatedModel:
         else:
             self.checkpoint = open_checkpoint(source)
             self.config, files = self.checkpoint.config, self.checkpoint.weight_files()
-        if self.config.model_type not in FAMILIES:
-            raise UserError(f"{source}: model type {self.config.model_type!r} is not known here.")
         if path.is_dir() or self.checkpoint is not None:  # what else an answer depends on
             home = self.checkpoint.path if self.checkpoint is not None else path
             files = [*files, *(file for name in _SMALL for file in sorted(home.glob(name)))]
@@ -103,7 +101,7 @@ class EvaluatedModel:
         linear = self.model.get_output_embeddings()
         if not isinstance(linear, nn.Linear | WideLinear):
             raise UserError(f"{self.source} has a packed LM head, which is not measured here; omit --packed.")
-        terms = FAMILIES[self.config.model_type].logit_terms(self.config.to_dict())
+        terms = family_of(self.config, self.source).logit_terms(self.config.to_dict())
         bias = None if linear.bias is None else linear.bias.float()
         return Head(nn.Identity(), linear.weight.float(), bias, *terms)
 

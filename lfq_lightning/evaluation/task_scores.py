@@ -12,6 +12,7 @@ from lfq_lightning.evaluation.answering_lm import AnsweringLM
 from lfq_lightning.evaluation.evaluated_model import EvaluatedModel
 from lfq_lightning.evaluation.score import Measure, Score
 from lfq_lightning.evaluation.task_list import TaskList
+from lfq_lightning.models.discover import context_length
 
 _ROLLING = ("word_perplexity", "byte_perplexity", "bits_per_byte")  # (log-likelihood, words or bytes) of an example
 _PERPLEXITIES = ("word_perplexity", "byte_perplexity", "perplexity")
@@ -63,7 +64,7 @@ class TaskScores(Measure):
 
     def begin(self, reference: EvaluatedModel, others: list[EvaluatedModel]) -> None:
         self.chat = self.chat and bool(reference.tokenizer.chat_template)
-        longest = reference.config.max_position_embeddings
+        longest = context_length(reference.config)
         for name in self.tasks.names:
             for leaf, task in self.tasks.load(name, self.num_fewshot, self.limit_tokens).items():
                 tokens = (task.config.generation_kwargs or {}).get("max_gen_toks", 0)

@@ -15,6 +15,7 @@ from lfq_lightning.evaluation.batches import in_batches
 from lfq_lightning.evaluation.evaluated_model import EvaluatedModel
 from lfq_lightning.evaluation.held_out import TokenMean, held_out_metrics
 from lfq_lightning.evaluation.score import Measure, Score, standard_error
+from lfq_lightning.models.discover import context_length
 from lfq_lightning.models.head import Head
 from lfq_lightning.token_set import NO_NEXT
 
@@ -109,7 +110,7 @@ class TextLoss(Measure):
         self._head: Head | None = None
 
     def begin(self, reference: EvaluatedModel, others: list[EvaluatedModel]) -> None:
-        longest = reference.config.max_position_embeddings
+        longest = context_length(reference.config)
         seq_len = min(_USUAL, longest) if self.seq_len is None else self.seq_len
         if not 2 <= seq_len <= longest:
             raise UserError(f"--seq-len: {seq_len} must be 2 … {longest}, which is as far as this model reads.")

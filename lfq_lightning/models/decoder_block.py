@@ -37,6 +37,7 @@ class DecoderBlock(nn.Module):
         self.names = names
         self.layers = nn.ModuleList(layers)
         self._arguments = arguments
+        self._stored = [set(layer.state_dict()) for layer in layers]
 
     def modules_by_name(self) -> dict[str, nn.Module]:
         """Return full name → module, in the order of definition."""
@@ -52,11 +53,12 @@ class DecoderBlock(nn.Module):
         return {name: m for name, m in self.modules_by_name().items() if isinstance(m, nn.Linear)}
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the frozen weights and biases by full name, fp32; those of trained layers are not among them."""
+        """Return the frozen weights, biases and stored buffers by full name; those of trained layers are not there."""
         return {
             f"{name}.{key}": tensor
-            for name, layer in zip(self.names, self.layers, strict=True)
-            for key, tensor in layer.named_parameters()  # not state_dict: FSDP would shard them again
+            for name, layer, stored in zip(self.names, self.layers, self._stored, strict=True)
+            # not state_dict: FSDP would shard them again
+            for key, tensor in (*layer.named_parameters(), *((n, b) for n, b in layer.named_buffers() if n in stored))
         }
 
     def load(self, weights: dict[str, Tensor]) -> None:

@@ -24,6 +24,8 @@ class Family:
         softcap: key in the config of a bound on the logits.
         experts: an expert's linear layers gate, up and down, if the family is a mixture.
         stored: (in the model, on disk): parts of names that differ there.
+        embeddings: the input embeddings.
+        terms: factor on the logits and their bound where they were found, not named in the config.
     """
 
     decoder: str = "model"
@@ -37,6 +39,8 @@ class Family:
     softcap: str | None = None
     experts: tuple[str, str, str] | None = None
     stored: tuple[tuple[str, str], ...] = ()
+    embeddings: str = "model.embed_tokens"
+    terms: tuple[float, float | None] | None = None
 
     def stored_name(self, name: str) -> str:
         """Return the name on disk of a tensor or layer of the model."""
@@ -52,6 +56,8 @@ class Family:
 
     def logit_terms(self, settings: dict[str, Any]) -> tuple[float, float | None]:
         """Return the factor on the logits and their bound, None without one, by a model's config."""
+        if self.terms is not None:
+            return self.terms
         scale = float(settings[self.logit_factor]) if self.logit_factor else 1.0
         scale /= float(settings[self.logit_divisor]) if self.logit_divisor else 1.0
         return scale, settings[self.softcap] if self.softcap else None

@@ -31,10 +31,16 @@ class ModelSkeleton:
 
     Nothing here knows a family beyond the names in its row of the table: how a block is called is captured from one
     real forward of the model's own code, per block.
+
+    Args:
+        checkpoint: where weights come from.
+        outer_dtype: of what is outside the blocks, and so of the tables that blocks are called with; the stored one if
+            not said.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, outer_dtype: torch.dtype | None = None) -> None:
         self.checkpoint = checkpoint
+        self._outer_dtype = outer_dtype or checkpoint.dtype
         family = checkpoint.family
         self._model = meta_model(checkpoint.config, checkpoint.path)
         tied = set(self._model.all_tied_weights_keys)
@@ -114,6 +120,12 @@ class ModelSkeleton:
         layer.load_state_dict(weights, assign=True)
         return layer.requires_grad_(False)
 
+    def initialise(self, block: nn.Module) -> None:
+        """Let transformers give new weights to what holds other modules, as it does where some weights are absent."""
+        for module in block.modules():
+            if any(True for _ in module.children()):
+                self._model._init_weights(module)
+
     @property
     def logit_terms(self) -> tuple[float, float | None]:
         """The factor on the logits and their bound, None without one."""
@@ -132,6 +144,7 @@ class ModelSkeleton:
     def _materialise_outer(self) -> None:
         if self._ready:
             return
-        tensors = self.checkpoint.tensors(self.outer_names())
+        stored = self.checkpoint.tensors(self.outer_names())
+        tensors = {name: tensor.to(self._outer_dtype) for name, tensor in stored.items()}
         assign_weights(self._model, tensors, self.checkpoint.path)
         self._ready = True

@@ -9,7 +9,9 @@ from lfq_lightning.data import CalibrationData
 from lfq_lightning.distributed.ranks import launched_rank
 from lfq_lightning.errors import UserError
 from lfq_lightning.models.checkpoints.small_files import check_small_files
+from lfq_lightning.models.families import FAMILIES
 from lfq_lightning.models.model_skeleton import ModelSkeleton
+from lfq_lightning.models.streamed import check_streams
 from lfq_lightning.plan import Plan
 from lfq_lightning.planning.preflight import check_trainer, check_training, output_bytes
 from lfq_lightning.runs.earlier_run import EarlierRun
@@ -45,6 +47,8 @@ def prepare(
     calibrated, tokens = check_trainer(trainer, module, data)
     checkpoint = calibrated.checkpoint
     skeleton = ModelSkeleton(checkpoint)
+    if checkpoint.config.model_type not in FAMILIES:
+        check_streams(checkpoint)
     plans = plan.resolve(skeleton)
     check_training(trainer.num_devices * trainer.num_nodes, plans)
     folder = RunFolder(output, len(skeleton) + 1, overwrite, checkpoint.family)

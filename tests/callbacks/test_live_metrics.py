@@ -51,7 +51,7 @@ def test_the_csv_has_all_columns_whatever_other_loggers_there_are(config, tmp_pa
 @pytest.mark.parametrize("listed", [True, False])
 def test_csv_stays_beside_a_logger_of_ones_own(config, tmp_path, listed):
     own = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": str(tmp_path / "mine")}}
-    other = {"class_path": "tests.test_live_metrics.Kept", "init_args": {"save_dir": str(tmp_path / "kept")}}
+    other = {"class_path": "tests.callbacks.test_live_metrics.Kept", "init_args": {"save_dir": str(tmp_path / "kept")}}
     path = config(trainer={"accelerator": "cpu", "precision": "32-true", "logger": [other] if listed else own})
     run(path)
     assert (tmp_path / "run" / "logs" / "metrics.csv").is_file() == listed

@@ -142,7 +142,7 @@ def test_any_model_and_setting(text_file, tmp_path, family, quantizer):
         ([*BLOCKS, WHOLE, WHOLE], r"plan\[3\]: match whole comes after match whole"),
         ([*BLOCKS, Rule("whole", "gptq")], r"plan\[2\]: match whole trains what codes and grids tell .* use `scales`"),
         ([*BLOCKS, Rule("whole", "adaround")], "not where it lay between two levels"),
-        ([*BLOCKS, Rule("whole", {"name": "scales", "bits": 3})], r"plan\[2\]: match whole goes on .* leave bits"),
+        ([*BLOCKS, Rule("whole", {"name": "scales", "bits": 3})], r"plan\[2\]: match whole starts from .* leave bits"),
         ([*BLOCKS, Rule("whole", {"name": "scales", "init": "rtn"})], "leave bits, group_size, symmetric and init"),
         ([WHOLE], r"plan\[0\]: match whole trains what other rules have quantised, and none does"),
         ([Rule("all", "nf4"), WHOLE], "and none does"),

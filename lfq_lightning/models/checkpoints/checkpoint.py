@@ -11,8 +11,8 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, Pretrained
 
 from lfq_lightning.errors import UserError, one_line, said
 from lfq_lightning.file_names import CONFIG
-from lfq_lightning.models.families import FAMILIES, Family
-from lfq_lightning.registry import did_you_mean
+from lfq_lightning.models.discover import family_of
+from lfq_lightning.models.families import Family
 
 log = logging.getLogger(__name__)
 
@@ -33,15 +33,10 @@ class Checkpoint(ABC):
     def __init__(self, path: Path, config: PretrainedConfig) -> None:
         self.path = path
         self.config = config
-        if config.model_type not in FAMILIES:
-            raise UserError(
-                f"{path}: model type {config.model_type!r} is not a decoder-only family known here; "
-                f"{did_you_mean(config.model_type, FAMILIES)}"
-            )
         settings = config.to_dict()
         if settings.get("quantization_config"):
             raise UserError(f"{path} is already quantised; give the full-precision model.")
-        self.family: Family = FAMILIES[config.model_type]
+        self.family: Family = family_of(config, path)
 
     @property
     @abstractmethod

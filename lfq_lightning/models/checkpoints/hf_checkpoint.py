@@ -100,7 +100,7 @@ class HFCheckpoint(Checkpoint):
 
     def _pass_over_tied_head(self) -> None:
         """Drop a stored head that the config ties to the embeddings. Raises UserError if it is another one."""
-        head, embeddings = f"{self.family.head}.weight", f"{self.family.decoder}.embed_tokens.weight"
+        head, embeddings = f"{self.family.head}.weight", f"{self.family.embeddings}.weight"
         if not self.config.tie_word_embeddings or head not in self._files:
             return
         stored = self.tensors([name for name in (head, embeddings) if name in self._files])

@@ -1,0 +1,136 @@
+"""Find the parts of a model that no row of families.py names, from its own modules and code; reads no weights."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from lfq_lightning.errors import UserError, one_line, said
+from lfq_lightning.models.families import FAMILIES, Family
+
+_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers")
+_NO_LIMIT = 2**20
+_SMALL_HEAD = 16  # rows of the head that stands in for the model's while its logits are looked at
+_MOST_OUTSIDE = 0.1  # of the layers' parameters that are not those of linear layers
+
+
+class _Given(nn.Module):
+    """Stands in for the decoder: its hidden states are given."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden
+
+    def forward(self, *_: object, **__: object) -> BaseModelOutputWithPast:
+        return BaseModelOutputWithPast(last_hidden_state=self.hidden)
+
+
+def family_of(config: PretrainedConfig, source: object) -> Family:
+    """Return where the parts of a model are: its row of the table, or what is found.
+
+    Raises UserError, naming `source` and what is in the way, for a model that cannot be taken apart.
+    """
+    return FAMILIES[config.model_type] if config.model_type in FAMILIES else discover(config, source)
+
+
+def context_length(config: PretrainedConfig) -> int:
+    """Return how many tokens a model reads; where its config names no limit (ALiBi, state spaces), a million."""
+    return getattr(config, "max_position_embeddings", None) or _NO_LIMIT
+
+
+def discover(config: PretrainedConfig, source: object) -> Family:
+    """Find decoder, blocks, final norm, head and embeddings, and what becomes of the logits. Raises UserError."""
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise _refused(config, source, "transformers' AutoModelForCausalLM has no class for it")
+    for key in _SIZES:
+        if not isinstance(getattr(config, key, None), int):
+            raise _refused(config, source, f"its config has no {key} of its own")
+    with torch.device("meta"), said(lambda error: f"{source}: config.json makes no model ({why(error)}); mend it."):
+        model = AutoModelForCausalLM.from_config(config).eval()
+    blocks, layers = _blocks(model, config, source)
+    _check_coverage(layers, config, source)
+    decoder, head = model.base_model_prefix, model.get_output_embeddings()
+    if not hasattr(model, decoder) or not isinstance(head, nn.Linear):
+        raise _refused(config, source, "its head is no linear layer behind a decoder")
+    names = {module: name for name, module in model.named_modules()}
+    embeddings = names[model.get_input_embeddings()]
+    norm = _final_norm(model, blocks, config, source)
+    terms = _logit_terms(config, decoder, names[head], source)
+    return Family(decoder, blocks, norm, names[head], folds=(), embeddings=embeddings, terms=terms)
+
+
+def why(error: Exception) -> str:
+    """Return what a foreign error says, in brief."""
+    return f"{type(error).__name__}: {one_line(error)[:200]}"
+
+
+def _refused(config: PretrainedConfig, source: object, reason: str) -> UserError:
+    return UserError(f"{source}: model type {config.model_type!r} cannot be taken apart: {reason}.")
+
+
+def _blocks(model: PreTrainedModel, config: PretrainedConfig, source: object) -> tuple[str, nn.ModuleList]:
+    """Return the list of decoder layers, the largest one of that length, and its name."""
+    count = config.num_hidden_layers
+    lists = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count
+    }
+    if not lists:
+        raise _refused(config, source, f"it has no list of its {count} layers")
+    return max(lists.items(), key=lambda item: sum(p.numel() for p in item[1].parameters()))
+
+
+def _check_coverage(layers: nn.ModuleList, config: PretrainedConfig, source: object) -> None:
+    """Raise UserError if more than a tenth of the layers' parameters lie outside linear layers."""
+    outside = {name: p.numel() for name, p in layers.named_parameters() if not _is_linear(layers, name)}
+    share = sum(outside.values()) / sum(p.numel() for p in layers.parameters())
+    if share > _MOST_OUTSIDE:
+        largest = max(outside, key=outside.__getitem__)
+        what = f"{share:.0%} of its layers are no linear layers, such as {largest}, and would stay in full precision"
+        raise _refused(config, source, what)
+
+
+def _is_linear(layers: nn.ModuleList, parameter: str) -> bool:
+    return isinstance(layers.get_submodule(parameter.rpartition(".")[0]), nn.Linear)
+
+
+def _final_norm(model: PreTrainedModel, blocks: str, config: PretrainedConfig, source: object) -> str:
+    """Return the one norm outside the blocks; of several, the one that is defined behind them."""
+    names = [name for name, _ in model.named_modules()]
+    last = max(i for i, name in enumerate(names) if name == blocks or name.startswith(f"{blocks}."))
+    outside = [
+        (i, name)
+        for i, name in enumerate(names)
+        if not name.startswith(f"{blocks}.") and "norm" in type(model.get_submodule(name)).__name__.lower()
+    ]
+    behind = [name for i, name in outside if i > last]
+    chosen = behind or [name for _, name in outside]
+    if len(chosen) != 1:
+        raise _refused(config, source, f"it has {len(chosen)} norms outside its layers that may be the last, not one")
+    return chosen[0]
+
+
+@torch.no_grad()
+def _logit_terms(config: PretrainedConfig, decoder: str, head: str, source: object) -> tuple[float, float | None]:
+    """Fit s and c of logits = s·z, or c·tanh(z / c), from what the model's own code makes of random hidden states."""
+    width, generator = config.hidden_size, torch.Generator().manual_seed(0)
+    hidden = torch.randn(1, 8, width, generator=generator)
+    linear = nn.Linear(width, _SMALL_HEAD, bias=False)
+    linear.weight.copy_(10 / math.sqrt(width) * torch.randn(_SMALL_HEAD, width, generator=generator))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config).eval()
+    model.set_submodule(decoder, _Given(hidden))
+    model.set_submodule(head, linear)
+    with said(lambda error: f"{source}: what becomes of the logits cannot be found out ({why(error)})."):
+        logits = model(input_ids=torch.zeros(1, 8, dtype=torch.long), use_cache=False).logits
+    z = linear(hidden)
+    scale = float((logits * z).sum() / (z * z).sum())
+    if torch.allclose(logits, scale * z, rtol=1e-4, atol=1e-4):
+        return (1.0 if abs(scale - 1) < 1e-6 else scale), None
+    cap = getattr(config, "final_logit_softcapping", None)
+    if cap and torch.allclose(logits, cap * torch.tanh(z / cap), rtol=1e-4, atol=1e-4):
+        return 1.0, float(cap)
+    raise _refused(config, source, "its logits are neither s·z nor c·tanh(z / c) of its head's products z")

@@ -1,0 +1,131 @@
+"""A model streamed block by block, against the model in one piece."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from lfq_lightning.errors import UserError, said
+from lfq_lightning.models.checkpoints import Checkpoint, open_checkpoint
+from lfq_lightning.models.decoder_block import DecoderBlock
+from lfq_lightning.models.discover import why
+from lfq_lightning.models.meta_model import assign_weights, meta_model
+from lfq_lightning.models.model_skeleton import ModelSkeleton
+
+_TOKENS = 12  # of each sequence that a model is checked with
+_APART = 1e-3  # greatest difference of two logits, in standard deviations of the logits
+_LAYERS = 8  # the most of a model that is checked in one piece
+
+
+def streamed_logits(folder: str | Path, input_ids: Tensor) -> Tensor:
+    """Return the logits (B, T, V), fp32, of a full-precision model whose blocks run one after the other, as a run
+    streams them; `input_ids` are (B, T). Memory holds one block at a time.
+
+    Raises UserError for a model that cannot be streamed.
+    """
+    return _streamed(ModelSkeleton(open_checkpoint(str(folder)), torch.float32), input_ids)
+
+
+class _Watched(nn.Linear):
+    """A linear layer that notes how it is used: what a packed one cannot do is seen.
+
+    Attributes:
+        odd: what else than a product of rows it was used for.
+        called: its product was asked for.
+    """
+
+    odd: str | None
+    called: bool
+
+    def forward(self, rows: Tensor) -> Tensor:
+        if rows.dim() not in (2, 3):
+            vars(self)["odd"] = f"gets inputs of {rows.dim()} dimensions"
+        vars(self)["called"] = True
+        return F.linear(rows, self._parameters["weight"], self._parameters["bias"])  # type: ignore[arg-type]
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight":
+            vars(self)["odd"] = "has its weight read by the model's code, which a packed layer does not have"
+        return super().__getattr__(name)
+
+
+@torch.no_grad()
+def _streamed(skeleton: ModelSkeleton, input_ids: Tensor, layers: int | None = None, watch: bool = False) -> Tensor:
+    hidden = torch.cat([skeleton.embed(row[None]).float() for row in input_ids])
+    for index in range(len(skeleton) if layers is None else layers):
+        block = skeleton.block(range(index, index + 1))
+        if watch:
+            _watch(block)
+            twin = copy.deepcopy(block)  # whose weights transformers may overwrite
+            skeleton.initialise(twin)
+            _check_watched(twin, called=False)
+        hidden = block(hidden)
+        if watch:
+            _check_watched(block, called=True)
+    head = skeleton.head(torch.float32)
+    return head.logits(head.readout(hidden))
+
+
+def _watch(block: DecoderBlock) -> None:
+    for linear in block.linears().values():
+        linear.__class__ = _Watched
+        vars(linear).update(odd=None, called=False)
+
+
+def _check_watched(block: DecoderBlock, called: bool) -> None:
+    """Raise ValueError for a layer that was used as no packed one can be."""
+    for name, linear in block.linears().items():
+        assert isinstance(linear, _Watched)
+        if linear.odd is not None or (called and not linear.called):
+            raise ValueError(f"{name} {linear.odd or 'is never called'}")
+
+
+@torch.no_grad()
+def check_streams(checkpoint: Checkpoint) -> None:
+    """Check that the blocks, streamed, give the model's own logits, and that no token sees those behind it.
+
+    A model of more layers is checked on its first ones, up to one of every kind. Raises UserError.
+    """
+    path, kind = checkpoint.path, checkpoint.config.model_type
+    config = _shortened(checkpoint.config)
+    layers = config.num_hidden_layers
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, config.vocab_size, (2, _TOKENS), generator=generator)
+    tokens[1, :-1] = tokens[0, :-1]  # they differ in the last token
+    tokens[1, -1] = (tokens[0, -1] + 1) % config.vocab_size
+    with said(lambda error: f"{path}: model type {kind!r} cannot be streamed block by block ({why(error)})."):
+        skeleton = ModelSkeleton(checkpoint, torch.float32)
+        streamed = _streamed(skeleton, tokens, layers, watch=True)
+    whole = meta_model(config, path)
+    assign_weights(whole, _first(checkpoint, skeleton, layers), path)
+    own = whole.float()(input_ids=tokens, use_cache=False).logits
+    apart = float((streamed - own).abs().max() / own.std())
+    if not apart < _APART:
+        raise UserError(
+            f"{path}: model type {kind!r} is not streamed right: block by block its logits are {apart:.2g} "
+            "standard deviations from its own; it cannot be quantised here."
+        )
+    if not torch.allclose(own[0, :-1], own[1, :-1], atol=1e-3 * float(own.std())):
+        raise UserError(f"{path}: model type {kind!r} is no decoder: its tokens see those behind them.")
+
+
+def _first(checkpoint: Checkpoint, skeleton: ModelSkeleton, layers: int) -> dict[str, Tensor]:
+    names = skeleton.outer_names() + [name for index in range(layers) for name in skeleton.block_names(index)]
+    return checkpoint.tensors(names)
+
+
+def _shortened(config: PretrainedConfig) -> PretrainedConfig:
+    """Return the config of the first layers, one of every kind among them."""
+    layers = config.num_hidden_layers
+    kinds = [*(getattr(config, "layer_types", None) or [None] * layers)]
+    wanted = min(_LAYERS, layers, max(kinds.index(kind) for kind in kinds) + 1)
+    short = copy.deepcopy(config)
+    for name, value in vars(config).items():
+        if isinstance(value, list) and len(value) == layers:
+            setattr(short, name, value[:wanted])
+    short.num_hidden_layers = wanted
+    return short

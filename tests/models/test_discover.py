@@ -1,0 +1,103 @@
+"""Models that no row of families.py names: their parts are found, checked against the model itself, or refused."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, CompressedTensorsConfig
+
+import lfq_lightning
+from lfq_lightning.errors import UserError
+from lfq_lightning.models import streamed
+from lfq_lightning.models.checkpoints import open_checkpoint
+from lfq_lightning.models.discover import discover
+from lfq_lightning.models.families import FAMILIES
+from tests.helpers import EXTRA, GPTQ, SHAPE, fails, run, save_tiny
+
+UNLISTED = ("olmo2", "phi3", "smollm3", "stablelm")
+IDS = torch.arange(40)[None] * 7 % 256
+
+
+def tiny_config(family):
+    return AutoConfig.for_model(family, **{**SHAPE, **EXTRA.get(family, {}), "tie_word_embeddings": False})
+
+
+@pytest.mark.parametrize("family", [name for name, row in FAMILIES.items() if row.experts is None])
+def test_what_is_found_is_what_the_table_says(family):
+    config, row = tiny_config(family), FAMILIES[family]
+    found = discover(config, family)
+    for part in ("decoder", "blocks", "norm", "head", "embeddings"):
+        assert getattr(found, part) == getattr(row, part), part
+    (scale, cap), (expected, bound) = found.terms, row.logit_terms(config.to_dict())
+    assert scale == pytest.approx(expected, rel=1e-5) and cap == bound
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", UNLISTED)
+def test_streamed_logits_are_the_models_own(tmp_path, family, dtype):
+    folder = save_tiny(tmp_path / family, family, tied=False, dtype=dtype)
+    own = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected = own(input_ids=IDS).logits
+    found = lfq_lightning.streamed_logits(folder, IDS)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * float(expected.std()))
+
+
+@pytest.mark.parametrize("family", UNLISTED)
+def test_quantised_and_read_by_transformers(config, tmp_path, family):
+    folder = save_tiny(tmp_path / family, family, tied=False)
+    path = config(model={"checkpoint": str(folder)}, plan=[{"match": "all", "quantizer": GPTQ}])
+    run(path)
+    packed = path.parent / "run"
+    plain = AutoModelForCausalLM.from_pretrained(packed, quantization_config=CompressedTensorsConfig(dequantize=True))
+    ours, _ = lfq_lightning.load(packed, dequantize=True)
+    with torch.no_grad():
+        theirs = plain.float().eval()(input_ids=IDS).logits
+        torch.testing.assert_close(ours.float()(input_ids=IDS).logits, theirs, rtol=0, atol=1e-4 * float(theirs.std()))
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        ("gpt2", "are no linear layers, such as .*c_fc.weight, and would stay in full precision"),
+        ("deepseek_v3", "are no linear layers, such as .*experts.*, and would stay in full precision"),
+        ("t5", "AutoModelForCausalLM has no class for it"),
+        ("bert", "what becomes of the logits cannot be found out"),
+    ],
+)
+def test_others_are_refused_in_one_sentence(family, reason):
+    with pytest.raises(UserError, match=reason):
+        discover(AutoConfig.for_model(family), family)
+
+
+def test_wrong_streams_are_refused_before_any_work(config, tmp_path, monkeypatch, capsys):
+    folder = save_tiny(tmp_path / "olmo2", "olmo2", tied=False)
+    right = streamed._streamed
+    monkeypatch.setattr(streamed, "_streamed", lambda *given, **options: 1.01 * right(*given, **options))
+    message = fails(capsys, "run", "--config", str(config(model={"checkpoint": str(folder)})))
+    assert "model type 'olmo2' is not streamed right" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_layer_that_cannot_be_packed_is_named(tmp_path):
+    checkpoint = open_checkpoint(str(save_tiny(tmp_path / "nanochat", "nanochat", tied=False)))
+    with pytest.raises(
+        UserError, match=r"'nanochat' cannot be streamed .*o_proj has its weight read by the"
+    ):
+        streamed.check_streams(checkpoint)
+
+
+def test_a_model_that_sees_what_follows_is_refused(tmp_path, monkeypatch):
+    folder = save_tiny(tmp_path / "llama", tied=False)
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**settings, "is_causal": False}))
+    checkpoint = open_checkpoint(str(folder))
+    with pytest.raises(UserError, match="is no decoder: its tokens see those behind them"):
+        streamed.check_streams(checkpoint)
+
+
+def test_a_long_model_is_checked_on_one_layer_of_every_kind():
+    settings = {**SHAPE, "num_hidden_layers": 12, "layer_types": ["linear_attention"] * 5 + ["full_attention"] * 7}
+    short = streamed._shortened(AutoConfig.for_model("llama", **settings))
+    assert short.num_hidden_layers == 6 and len(short.layer_types) == 6
