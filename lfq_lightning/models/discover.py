@@ -124,7 +124,8 @@ def _logit_terms(config: PretrainedConfig, decoder: str, head: str, source: obje
         model = AutoModelForCausalLM.from_config(config).eval()
     model.set_submodule(decoder, _Given(hidden))
     model.set_submodule(head, linear)
-    with said(lambda error: f"{source}: what becomes of the logits cannot be found out ({why(error)})."):
+    behind = "its code does more between decoder and logits than a linear head does"
+    with said(lambda error: str(_refused(config, source, f"{behind} ({why(error)})"))):
         logits = model(input_ids=torch.zeros(1, 8, dtype=torch.long), use_cache=False).logits
     z = linear(hidden)
     scale = float((logits * z).sum() / (z * z).sum())

@@ -235,7 +235,9 @@ def test_output_folders_in_the_way(config, capsys, tmp_path, monkeypatch):
 
 
 def test_models_that_are_not_ours(config, capsys, tmp_path, llama):
-    assert "not a decoder-only family" in fails(capsys, "run", "--config", str(config(model=_bert(tmp_path / "bert"))))
+    assert "model type 'bert' cannot be taken apart" in fails(
+        capsys, "run", "--config", str(config(model=_bert(tmp_path / "bert")))
+    )
     folder = tmp_path / "empty"
     folder.mkdir()
     checkpoint = {"checkpoint": str(folder)}

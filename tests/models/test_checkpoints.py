@@ -50,7 +50,7 @@ def test_hub_id_from_the_local_cache(llama, tmp_path):
     ("change", "message"),
     [
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "already quantised"),
-        ({"model_type": "bert"}, "not a decoder-only family"),
+        ({"model_type": "bert"}, "model type 'bert' cannot be taken apart"),
     ],
 )
 def test_refused(llama, tmp_path, change, message):
