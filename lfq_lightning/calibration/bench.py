@@ -89,11 +89,13 @@ class Bench:
         else:
             module = BlockModule(block, objective, plan, clips).to(self.device)
         self._current, self.first_step = module, 0
+        self.trainer.lightning_module.block = module  # so that Lightning's train and eval modes reach it
         return module
 
     def clear(self) -> None:
         """Free the block, with its optimizer; the next one is read only then."""
         self._current = None
+        self.trainer.lightning_module.block = None  # type: ignore[assignment]
         self.trainer.strategy.optimizers, self.trainer.strategy.lr_scheduler_configs = [], []
         self.ranks.release()
 

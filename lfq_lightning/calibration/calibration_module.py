@@ -15,6 +15,9 @@ from lfq_lightning.models.checkpoints import open_checkpoint
 class CalibrationModule(LightningModule):
     """Delegates to the CalibrationBlock on the `bench`, where the BlockScheduler puts one after another.
 
+    Attributes:
+        block: that block, a submodule while it is there.
+
     Args:
         checkpoint: the full-precision model: a Hugging Face folder, a hub id, or a .gguf file.
     """
@@ -23,6 +26,7 @@ class CalibrationModule(LightningModule):
         super().__init__()
         self.checkpoint = open_checkpoint(checkpoint)
         self.bench: Bench | None = None
+        self.block: CalibrationBlock | None = None
 
     @property
     def current(self) -> CalibrationBlock:

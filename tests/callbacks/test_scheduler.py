@@ -94,15 +94,19 @@ def test_training_helps_and_is_reported(llama, text_file, tmp_path):
 
 class Watcher(BlockCallback):
     def __init__(self):
-        self.seen, self.validations, self.rates = [], 0, []
+        self.seen, self.validations, self.rates, self.modes = [], 0, [], set()
 
     def on_block_end(self, trainer, report):
         self.seen.append((report.index, trainer.global_step))
+
+    def on_validation_batch_start(self, trainer, pl_module, *_):
+        self.modes |= {("held out", quantizer.training) for quantizer in pl_module.current.quantizers()}
 
     def on_validation_end(self, trainer, pl_module):
         self.validations += 1
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.modes |= {("training", quantizer.training) for quantizer in pl_module.current.quantizers()}
         if trainer.optimizers and pl_module.current.plan.learned:
             self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
 
@@ -131,6 +135,7 @@ def test_lightning_features_work_together(llama, text_file, tmp_path):
     assert rates[0] == LR
     assert 0 < rates[STEPS - 1] < 0.1 * LR
     assert watcher.validations >= 9
+    assert watcher.modes == {("training", True), ("held out", False)}  # held-out losses are those of what would ship
     assert list((tmp_path / "ckpt").glob("*.ckpt"))
     assert list((tmp_path / "logs").rglob("metrics.csv")) or list((tmp_path / "logs").rglob("events*"))
 
