@@ -122,7 +122,7 @@ class Ranks:
         if isinstance(module, FSDPModule):
             module.unshard()
 
-    def whole(self, tensor: Tensor) -> Tensor | None:
+    def gathered(self, tensor: Tensor) -> Tensor | None:
         """Return all of a tensor of which each rank may hold a share, on the first rank's CPU; None on the others."""
         whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         return whole.detach().cpu() if self.first else None

@@ -89,7 +89,7 @@ class BlockState:
         whole: dict[str, Tensor] = {}
         seen: set[int] = set()
         for name, tensor in tensors.items():
-            found = self.ranks.whole(tensor)
+            found = self.ranks.gathered(tensor)
             if found is not None:  # bitsandbytes gives all parameters one table; a file wants each its own
                 whole[name] = found.clone() if found.data_ptr() in seen else found.contiguous()
                 seen.add(found.data_ptr())
