@@ -1,6 +1,5 @@
 """The command line: `lfq COMMAND …`, and `lightning run` for `lfq run`. Each command is a file in commands/."""
 
-import ast
 import importlib
 import importlib.util
 import sys
@@ -38,7 +37,8 @@ def lightning_main() -> None:
 
 def commands() -> dict[str, str]:
     """Return every command with the first line of its docstring; imports none of them."""
-    lines = {file.stem: _first_line(file) for file in sorted(_COMMANDS.glob("*.py"))}
+    first = {file.stem: file.read_text(encoding="utf-8").partition("\n")[0] for file in sorted(_COMMANDS.glob("*.py"))}
+    lines = {name: line.strip('"') for name, line in first.items()}
     return {name: line for name, line in lines.items() if line.startswith(_MARK)}
 
 
@@ -50,11 +50,6 @@ def usage() -> str:
         rows.append(f"  {call:{_COLUMN}}  {what}" if len(call) <= _COLUMN else f"  {call}\n  {'':{_COLUMN}}  {what}")
     listed = "\n".join(rows)
     return f"usage: lfq COMMAND …\n\n{listed}\n\n`lightning run …` is `lfq run …`. `lfq COMMAND --help` says more."
-
-
-def _first_line(file: Path) -> str:
-    text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
-    return text.partition("\n")[0]
 
 
 def _dispatch(arguments: list[str]) -> None:

@@ -35,6 +35,11 @@ def one_line(error: object) -> str:
     return " ".join(str(error).split())
 
 
+def named(error: BaseException, length: int = 200) -> str:
+    """Return the class of a foreign error and its text in one line, cut to `length` characters."""
+    return f"{type(error).__name__}: {one_line(error)[:length]}"
+
+
 @contextmanager
 def said(sentence: Callable[[Exception], str]) -> Iterator[None]:
     """Turn whatever foreign code raises inside into a UserError with this sentence; a UserError, a signal's too, stays.

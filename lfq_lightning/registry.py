@@ -17,7 +17,7 @@ from typing import Any, Generic, TypeVar
 
 from jsonargparse import ArgumentError, ArgumentParser
 
-from lfq_lightning.errors import UserError, one_line
+from lfq_lightning.errors import UserError, named, one_line
 
 T = TypeVar("T")
 
@@ -149,5 +149,4 @@ def load_plugin_file(path: Path) -> None:
         raise
     except BaseException as error:  # it may raise anything, and may even ask to leave
         del sys.modules[path.stem]
-        what = f"{type(error).__name__}: {one_line(error)[:200]}"
-        raise UserError(f"plugins: {path} cannot be imported ({what}); mend the file.") from error
+        raise UserError(f"plugins: {path} cannot be imported ({named(error)}); mend the file.") from error

@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 from lightning.pytorch import Trainer
-from torch import Tensor
+from torch import Tensor, nn
 
 from lfq_lightning.calibration.activation_cache import ActivationCache, BatchLoader, Splits
 from lfq_lightning.calibration.block_module import BlockModule
@@ -27,8 +27,10 @@ from lfq_lightning.stages import BlockPlan
 from lfq_lightning.token_set import TokenSet
 
 
-class Bench:
+class Bench(nn.Module):
     """What calibrating any block needs: both streams of both splits, the frozen head, and the block's batches.
+
+    A module with the block as its one submodule, so that Lightning's train and eval modes reach it.
 
     Args:
         trainer: its precision and device are the blocks'.
@@ -48,6 +50,7 @@ class Bench:
         store: StreamStore,
         seed: int,
     ) -> None:
+        super().__init__()
         self.trainer = trainer
         self.device = trainer.strategy.root_device
         self.skeleton = skeleton
@@ -64,11 +67,6 @@ class Bench:
         )
 
     # ---- the block ---------------------------------------------------------------------------------------------------
-
-    @property
-    def occupied(self) -> bool:
-        """Tell whether a block is on the bench."""
-        return self._current is not None
 
     @property
     def current(self) -> CalibrationBlock:
@@ -89,13 +87,11 @@ class Bench:
         else:
             module = BlockModule(block, objective, plan, clips).to(self.device)
         self._current, self.first_step = module, 0
-        self.trainer.lightning_module.block = module  # so that Lightning's train and eval modes reach it
         return module
 
     def clear(self) -> None:
         """Free the block, with its optimizer; the next one is read only then."""
         self._current = None
-        self.trainer.lightning_module.block = None  # type: ignore[assignment]
         self.trainer.strategy.optimizers, self.trainer.strategy.lr_scheduler_configs = [], []
         self.ranks.release()
 

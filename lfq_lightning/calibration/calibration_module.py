@@ -15,9 +15,6 @@ from lfq_lightning.models.checkpoints import open_checkpoint
 class CalibrationModule(LightningModule):
     """Delegates to the CalibrationBlock on the `bench`, where the BlockScheduler puts one after another.
 
-    Attributes:
-        block: that block, a submodule while it is there.
-
     Args:
         checkpoint: the full-precision model: a Hugging Face folder, a hub id, or a .gguf file.
     """
@@ -26,7 +23,6 @@ class CalibrationModule(LightningModule):
         super().__init__()
         self.checkpoint = open_checkpoint(checkpoint)
         self.bench: Bench | None = None
-        self.block: CalibrationBlock | None = None
 
     @property
     def current(self) -> CalibrationBlock:
@@ -59,4 +55,4 @@ class CalibrationModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         # Lightning asks once before the first block is placed; the scheduler asks again at the start of each epoch.
-        return self.current.configure_optimizers() if self.bench is not None and self.bench.occupied else None
+        return self.current.configure_optimizers() if self.bench is not None else None

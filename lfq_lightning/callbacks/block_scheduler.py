@@ -83,8 +83,8 @@ class BlockScheduler(BlockCallback):
         started, bench = time.perf_counter(), fit.bench
         reset_peak(bench.device)
         torch.manual_seed(bench.seed * 1_000_003 + plan.index)  # a run that resumes here draws what it would have
-        for listener in listeners(fit.trainer):
-            listener.on_block_start(fit.trainer, plan)
+        for listener in listeners(bench.trainer):
+            listener.on_block_start(bench.trainer, plan)
         read = bench.read(plan)
         fit.fingerprint = block_fingerprint(fit.fingerprint, plan, read.tensors())
         module = bench.place(read, plan)
@@ -93,17 +93,17 @@ class BlockScheduler(BlockCallback):
             solutions = bench.restore(*fit.shards.shipped(plan)) if plan.stage.from_shards else bench.solve()
         solved = bench.train_from(solutions)
         if plan.learned:
-            fit.ranks.shard(module)
-        state = BlockState(module, fit.fingerprint, fit.ranks)
+            bench.ranks.shard(module)
+        state = BlockState(module, fit.fingerprint, bench.ranks)
         with bench.forward_only():
             start_loss, start_hidden = bench.held_out()
             head = bench.head()
-            lens = Lens(bench.splits.held_out, head, fit.ranks, bench.device)
+            lens = Lens(bench.splits.held_out, head, bench.ranks, bench.device)
             start_kl = lens.kl(start_hidden, head)
         state.keep_if_best(start_loss)
-        every = check_every(fit.trainer, plan)
+        every = check_every(bench.trainer, plan)
         self._block = BlockInTraining(
-            plan, solved, state, lens, start_loss, start_hidden, start_kl, started, every, WeightedMean(fit.ranks)
+            plan, solved, state, lens, start_loss, start_hidden, start_kl, started, every, WeightedMean(bench.ranks)
         )
         self._block.resume(self.run.folder.state_file, bench, self.run.meter)
         self.saving.stop_at_once = not plan.learned
@@ -117,7 +117,7 @@ class BlockScheduler(BlockCallback):
         run, block, bench = self.run, self.block, fit.bench
         plan, start_hidden = block.plan, block.start_hidden
         block.state.load_best()
-        fit.ranks.gather(bench.current)
+        bench.ranks.gather(bench.current)
         shipped = block.solved | bench.current.block.ship()
         fit.shards.write_block(plan, bench.current.block, shipped)
         with bench.forward_only():
@@ -130,11 +130,11 @@ class BlockScheduler(BlockCallback):
         self._block = None
         bench.clear()
         written = run.folder.checksums(range(plan.indices.start + 1, plan.indices.stop + 1))
-        line = vars(report) | {"fingerprint": fit.fingerprint, "shards": written, "precision": fit.trainer.precision}
+        line = vars(report) | {"fingerprint": fit.fingerprint, "shards": written, "precision": bench.trainer.precision}
         line["spent"] = vars(run.meter.now())
-        fit.ranks.once(lambda: run.folder.append_journal(line))
-        for listener in listeners(fit.trainer):
-            listener.on_block_end(fit.trainer, report)
+        bench.ranks.once(lambda: run.folder.append_journal(line))
+        for listener in listeners(bench.trainer):
+            listener.on_block_end(bench.trainer, report)
         return start_hidden
 
     def _finish(self, fit: Fit, before_last_training: Tensor) -> None:
@@ -146,15 +146,15 @@ class BlockScheduler(BlockCallback):
             "quantized": held_out.student,
         }
         head = fit.bench.head(torch.float32)  # the exact one, whatever the products ran in
-        metrics = final_metrics(streams, head, fit.bench.tokens[1], fit.frequency, fit.ranks)
+        metrics = final_metrics(streams, head, fit.bench.tokens[1], fit.frequency, fit.bench.ranks)
         metrics |= {"model_bytes": folder.total_bytes, **vars(self.run.meter.now())}
         dense = [name for name in skeleton.all_linears() if name not in fit.shards.schemes] + skeleton.routers()
-        fit.ranks.once(
+        fit.bench.ranks.once(
             lambda: folder.finish(skeleton.checkpoint, skeleton.architecture, fit.shards.schemes, dense, metrics)
         )
         self.finished = True
-        for listener in listeners(fit.trainer):
-            listener.on_run_end(fit.trainer, metrics, folder.path)
+        for listener in listeners(fit.bench.trainer):
+            listener.on_run_end(fit.bench.trainer, metrics, folder.path)
 
     # ---- before the first block --------------------------------------------------------------------------------------
 
@@ -188,8 +188,8 @@ class BlockScheduler(BlockCallback):
         shards = Shards(before.folder, ranks, checkpoint.dtype)
         shards.write_outer(checkpoint.tensors(before.skeleton.outer_names()))
         before.meter.keep(peak_bytes(device))  # the whole model may have been there, to write the data
-        fit = self._fit = Fit(trainer, ranks, bench, shards, frequency, 0, "", 0.0)
-        for listener in listeners(fit.trainer):
+        fit = self._fit = Fit(bench, shards, frequency, 0, "", 0.0)
+        for listener in listeners(fit.bench.trainer):
             listener.on_run_start(trainer, before.plans)
         for earlier in opened.sources:
             first = fit.taken
@@ -204,7 +204,7 @@ class BlockScheduler(BlockCallback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # again: Lightning has put its own handler in place, which saves nothing
-        self.saving.listen(self.fit.ranks, trainer.strategy.launcher)
+        self.saving.listen(self.fit.bench.ranks, trainer.strategy.launcher)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         trainer.strategy.setup_optimizers(trainer)  # a new block: its own parameters, its own schedule
@@ -232,7 +232,7 @@ class BlockScheduler(BlockCallback):
         trainer.val_check_batch = batch_idx + (1 if done % block.check_every == 0 else 2)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.block.held_out_loss = WeightedMean(self.fit.ranks)
+        self.block.held_out_loss = WeightedMean(self.fit.bench.ranks)
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, _: int = 0

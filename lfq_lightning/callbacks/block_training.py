@@ -12,7 +12,6 @@ from lfq_lightning.calibration.bench import Bench
 from lfq_lightning.calibration.lens import Lens
 from lfq_lightning.calibration.weighted_mean import WeightedMean
 from lfq_lightning.callbacks.block_callback import BlockReport
-from lfq_lightning.distributed.ranks import Ranks
 from lfq_lightning.peak_memory import peak_bytes
 from lfq_lightning.quantized_tensor import QuantizedTensor
 from lfq_lightning.report.weight_statistics import weight_statistics
@@ -29,8 +28,6 @@ class Fit:
     """What lives as long as one fit.
 
     Args:
-        trainer: of the fit.
-        ranks: its processes.
         bench: where blocks are calibrated.
         shards: what they have shipped.
         frequency: how often each token occurs in the calibration data, (V,) int64.
@@ -39,8 +36,6 @@ class Fit:
         started: when the first block was begun, by `time.perf_counter`.
     """
 
-    trainer: Trainer
-    ranks: Ranks
     bench: Bench
     shards: Shards
     frequency: Tensor

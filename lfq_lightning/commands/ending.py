@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any, TextIO
 
-from lfq_lightning.errors import UserError, one_line
+from lfq_lightning.errors import UserError, named
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _INTERRUPTED, _UNFORESEEN = 130, 70  # what a shell shows for SIGINT; EX_SOFTWARE of sysexits.h
@@ -27,7 +27,7 @@ def run_to_its_end(work: Callable[[], object]) -> None:
         if isinstance(error, OSError) and error.errno in _FULL:
             where = f"{error.filename}: " if error.filename else ""
             _end(f"{where}{os.strerror(error.errno or 0)}; free some space and run the same command again.", 2)
-        _end(f"{_named(error)}; nobody foresaw that: {_kept_trace()}", _UNFORESEEN)
+        _end(f"{named(error, 300)}; nobody foresaw that: {_kept_trace()}", _UNFORESEEN)
 
 
 def prepare_streams() -> None:
@@ -65,10 +65,6 @@ def _outlive_reader(stream: TextIO) -> None:
 def _end(sentence: str, code: int) -> None:
     print(f"lfq: error: {sentence}", file=sys.stderr)
     sys.exit(code)
-
-
-def _named(error: Exception) -> str:
-    return f"{type(error).__name__}: {one_line(error)[:300]}"
 
 
 def _kept_trace() -> str:

@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from lfq_lightning.errors import UserError, one_line
+from lfq_lightning.errors import UserError, named
 from lfq_lightning.models.limits import limits
 
 Message = dict[str, Any]  # role, content, and what else a template reads
@@ -42,7 +42,7 @@ def render(
         raise
     except Exception as error:  # a template is a program: it may raise anything
         raise TemplateError(
-            f"the chat template fails ({type(error).__name__}: {one_line(error)[:150]}) on {str(messages)[:80]}…; mend "
+            f"the chat template fails ({named(error, 150)}) on {str(messages)[:80]}…; mend "
             "the template, or the messages."
         ) from error
     if not isinstance(text, str) or len(text) > _CHARACTERS:

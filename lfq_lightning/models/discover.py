@@ -4,11 +4,12 @@ import math
 
 import torch
 from torch import Tensor, nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from lfq_lightning.errors import UserError, one_line, said
+from lfq_lightning.errors import UserError, named, said
 from lfq_lightning.models.families import FAMILIES, Family
+from lfq_lightning.models.meta_model import empty_model
 
 _SIZES = ("vocab_size", "hidden_size", "num_hidden_layers")
 _NO_LIMIT = 2**20
@@ -47,8 +48,7 @@ def discover(config: PretrainedConfig, source: object) -> Family:
     for key in _SIZES:
         if not isinstance(getattr(config, key, None), int):
             raise _refused(config, source, f"its config has no {key} of its own")
-    with torch.device("meta"), said(lambda error: f"{source}: config.json makes no model ({why(error)}); mend it."):
-        model = AutoModelForCausalLM.from_config(config).eval()
+    model = empty_model(config, source)
     blocks, layers = _blocks(model, config, source)
     _check_coverage(layers, config, source)
     decoder, head = model.base_model_prefix, model.get_output_embeddings()
@@ -57,13 +57,8 @@ def discover(config: PretrainedConfig, source: object) -> Family:
     names = {module: name for name, module in model.named_modules()}
     embeddings = names[model.get_input_embeddings()]
     norm = _final_norm(model, blocks, config, source)
-    terms = _logit_terms(config, decoder, names[head], source)
+    terms = _logit_terms(model, names[head], config, source)
     return Family(decoder, blocks, norm, names[head], folds=(), embeddings=embeddings, terms=terms)
-
-
-def why(error: Exception) -> str:
-    """Return what a foreign error says, in brief."""
-    return f"{type(error).__name__}: {one_line(error)[:200]}"
 
 
 def _refused(config: PretrainedConfig, source: object, reason: str) -> UserError:
@@ -114,18 +109,21 @@ def _final_norm(model: PreTrainedModel, blocks: str, config: PretrainedConfig, s
 
 
 @torch.no_grad()
-def _logit_terms(config: PretrainedConfig, decoder: str, head: str, source: object) -> tuple[float, float | None]:
-    """Fit s and c of logits = s·z, or c·tanh(z / c), from what the model's own code makes of random hidden states."""
+def _logit_terms(
+    model: PreTrainedModel, head: str, config: PretrainedConfig, source: object
+) -> tuple[float, float | None]:
+    """Fit s and c of logits = s·z, or c·tanh(z / c), from what the model's own code makes of random hidden states.
+
+    The model loses its decoder and its head to stand-ins.
+    """
     width, generator = config.hidden_size, torch.Generator().manual_seed(0)
     hidden = torch.randn(1, 8, width, generator=generator)
     linear = nn.Linear(width, _SMALL_HEAD, bias=False)
     linear.weight.copy_(10 / math.sqrt(width) * torch.randn(_SMALL_HEAD, width, generator=generator))
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config).eval()
-    model.set_submodule(decoder, _Given(hidden))
+    model.set_submodule(model.base_model_prefix, _Given(hidden))
     model.set_submodule(head, linear)
     behind = "its code does more between decoder and logits than a linear head does"
-    with said(lambda error: str(_refused(config, source, f"{behind} ({why(error)})"))):
+    with said(lambda error: str(_refused(config, source, f"{behind} ({named(error)})"))):
         logits = model(input_ids=torch.zeros(1, 8, dtype=torch.long), use_cache=False).logits
     z = linear(hidden)
     scale = float((logits * z).sum() / (z * z).sum())

@@ -4,9 +4,19 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from lfq_lightning.errors import UserError, one_line, said
+from lfq_lightning.errors import UserError, named, said
 from lfq_lightning.models.experts import split_experts
 from lfq_lightning.models.families import FAMILIES
+
+
+def empty_model(config: PretrainedConfig, source: object) -> PreTrainedModel:
+    """Return the model as transformers builds it, all of it on the meta device, frozen and in eval mode.
+
+    Raises UserError, naming `source`, for values that make no model.
+    """
+    refusal = f"{source}: the values of config.json make no model"
+    with torch.device("meta"), said(lambda error: f"{refusal} ({named(error)}); mend it."):
+        return AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
 
 
 def meta_model(config: PretrainedConfig, source: object) -> PreTrainedModel:
@@ -16,21 +26,16 @@ def meta_model(config: PretrainedConfig, source: object) -> PreTrainedModel:
 
     Raises UserError, naming `source`, for values that make no model.
     """
-    with torch.device("meta"):
-        with said(lambda error: f"{source}: the values of config.json make no model ({_named(error)}); mend it."):
-            model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
-        family = FAMILIES.get(config.model_type)
-        if family is not None and family.experts:
+    model = empty_model(config, source)
+    family = FAMILIES.get(config.model_type)
+    if family is not None and family.experts:
+        with torch.device("meta"):
             split_experts(model, family.experts, config)
     for module in model.modules():
         if any(True for _ in module.buffers(recurse=False)):
             module.to_empty(device="cpu", recurse=False)
             model._init_weights(module)  # rotary frequencies, embedding scales
     return model
-
-
-def _named(error: Exception) -> str:
-    return f"{type(error).__name__}: {one_line(error)[:200]}"
 
 
 def check_shapes(module: nn.Module, tensors: dict[str, Tensor], source: object) -> None:

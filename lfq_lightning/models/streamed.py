@@ -9,10 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from lfq_lightning.errors import UserError, said
+from lfq_lightning.errors import UserError, named, said
 from lfq_lightning.models.checkpoints import Checkpoint, open_checkpoint
 from lfq_lightning.models.decoder_block import DecoderBlock
-from lfq_lightning.models.discover import why
 from lfq_lightning.models.meta_model import assign_weights, meta_model
 from lfq_lightning.models.model_skeleton import ModelSkeleton
 
@@ -97,7 +96,7 @@ def check_streams(checkpoint: Checkpoint) -> None:
     tokens = torch.randint(0, config.vocab_size, (2, _TOKENS), generator=generator)
     tokens[1, :-1] = tokens[0, :-1]  # they differ in the last token
     tokens[1, -1] = (tokens[0, -1] + 1) % config.vocab_size
-    with said(lambda error: f"{path}: model type {kind!r} cannot be streamed block by block ({why(error)})."):
+    with said(lambda error: f"{path}: model type {kind!r} cannot be streamed block by block ({named(error)})."):
         skeleton = ModelSkeleton(checkpoint, torch.float32)
         streamed = _streamed(skeleton, tokens, layers, watch=True)
     whole = meta_model(config, path)

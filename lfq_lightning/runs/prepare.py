@@ -47,8 +47,6 @@ def prepare(
     calibrated, tokens = check_trainer(trainer, module, data)
     checkpoint = calibrated.checkpoint
     skeleton = ModelSkeleton(checkpoint)
-    if checkpoint.config.model_type not in FAMILIES:
-        check_streams(checkpoint)
     plans = plan.resolve(skeleton)
     check_training(trainer.num_devices * trainer.num_nodes, plans)
     folder = RunFolder(output, len(skeleton) + 1, overwrite, checkpoint.family)
@@ -59,6 +57,8 @@ def prepare(
     reused = EarlierRun(reuse, resumes=False) if reuse else None
     if reused is not None and reused.path.resolve() == folder.path.resolve():
         raise UserError("reuse: it is the output itself; give another output.")
+    if checkpoint.config.model_type not in FAMILIES:
+        check_streams(checkpoint)  # last, since it computes
     if launched_rank() == 0:
         folder.lock()
         try:

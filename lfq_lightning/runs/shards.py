@@ -70,7 +70,7 @@ class Shards:
         Returns the next block, and the fingerprint of the one before it. Raises UserError if none agrees.
         """
         for plan in plans[first:-1]:
-            block = bench.skeleton.block(plan.indices).to(bench.device)
+            block = bench.read(plan)
             found = block_fingerprint(fingerprint, plan, block.tensors())
             report = earlier.report(plan.index, found)
             if report is None and plan.index == 0 and not earlier.resumes:
