@@ -260,7 +260,8 @@ def _inputs_of(block: DecoderBlock, names: list[str], inputs: Inputs, half: int)
 
     def catch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            caught[name] = arguments[0]
+            rows = arguments[0]
+            caught[name] = rows.squeeze(1) if rows.dim() == 4 else rows  # latent attention's have a head of their own
             if name == names[-1]:
                 raise _ReachedError
 

@@ -112,7 +112,8 @@ class DecoderBlock(nn.Module):
                 hidden = checkpoint(layer, hidden, use_reentrant=False, **here)
             else:
                 hidden = layer(hidden, **here)
-            assert isinstance(hidden, Tensor), "decoder layers return a tensor since transformers 5"
+            if isinstance(hidden, tuple):
+                hidden = hidden[0]
         return hidden
 
     def _replace(self, name: str, module: nn.Module) -> None:

@@ -1,13 +1,17 @@
 """Find the parts of a model that no row of families.py names, from its own modules and code; reads no weights."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from lfq_lightning.errors import UserError, named, said
+from lfq_lightning.models.experts import split_experts
 from lfq_lightning.models.families import FAMILIES, Family
 from lfq_lightning.models.meta_model import empty_model
 
@@ -17,6 +21,14 @@ _SMALL_HEAD = 16  # rows of the head that stands in for the model's while its lo
 _MOST_OUTSIDE = 0.1  # of the layers' parameters that are not those of linear layers
 
 
+class _Output(BaseModelOutputWithPast):
+    """A decoder's output of which only the hidden states are there, whatever else the model asks for."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("_"):
+            raise AttributeError(name)
+
+
 class _Given(nn.Module):
     """Stands in for the decoder: its hidden states are given."""
 
@@ -24,8 +36,11 @@ class _Given(nn.Module):
         super().__init__()
         self.hidden = hidden
 
-    def forward(self, *_: object, **__: object) -> BaseModelOutputWithPast:
-        return BaseModelOutputWithPast(last_hidden_state=self.hidden)
+    def __getattr__(self, name: str) -> Any:  # a part of the decoder that the model calls in its place
+        return super().__getattr__(name) if name in ("_modules", "_buffers") or name[:2] == "__" else self
+
+    def forward(self, *_: object, **__: object) -> _Output:
+        return _Output(last_hidden_state=self.hidden)
 
 
 def family_of(config: PretrainedConfig, source: object) -> Family:
@@ -49,6 +64,8 @@ def discover(config: PretrainedConfig, source: object) -> Family:
         if not isinstance(getattr(config, key, None), int):
             raise _refused(config, source, f"its config has no {key} of its own")
     model = empty_model(config, source)
+    with torch.device("meta"):
+        split_experts(model)
     blocks, layers = _blocks(model, config, source)
     _check_coverage(layers, config, source)
     decoder, head = model.base_model_prefix, model.get_output_embeddings()
@@ -58,7 +75,20 @@ def discover(config: PretrainedConfig, source: object) -> Family:
     embeddings = names[model.get_input_embeddings()]
     norm = _final_norm(model, blocks, config, source)
     terms = _logit_terms(model, names[head], config, source)
-    return Family(decoder, blocks, norm, names[head], folds=(), embeddings=embeddings, terms=terms)
+    renamings = _renamings(model)
+    return Family(decoder, blocks, norm, names[head], (), renamings=renamings, embeddings=embeddings, terms=terms)
+
+
+def names_of(config: PretrainedConfig, source: object) -> Family:
+    """Return how the tensors of a packed model are called; its other parts may not be those of the model."""
+    if config.model_type in FAMILIES:
+        return FAMILIES[config.model_type]
+    return Family(renamings=_renamings(empty_model(config, source)))
+
+
+def _renamings(model: PreTrainedModel) -> tuple[WeightRenaming, ...]:
+    mapping = get_model_conversion_mapping(model, add_legacy=False)
+    return tuple(entry for entry in mapping if isinstance(entry, WeightRenaming))
 
 
 def _refused(config: PretrainedConfig, source: object, reason: str) -> UserError:

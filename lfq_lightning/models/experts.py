@@ -1,38 +1,59 @@
 """Experts of a mixture as linear layers of their own: what quantizers, shards and engines know by name."""
 
+import copy
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PretrainedConfig
-from transformers.activations import ACT2FN
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter
 
 _EXPERTS = ".experts."
+_ON_DISK = re.compile(r"\bexperts\.\*\.(\w+)\.weight$")  # as transformers' conversion mapping writes it
 
 
 class Expert(nn.Module):
-    """One gated MLP: down(act(gate(x)) · up(x)).
+    """One MLP: down(activation(gate(x), up(x))), or down(activation(up(x))) without a gate.
 
     Args:
-        names: of its linear layers gate, up and down, as checkpoints call them.
-        hidden: D, the model's width.
+        names: of its linear layers, gate and up, or up alone, then down, as checkpoints call them.
+        hidden: D, the width of what it reads and writes.
         inner: its own width.
-        activation: transformers' name of it.
+        activation: of the outputs of gate and up, one behind the other (tokens, 2·inner), or of up's.
     """
 
-    def __init__(self, names: tuple[str, str, str], hidden: int, inner: int, activation: str) -> None:
+    def __init__(self, names: tuple[str, ...], hidden: int, inner: int, activation: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.names = names
-        for name, shape in zip(names, ((hidden, inner), (hidden, inner), (inner, hidden)), strict=True):
-            self.add_module(name, nn.Linear(*shape, bias=False))
-        self.activation = ACT2FN[activation]
+        for name in names[:-1]:
+            self.add_module(name, nn.Linear(hidden, inner, bias=False))
+        self.add_module(names[-1], nn.Linear(inner, hidden, bias=False))
+        self.activation = activation
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return the expert's outputs (tokens, D) of hidden states (tokens, D)."""
-        gate, up, down = (self.get_submodule(name) for name in self.names)
-        return down(self.activation(gate(hidden)) * up(hidden))
+        *inward, down = (self.get_submodule(name) for name in self.names)
+        return down(self.activation(torch.cat([linear(hidden) for linear in inward], dim=-1)))
+
+
+class Router(nn.Module):
+    """Takes the place of a linear layer that chooses or weighs experts: the same product, never quantised.
+
+    Args:
+        linear: (E, D).
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return scores (…, E) of hidden states (…, D)."""
+        return F.linear(hidden, self.weight, self.bias)
 
 
 class ExpertList(nn.ModuleList):
@@ -62,23 +83,59 @@ class ExpertList(nn.ModuleList):
         return outputs
 
 
-def split_experts(model: nn.Module, names: tuple[str, str, str], config: PretrainedConfig) -> None:
-    """Replace every fused `experts` module of a model on the meta device by an ExpertList.
-
-    Args:
-        names: of an expert's linear layers gate, up and down.
+def expert_names(model: PreTrainedModel) -> tuple[str, ...]:
+    """Return the names on disk of an expert's linear layers, in the order of the forward: those that transformers'
+    conversion mapping merges into one tensor for all experts; () if it merges none.
     """
+    merged = {
+        converter.target_patterns[0].rpartition(".")[2]: [
+            found[1] for source in converter.source_patterns if (found := _ON_DISK.search(source))
+        ]
+        for converter in get_model_conversion_mapping(model, add_legacy=False)
+        if isinstance(converter, WeightConverter)
+    }
+    inward = merged.get("gate_up_proj") or merged.get("up_proj") or []
+    return (*inward, *merged["down_proj"]) if inward else ()
+
+
+def split_experts(model: PreTrainedModel) -> None:
+    """Replace every fused `experts` module of a model on the meta device by an ExpertList, if checkpoints hold each
+    expert's layers by themselves, and the linear layers that choose or weigh experts by a Router.
+    """
+    if not (names := expert_names(model)):
+        return
     for name, module in list(model.named_modules()):
         if name.endswith(".experts"):
             count, hidden, inner = module.get_parameter("down_proj").shape
-            experts = [Expert(names, hidden, inner, config.hidden_act) for _ in range(count)]
+            experts = [Expert(names, hidden, inner, _activation(module, len(names) == 3)) for _ in range(count)]
             model.set_submodule(name, ExpertList(experts).eval().requires_grad_(False))
+            mixture = model.get_submodule(name.rpartition(".")[0])
+            for part, beside in list(mixture.named_modules()):
+                if (
+                    isinstance(beside, nn.Linear)
+                    and not part.startswith("experts.")
+                    and beside.out_features in (1, count)
+                ):
+                    mixture.set_submodule(part, Router(beside))
+
+
+def _activation(experts: nn.Module, gated: bool) -> Callable[[Tensor], Tensor]:
+    """Return what the model's own class does between an expert's products, without its weights."""
+    shell = copy.copy(experts)
+    vars(shell)["_parameters"] = {}
+    chosen: Callable[[Tensor], Tensor] = shell._apply_gate if gated else shell.act_fn  # type: ignore[assignment]
+    return chosen
 
 
 def router_names(module: nn.Module) -> list[str]:
-    """Return the names of what chooses experts: no linear layer here, but one to other engines, never quantised."""
-    lists = (name for name, inner in module.named_modules() if isinstance(inner, ExpertList))
-    return [name.removesuffix("experts") + "gate" for name in lists]
+    """Return the names of what chooses or weighs experts: a linear layer to other engines, never quantised."""
+    mixtures = [name.removesuffix("experts") for name, inner in module.named_modules() if isinstance(inner, ExpertList)]
+    return [
+        mixture + part
+        for mixture in mixtures
+        for part, beside in module.get_submodule(mixture.removesuffix(".")).named_modules()
+        if not isinstance(beside, nn.Linear) and getattr(getattr(beside, "weight", None), "ndim", 0) == 2
+    ]
 
 
 @contextmanager
@@ -113,6 +170,7 @@ def without_number(layer: str) -> str:
 def chosen_share(config: PretrainedConfig) -> Callable[[str], float]:
     """Return the share of tokens that a linear layer sees, by its name: of an expert k of E, of all other layers 1."""
     sizes = config.to_dict()
-    experts = sizes.get("num_experts") or sizes.get("num_local_experts") or 1
+    counts = (sizes.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts"))
+    experts = next((count for count in counts if count), 1)
     share = sizes.get("num_experts_per_tok", 1) / experts
     return lambda name: share if in_expert(name) else 1.0

@@ -3,9 +3,12 @@
 from dataclasses import dataclass
 from typing import Any
 
+from transformers.core_model_loading import PrefixChange, WeightRenaming
+
 # (module whose output can be divided by a vector, linear layers that read it), names inside a block
 Folds = tuple[tuple[str, tuple[str, ...]], ...]
 
+_WEIGHT = ".weight"
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
 _INNER: Folds = (("self_attn.v_proj", ("self_attn.o_proj",)), ("mlp.up_proj", ("mlp.down_proj",)))
@@ -22,8 +25,8 @@ class Family:
         logit_factor: key in the config of a factor on the logits.
         logit_divisor: key in the config of a divisor of the logits.
         softcap: key in the config of a bound on the logits.
-        experts: an expert's linear layers gate, up and down, if the family is a mixture.
         stored: (in the model, on disk): parts of names that differ there.
+        renamings: transformers' own, from names on disk to those in the model.
         embeddings: the input embeddings.
         terms: factor on the logits and their bound where they were found, not named in the config.
     """
@@ -37,22 +40,35 @@ class Family:
     logit_factor: str | None = None
     logit_divisor: str | None = None
     softcap: str | None = None
-    experts: tuple[str, str, str] | None = None
     stored: tuple[tuple[str, str], ...] = ()
+    renamings: tuple[WeightRenaming, ...] = ()
     embeddings: str = "model.embed_tokens"
     terms: tuple[float, float | None] | None = None
 
     def stored_name(self, name: str) -> str:
-        """Return the name on disk of a tensor or layer of the model."""
+        """Return the name on disk of a tensor of the model."""
         for here, there in self.stored:
             name = name.replace(here, there)
+        for renaming in reversed(self.renamings):
+            if not isinstance(renaming, PrefixChange):  # both names are read, and only one of them is the model's
+                name, _ = renaming.reverse_transform().rename_source_key(name)
         return name
 
     def model_name(self, name: str) -> str:
-        """Return the name in the model of what has this name on disk."""
+        """Return the name in the model of the tensor that has this name on disk."""
         for here, there in self.stored:
             name = name.replace(there, here)
+        for renaming in self.renamings:
+            name, _ = renaming.rename_source_key(name)
         return name
+
+    def stored_layer(self, name: str) -> str:
+        """Return the name on disk of a layer of the model."""
+        return self.stored_name(name + _WEIGHT).removesuffix(_WEIGHT)
+
+    def model_layer(self, name: str) -> str:
+        """Return the name in the model of the layer that has this name on disk."""
+        return self.model_name(name + _WEIGHT).removesuffix(_WEIGHT)
 
     def logit_terms(self, settings: dict[str, Any]) -> tuple[float, float | None]:
         """Return the factor on the logits and their bound, None without one, by a model's config."""
@@ -77,12 +93,12 @@ FAMILIES: dict[str, Family] = {
     "granite": Family(logit_divisor="logits_scaling"),
     "llama": PLAIN,
     "mistral": PLAIN,
-    "mixtral": Family(folds=_ATTENTION, experts=("w1", "w3", "w2"), stored=((".mlp.", ".block_sparse_moe."),)),
+    "mixtral": Family(folds=_ATTENTION, stored=((".mlp.", ".block_sparse_moe."),)),
     "phi": Family(
         norm="model.final_layernorm",
         folds=(("input_layernorm", (*_QKV, "mlp.fc1")), ("self_attn.v_proj", ("self_attn.dense",))),
     ),
     "qwen2": PLAIN,
     "qwen3": PLAIN,
-    "qwen3_moe": Family(folds=_ATTENTION, experts=("gate_proj", "up_proj", "down_proj")),
+    "qwen3_moe": Family(folds=_ATTENTION),
 }

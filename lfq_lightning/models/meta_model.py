@@ -6,7 +6,6 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from lfq_lightning.errors import UserError, named, said
 from lfq_lightning.models.experts import split_experts
-from lfq_lightning.models.families import FAMILIES
 
 
 def empty_model(config: PretrainedConfig, source: object) -> PreTrainedModel:
@@ -27,10 +26,8 @@ def meta_model(config: PretrainedConfig, source: object) -> PreTrainedModel:
     Raises UserError, naming `source`, for values that make no model.
     """
     model = empty_model(config, source)
-    family = FAMILIES.get(config.model_type)
-    if family is not None and family.experts:
-        with torch.device("meta"):
-            split_experts(model, family.experts, config)
+    with torch.device("meta"):
+        split_experts(model)
     for module in model.modules():
         if any(True for _ in module.buffers(recurse=False)):
             module.to_empty(device="cpu", recurse=False)

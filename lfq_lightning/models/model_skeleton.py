@@ -1,6 +1,7 @@
 """ModelSkeleton: a model whose decoder blocks exist one at a time."""
 
 import copy
+import inspect
 from typing import Any
 
 import torch
@@ -14,16 +15,28 @@ from lfq_lightning.models.meta_model import assign_weights, meta_model
 
 
 class _Recorder(nn.Module):
-    """Stands in for a decoder block: keeps what it was called with and passes the hidden states on."""
+    """Stands in for a decoder block: keeps what it was called with and passes the hidden states on.
 
-    def __init__(self) -> None:
+    Args:
+        block: whose attributes the model may read.
+    """
+
+    def __init__(self, block: nn.Module) -> None:
         super().__init__()
+        vars(self)["_block"] = block  # not a submodule: it has no weights
+        self._parameter_names = [*inspect.signature(block.forward).parameters]
         self.hidden: Tensor | None = None
         self.arguments: dict[str, Any] = {}
+        self.in_tuple = False  # the model expects the hidden states as the first of a tuple
 
-    def forward(self, hidden: Tensor, **arguments: Any) -> Tensor:
-        self.hidden, self.arguments = hidden, arguments
-        return hidden
+    def __getattr__(self, name: str) -> Any:
+        return super().__getattr__(name) if name in vars(self)["_modules"] else getattr(vars(self)["_block"], name)
+
+    def forward(self, *positional: Any, **arguments: Any) -> Tensor | tuple[Tensor]:
+        given = dict(zip(self._parameter_names, positional, strict=False)) | arguments
+        hidden: Tensor = given.pop(self._parameter_names[0])
+        self.hidden, self.arguments = hidden, given
+        return (hidden,) if self.in_tuple else hidden
 
 
 class ModelSkeleton:
@@ -50,7 +63,7 @@ class ModelSkeleton:
         assert isinstance(blocks, nn.ModuleList)
         self._meta_blocks = list(blocks)
         self._block_prefixes = [f"{family.blocks}.{i}." for i in range(len(blocks))]
-        self._recorders = [_Recorder() for _ in blocks]
+        self._recorders = [_Recorder(block) for block in blocks]
         for i, recorder in enumerate(self._recorders):
             blocks[i] = recorder
         self._shapes: dict[int, dict[str, tuple[int, int]]] = {}
@@ -98,9 +111,18 @@ class ModelSkeleton:
     def embed(self, input_ids: Tensor) -> Tensor:
         """Return the first block's input (B, T, D) for tokens (B, T), and capture how each block is called."""
         self._materialise_outer()
+        decoder = self._model.get_submodule(self.checkpoint.family.decoder)
+        first = self._recorders[0]
         with torch.no_grad():
-            self._model.get_submodule(self.checkpoint.family.decoder)(input_ids=input_ids, use_cache=False)
-        hidden = self._recorders[0].hidden
+            try:
+                decoder(input_ids=input_ids, use_cache=False)
+            except (IndexError, RuntimeError, TypeError, ValueError):
+                if first.hidden is None or first.in_tuple:
+                    raise
+                for recorder in self._recorders:
+                    recorder.in_tuple = True
+                decoder(input_ids=input_ids, use_cache=False)
+        hidden = first.hidden
         assert hidden is not None
         for recorder in self._recorders:
             recorder.hidden = None

@@ -1,18 +1,20 @@
 """A model streamed block by block, against the model in one piece."""
 
 import copy
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from lfq_lightning.errors import UserError, named, said
 from lfq_lightning.models.checkpoints import Checkpoint, open_checkpoint
 from lfq_lightning.models.decoder_block import DecoderBlock
-from lfq_lightning.models.meta_model import assign_weights, meta_model
+from lfq_lightning.models.experts import seeing
+from lfq_lightning.models.meta_model import empty_model
 from lfq_lightning.models.model_skeleton import ModelSkeleton
 
 _TOKENS = 12  # of each sequence that a model is checked with
@@ -41,7 +43,7 @@ class _Watched(nn.Linear):
     called: bool
 
     def forward(self, rows: Tensor) -> Tensor:
-        if rows.dim() not in (2, 3):
+        if rows.dim() not in (2, 3) and not (rows.dim() == 4 and rows.shape[1] == 1):
             vars(self)["odd"] = f"gets inputs of {rows.dim()} dimensions"
         vars(self)["called"] = True
         return F.linear(rows, self._parameters["weight"], self._parameters["bias"])  # type: ignore[arg-type]
@@ -62,7 +64,8 @@ def _streamed(skeleton: ModelSkeleton, input_ids: Tensor, layers: int | None = N
             twin = copy.deepcopy(block)  # whose weights transformers may overwrite
             skeleton.initialise(twin)
             _check_watched(twin, called=False)
-        hidden = block(hidden)
+        with seeing(block, None) if watch else nullcontext():
+            hidden = block(hidden)
         if watch:
             _check_watched(block, called=True)
     head = skeleton.head(torch.float32)
@@ -70,7 +73,9 @@ def _streamed(skeleton: ModelSkeleton, input_ids: Tensor, layers: int | None = N
 
 
 def _watch(block: DecoderBlock) -> None:
-    for linear in block.linears().values():
+    for name, linear in block.linears().items():
+        if type(linear) is not nn.Linear:  # formats and engines know a linear layer by its class
+            raise ValueError(f"{name} is a {type(linear).__name__}, which a packed layer cannot stand for")
         linear.__class__ = _Watched
         vars(linear).update(odd=None, called=False)
 
@@ -99,9 +104,7 @@ def check_streams(checkpoint: Checkpoint) -> None:
     with said(lambda error: f"{path}: model type {kind!r} cannot be streamed block by block ({named(error)})."):
         skeleton = ModelSkeleton(checkpoint, torch.float32)
         streamed = _streamed(skeleton, tokens, layers, watch=True)
-    whole = meta_model(config, path)
-    assign_weights(whole, _first(checkpoint, skeleton, layers), path)
-    own = whole.float()(input_ids=tokens, use_cache=False).logits
+    own = _own(skeleton, config, layers)(input_ids=tokens, use_cache=False).logits
     apart = float((streamed - own).abs().max() / own.std())
     if not apart < _APART:
         raise UserError(
@@ -112,9 +115,24 @@ def check_streams(checkpoint: Checkpoint) -> None:
         raise UserError(f"{path}: model type {kind!r} is no decoder: its tokens see those behind them.")
 
 
-def _first(checkpoint: Checkpoint, skeleton: ModelSkeleton, layers: int) -> dict[str, Tensor]:
+def _own(skeleton: ModelSkeleton, config: PretrainedConfig, layers: int) -> PreTrainedModel:
+    """Return the model of the first layers as transformers loads it by the names on disk. Raises UserError."""
+    checkpoint = skeleton.checkpoint
     names = skeleton.outer_names() + [name for index in range(layers) for name in skeleton.block_names(index)]
-    return checkpoint.tensors(names)
+    stored = {checkpoint.family.stored_name(name): tensor for name, tensor in checkpoint.tensors(names).items()}
+    kind = type(empty_model(config, checkpoint.path))
+    found: Any = kind.from_pretrained(
+        None, config=config, state_dict=stored, dtype=torch.float32, output_loading_info=True
+    )
+    model, loading = found
+    odd = sorted([*loading["missing_keys"], *loading["unexpected_keys"], *loading["mismatched_keys"]])
+    if odd:
+        raise UserError(
+            f"{checkpoint.path}: transformers does not find {odd[0]} under the name that it would ship by; a model of "
+            f"type {config.model_type!r} cannot be quantised here."
+        )
+    loaded: PreTrainedModel = model.eval()
+    return loaded
 
 
 def _shortened(config: PretrainedConfig) -> PretrainedConfig:

@@ -32,7 +32,7 @@ def export(source: str, format_name: str, output: str) -> Path:
         raise UserError(f"output: {target} exists; give a new folder.")
     for name, scheme in folder.schemes.items():
         to.check(name, scheme, folder.shapes[name])
-    stored = folder.family.stored_name
+    stored = folder.family.stored_layer
     dense = [stored(name) for name in [*folder.dense, *folder.routers]]
     quantization = to.config({stored(name): scheme for name, scheme in folder.schemes.items()}, dense)
     partial = target.with_name(f"{target.name}.partial")

@@ -15,8 +15,8 @@ from lfq_lightning.errors import UserError, one_line
 from lfq_lightning.file_names import CONFIG, INDEX, SINGLE, user_path
 from lfq_lightning.formats import FORMATS, PackFormat, check_layout
 from lfq_lightning.models.checkpoints.checkpoint import read_config
+from lfq_lightning.models.discover import names_of
 from lfq_lightning.models.experts import router_names
-from lfq_lightning.models.families import FAMILIES, PLAIN
 from lfq_lightning.models.limits import limits
 from lfq_lightning.models.meta_model import meta_model
 from lfq_lightning.packed.seal import changed_files, sha256
@@ -73,7 +73,7 @@ class PackedFolder:
                 f"{self.path} is not packed (its config has no quantization_config); load it with transformers."
             )
         del self.config.quantization_config
-        self.family = FAMILIES.get(self.config.model_type, PLAIN)
+        self.family = names_of(self.config, self.path)
         self.format_name, self.format = _format_of(self.quantization, self.path)
         self.changed = changed_files(self.path)
         model = meta_model(self.config, self.path)
@@ -182,8 +182,8 @@ class PackedFolder:
             ) from error
         except UserError as error:
             raise UserError(f"{self.path}: {error}") from error
-        schemes = {self.family.model_name(layer): scheme for layer, scheme in found.items()}
-        layers = [self.family.model_name(layer) for layer in layers]
+        schemes = {self.family.model_layer(layer): scheme for layer, scheme in found.items()}
+        layers = [self.family.model_layer(layer) for layer in layers]
         for layer in layers:
             if layer not in self.shapes:
                 raise UserError(f"{self.path} packs {layer}, which its config knows nothing of; the two do not match.")

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrained
 
 from lfq_lightning.errors import UserError, one_line, said
 from lfq_lightning.models.checkpoints.checkpoint import Checkpoint
+from lfq_lightning.models.experts import in_expert
 from lfq_lightning.models.meta_model import meta_model
 
 
@@ -35,10 +36,10 @@ class GGUFCheckpoint(Checkpoint):
             config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
         config.dtype = self.dtype
         super().__init__(path, config)
-        if self.family.experts:
+        wanted = meta_model(config, path).state_dict()
+        if any(map(in_expert, wanted)):
             raise UserError(f"{path}: mixtures of experts are not read from GGUF; give the Hugging Face folder.")
         name_map = gguf.get_tensor_name_map(numbers[self._architecture], config.num_hidden_layers)
-        wanted = meta_model(config, path).state_dict()
         found = {name: name_map.get_name(name, try_suffixes=(".weight", ".bias")) for name in wanted}
         self._names = {name: stored for name, stored in found.items() if stored in self._stored}
 

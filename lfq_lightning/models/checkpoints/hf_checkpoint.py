@@ -55,6 +55,7 @@ class HFCheckpoint(Checkpoint):
         super().__init__(path, read_config(path))
         self._files: dict[str, Path] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
+        self._on_disk: dict[str, str] = {}
         dtypes: dict[str, str] = {}
         for file in self._chosen_files():
             for name, tensor in _header(file).items():
@@ -63,6 +64,7 @@ class HFCheckpoint(Checkpoint):
                     raise UserError(f"{path}: {name} is in {self._files[known].name} and in {file.name}; remove one.")
                 if not name.endswith(_COMPUTED):
                     self._files[known], self._shapes[known], dtypes[known] = file, *tensor
+                    self._on_disk[known] = name
         if not self._files:
             raise UserError(f"{path}: its safetensors hold no tensors; fetch the model again.")
         self._dtype = self._stored_dtype(dtypes)
@@ -127,7 +129,7 @@ class HFCheckpoint(Checkpoint):
             try:
                 with safe_open(file, "pt") as shard:
                     here = [name for name in names if self._files[name] == file]
-                    found |= {name: shard.get_tensor(self.family.stored_name(name)).to(self.dtype) for name in here}
+                    found |= {name: shard.get_tensor(self._on_disk[name]).to(self.dtype) for name in here}
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{file} cannot be read ({error}); fetch the model again.") from error
         return found
