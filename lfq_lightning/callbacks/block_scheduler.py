@@ -182,7 +182,7 @@ class BlockScheduler(BlockCallback):
             )
         )
         train = opened.tokens[0]
-        frequency = torch.bincount(train.input_ids[train.mask], minlength=checkpoint.config.vocab_size)
+        frequency = torch.bincount(train.input_ids[train.mask], minlength=checkpoint.text_config.vocab_size)
         bench = Bench(trainer, before.skeleton, opened.tokens, ranks, store, before.data.seed)
         before.module.bench = bench
         shards = Shards(before.folder, ranks, checkpoint.dtype)

@@ -128,7 +128,7 @@ class CalibrationData(LightningDataModule):
         parts = zip(sources, shares(sources, self.num_samples), shares(sources, self.num_held_out), strict=True)
         read = [reader.read(source, samples, held_out) for source, samples, held_out in parts]
         train, held_out = (_interleave([part[which] for part in read]) for which in (0, 1))
-        check_tokens([*train, *held_out], checkpoint.config.vocab_size, reader.tokenizer)
+        check_tokens([*train, *held_out], checkpoint.text_config.vocab_size, reader.tokenizer)
         return TokenSet.from_lists(train, self.seq_len), TokenSet.from_lists(held_out, self.seq_len)
 
 

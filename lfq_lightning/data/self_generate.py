@@ -60,7 +60,7 @@ def self_generate(
     ends = end_ids(checkpoint.generation_config(), checkpoint.config, tokenizer)
     asked = _Prompts(prompts, tokenizer, seq_len, seed) if prompts is not None else None
     beginnings = asked.tokens if asked is not None else tokens or [[tokenizer.bos_token_id]]
-    check_tokens(beginnings, checkpoint.config.vocab_size, tokenizer)
+    check_tokens(beginnings, checkpoint.text_config.vocab_size, tokenizer)
     kept: list[list[int]] = []
     short = 0
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -137,7 +137,7 @@ def end_ids(
 ) -> set[int]:
     """Return the tokens that end what a model writes."""
     ends = generation.eos_token_id if generation is not None else None
-    ends = ends if ends is not None else config.eos_token_id
+    ends = ends if ends is not None else config.get_text_config().eos_token_id
     listed = ends if isinstance(ends, list) else [ends]
     return {end for end in [*listed, tokenizer.eos_token_id] if end is not None}
 

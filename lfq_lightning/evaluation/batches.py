@@ -26,7 +26,7 @@ def batch_size(config: PretrainedConfig, tokens: int, device: torch.device) -> i
     """Return how many sequences of `tokens` tokens to run at once: on a GPU by their keys and values."""
     if device.type != "cuda":
         return max(1, min(_LARGEST, _CPU_TOKENS // tokens))
-    sizes = config.to_dict()
+    sizes = config.get_text_config().to_dict()
     heads = sizes.get("num_key_value_heads") or sizes["num_attention_heads"]
     width = sizes.get("head_dim") or sizes["hidden_size"] // sizes["num_attention_heads"]
     each = 2 * 2 * sizes["num_hidden_layers"] * heads * width * tokens + 4 * sizes["vocab_size"]

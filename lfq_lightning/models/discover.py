@@ -5,7 +5,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -53,15 +58,15 @@ def family_of(config: PretrainedConfig, source: object) -> Family:
 
 def context_length(config: PretrainedConfig) -> int:
     """Return how many tokens a model reads; where its config names no limit (ALiBi, state spaces), a million."""
-    return getattr(config, "max_position_embeddings", None) or _NO_LIMIT
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or _NO_LIMIT
 
 
 def discover(config: PretrainedConfig, source: object) -> Family:
     """Find decoder, blocks, final norm, head and embeddings, and what becomes of the logits. Raises UserError."""
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise _refused(config, source, "transformers' AutoModelForCausalLM has no class for it")
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        raise _refused(config, source, "transformers has no class for it that writes text")
     for key in _SIZES:
-        if not isinstance(getattr(config, key, None), int):
+        if not isinstance(getattr(config.get_text_config(), key, None), int):
             raise _refused(config, source, f"its config has no {key} of its own")
     model = empty_model(config, source)
     with torch.device("meta"):
@@ -74,8 +79,8 @@ def discover(config: PretrainedConfig, source: object) -> Family:
     names = {module: name for name, module in model.named_modules()}
     embeddings = names[model.get_input_embeddings()]
     norm = _final_norm(model, blocks, config, source)
-    terms = _logit_terms(model, names[head], config, source)
     renamings = _renamings(model)
+    terms = _logit_terms(model, names[head], config, source)
     return Family(decoder, blocks, norm, names[head], (), renamings=renamings, embeddings=embeddings, terms=terms)
 
 
@@ -97,7 +102,7 @@ def _refused(config: PretrainedConfig, source: object, reason: str) -> UserError
 
 def _blocks(model: PreTrainedModel, config: PretrainedConfig, source: object) -> tuple[str, nn.ModuleList]:
     """Return the list of decoder layers, the largest one of that length, and its name."""
-    count = config.num_hidden_layers
+    count = config.get_text_config().num_hidden_layers
     lists = {
         name: module
         for name, module in model.named_modules()
@@ -123,7 +128,9 @@ def _is_linear(layers: nn.ModuleList, parameter: str) -> bool:
 
 
 def _final_norm(model: PreTrainedModel, blocks: str, config: PretrainedConfig, source: object) -> str:
-    """Return the one norm outside the blocks; of several, the one that is defined behind them."""
+    """Return the one norm outside the blocks; of several, the one that is defined behind them, beside them, or is
+    called norm there.
+    """
     names = [name for name, _ in model.named_modules()]
     last = max(i for i, name in enumerate(names) if name == blocks or name.startswith(f"{blocks}."))
     outside = [
@@ -133,6 +140,10 @@ def _final_norm(model: PreTrainedModel, blocks: str, config: PretrainedConfig, s
     ]
     behind = [name for i, name in outside if i > last]
     chosen = behind or [name for _, name in outside]
+    parent = blocks.rpartition(".")[0]
+    for closer in (lambda name: name.rpartition(".")[0] == parent, lambda name: name == f"{parent}.norm"):
+        if len(chosen) > 1:
+            chosen = [name for name in chosen if closer(name)]
     if len(chosen) != 1:
         raise _refused(config, source, f"it has {len(chosen)} norms outside its layers that may be the last, not one")
     return chosen[0]
@@ -146,7 +157,7 @@ def _logit_terms(
 
     The model loses its decoder and its head to stand-ins.
     """
-    width, generator = config.hidden_size, torch.Generator().manual_seed(0)
+    width, generator = config.get_text_config().hidden_size, torch.Generator().manual_seed(0)
     hidden = torch.randn(1, 8, width, generator=generator)
     linear = nn.Linear(width, _SMALL_HEAD, bias=False)
     linear.weight.copy_(10 / math.sqrt(width) * torch.randn(_SMALL_HEAD, width, generator=generator))
@@ -159,7 +170,7 @@ def _logit_terms(
     scale = float((logits * z).sum() / (z * z).sum())
     if torch.allclose(logits, scale * z, rtol=1e-4, atol=1e-4):
         return (1.0 if abs(scale - 1) < 1e-6 else scale), None
-    cap = getattr(config, "final_logit_softcapping", None)
+    cap = getattr(config.get_text_config(), "final_logit_softcapping", None)
     if cap and torch.allclose(logits, cap * torch.tanh(z / cap), rtol=1e-4, atol=1e-4):
         return 1.0, float(cap)
     raise _refused(config, source, "its logits are neither s·z nor c·tanh(z / c) of its head's products z")

@@ -1,8 +1,17 @@
 """Build a model without weights, and give it weights without copying them."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from lfq_lightning.errors import UserError, named, said
 from lfq_lightning.models.experts import split_experts
@@ -15,7 +24,15 @@ def empty_model(config: PretrainedConfig, source: object) -> PreTrainedModel:
     """
     refusal = f"{source}: the values of config.json make no model"
     with torch.device("meta"), said(lambda error: f"{refusal} ({named(error)}); mend it."):
-        return AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+        return _class(config).from_config(config).eval().requires_grad_(False)
+
+
+def _class(config: PretrainedConfig) -> Any:
+    """Return the Auto class that builds what the config names: a model with images if it does."""
+    with_images: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None)
+    named = with_images is not None and with_images.__name__ in (config.architectures or ())
+    text = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not named
+    return AutoModelForCausalLM if text else AutoModelForImageTextToText
 
 
 def meta_model(config: PretrainedConfig, source: object) -> PreTrainedModel:
@@ -28,10 +45,12 @@ def meta_model(config: PretrainedConfig, source: object) -> PreTrainedModel:
     model = empty_model(config, source)
     with torch.device("meta"):
         split_experts(model)
-    for module in model.modules():
+    owners = {name: module for name, module in model.named_modules() if isinstance(module, PreTrainedModel)}
+    for name, module in model.named_modules():
         if any(True for _ in module.buffers(recurse=False)):
             module.to_empty(device="cpu", recurse=False)
-            model._init_weights(module)  # rotary frequencies, embedding scales
+            nearest = max((owner for owner in owners if f"{name}.".startswith(owner)), key=len)
+            owners[nearest]._init_weights(module)  # rotary frequencies, embedding scales: by its part's own config
     return model
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from lfq_lightning.models.checkpoints import Checkpoint
 from lfq_lightning.models.decoder_block import DecoderBlock
@@ -91,9 +92,9 @@ class ModelSkeleton:
         return self._shapes[index]
 
     def all_linears(self) -> list[str]:
-        """Return the full names of all linear layers, the head included."""
+        """Return the full names of all linear layers, those outside the blocks included."""
         names = [name for index in range(len(self)) for name in self.linear_shapes(index)]
-        return [*names, self.checkpoint.family.head]
+        return [*names, *(name for name, module in self._model.named_modules() if isinstance(module, nn.Linear))]
 
     def routers(self) -> list[str]:
         """Return the names of what chooses experts."""
@@ -144,9 +145,11 @@ class ModelSkeleton:
 
     def initialise(self, block: nn.Module) -> None:
         """Let transformers give new weights to what holds other modules, as it does where some weights are absent."""
+        around = self._model.get_submodule(self.checkpoint.family.blocks.rpartition(".")[0])
+        owner = around if isinstance(around, PreTrainedModel) else self._model
         for module in block.modules():
             if any(True for _ in module.children()):
-                self._model._init_weights(module)
+                owner._init_weights(module)
 
     @property
     def logit_terms(self) -> tuple[float, float | None]:

@@ -96,11 +96,12 @@ def check_streams(checkpoint: Checkpoint) -> None:
     """
     path, kind = checkpoint.path, checkpoint.config.model_type
     config = _shortened(checkpoint.config)
-    layers = config.num_hidden_layers
+    text = config.get_text_config()
+    layers = text.num_hidden_layers
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, config.vocab_size, (2, _TOKENS), generator=generator)
+    tokens = torch.randint(0, text.vocab_size, (2, _TOKENS), generator=generator)
     tokens[1, :-1] = tokens[0, :-1]  # they differ in the last token
-    tokens[1, -1] = (tokens[0, -1] + 1) % config.vocab_size
+    tokens[1, -1] = (tokens[0, -1] + 1) % text.vocab_size
     with said(lambda error: f"{path}: model type {kind!r} cannot be streamed block by block ({named(error)})."):
         skeleton = ModelSkeleton(checkpoint, torch.float32)
         streamed = _streamed(skeleton, tokens, layers, watch=True)
@@ -120,12 +121,17 @@ def _own(skeleton: ModelSkeleton, config: PretrainedConfig, layers: int) -> PreT
     checkpoint = skeleton.checkpoint
     names = skeleton.outer_names() + [name for index in range(layers) for name in skeleton.block_names(index)]
     stored = {checkpoint.family.stored_name(name): tensor for name, tensor in checkpoint.tensors(names).items()}
-    kind = type(empty_model(config, checkpoint.path))
-    found: Any = kind.from_pretrained(
-        None, config=config, state_dict=stored, dtype=torch.float32, output_loading_info=True
+    found: Any = type(empty_model(config, checkpoint.path)).from_pretrained(
+        None,
+        config=config,
+        state_dict=stored,
+        dtype=torch.float32,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
     )
     model, loading = found
-    odd = sorted([*loading["missing_keys"], *loading["unexpected_keys"], *loading["mismatched_keys"]])
+    kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
+    odd = sorted(str(key) for kind in kinds for key in loading[kind])
     if odd:
         raise UserError(
             f"{checkpoint.path}: transformers does not find {odd[0]} under the name that it would ship by; a model of "
@@ -137,12 +143,13 @@ def _own(skeleton: ModelSkeleton, config: PretrainedConfig, layers: int) -> PreT
 
 def _shortened(config: PretrainedConfig) -> PretrainedConfig:
     """Return the config of the first layers, one of every kind among them."""
-    layers = config.num_hidden_layers
-    kinds = [*(getattr(config, "layer_types", None) or [None] * layers)]
-    wanted = min(_LAYERS, layers, max(kinds.index(kind) for kind in kinds) + 1)
     short = copy.deepcopy(config)
-    for name, value in vars(config).items():
+    text = short.get_text_config()
+    layers = text.num_hidden_layers
+    kinds = [*(getattr(text, "layer_types", None) or [None] * layers)]
+    wanted = layers if layers <= _LAYERS else min(_LAYERS, max(kinds.index(kind) for kind in kinds) + 1)
+    for name, value in list(vars(text).items()):
         if isinstance(value, list) and len(value) == layers:
-            setattr(short, name, value[:wanted])
-    short.num_hidden_layers = wanted
+            setattr(text, name, value[:wanted])
+    text.num_hidden_layers = wanted
     return short

@@ -53,7 +53,8 @@ def measure(folder: str, packed: bool, prompt_tokens: int, new_tokens: int) -> D
     device = best_device()
     model, _ = load(folder, dequantize=not packed, device=device)
     generator = torch.Generator().manual_seed(0)
-    prompt = torch.randint(0, model.config.vocab_size, (1, prompt_tokens), generator=generator).to(device)
+    vocabulary = model.config.get_text_config().vocab_size
+    prompt = torch.randint(0, vocabulary, (1, prompt_tokens), generator=generator).to(device)
     clock = _Clock()
     settings = {"do_sample": False, "pad_token_id": 0, "streamer": clock}
     with torch.no_grad():

@@ -23,7 +23,7 @@ def answer(
     if template:
         text = render(tokenizer, messages, add_generation_prompt=True)
     ids = prompt_tokens(tokenizer, text, special=not template)
-    check_tokens([ids], model.config.vocab_size, tokenizer)
+    check_tokens([ids], model.config.get_text_config().vocab_size, tokenizer)
     inputs = torch.tensor([ids], device=model.device)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
     with torch.no_grad():

@@ -15,7 +15,7 @@ def block_flops(plan: BlockPlan, skeleton: ModelSkeleton, tokens: int, held_out_
 
     Matrix products only; a few percent of scale searches and attention are left out.
     """
-    config = skeleton.checkpoint.config
+    config = skeleton.checkpoint.text_config
     share = chosen_share(config)
     shapes = {name: shape for index in plan.indices for name, shape in skeleton.linear_shapes(index).items()}
     forward = sum(2.0 * o * i * share(name) for name, (o, i) in shapes.items())  # per token

@@ -74,13 +74,14 @@ def state_bytes(plan: BlockPlan, skeleton: ModelSkeleton) -> int:
 
 def outer_bytes(skeleton: ModelSkeleton) -> int:
     """Return the bytes of embedding and head, which every process holds in host memory."""
-    config, width = skeleton.checkpoint.config, skeleton.checkpoint.dtype.itemsize
-    return width * config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
+    config, width = skeleton.checkpoint.text_config, skeleton.checkpoint.dtype.itemsize
+    tied = getattr(skeleton.checkpoint.config, "tie_word_embeddings", False)
+    return width * config.vocab_size * config.hidden_size * (1 if tied else 2)
 
 
 def stream_bytes(skeleton: ModelSkeleton, plans: list[BlockPlan], setting: Setting) -> int:
     """Return the bytes of a rank's activation streams, with what objectives and quantizers keep of the teacher."""
-    values = (setting.samples + setting.held_out) * setting.seq_len * skeleton.checkpoint.config.hidden_size
+    values = (setting.samples + setting.held_out) * setting.seq_len * skeleton.checkpoint.text_config.hidden_size
     kept = max(4 if plan.logit_space else 0 for plan in plans)
     kept += max(setting.stream_bytes if plan.needs_reference else 0 for plan in plans)
     return values * (2 * setting.stream_bytes + kept) // setting.ranks
@@ -89,7 +90,7 @@ def stream_bytes(skeleton: ModelSkeleton, plans: list[BlockPlan], setting: Setti
 def block_memory(plan: BlockPlan, skeleton: ModelSkeleton, setting: Setting) -> BlockMemory:
     """Return what a block's phases hold on each rank."""
     shapes = {name: shape for index in plan.indices for name, shape in skeleton.linear_shapes(index).items()}
-    config, width = skeleton.checkpoint.config, skeleton.checkpoint.dtype.itemsize
+    config, width = skeleton.checkpoint.text_config, skeleton.checkpoint.dtype.itemsize
     weights = sum(o * i for o, i in shapes.values())
     widest = max(max(shape) for shape in shapes.values())
     block = 4 * weights

@@ -26,6 +26,7 @@ class Checkpoint(ABC):
     Attributes:
         path: what the user named.
         config: of the model; `dtype` is that of the tensors.
+        text_config: of its decoder: a part of `config` where there is more than text, else the same.
         dtype: the dtype in which tensors come and everything ships.
         family: where its parts are.
     """
@@ -33,6 +34,7 @@ class Checkpoint(ABC):
     def __init__(self, path: Path, config: PretrainedConfig) -> None:
         self.path = path
         self.config = config
+        self.text_config: PretrainedConfig = config.get_text_config()
         settings = config.to_dict()
         if settings.get("quantization_config"):
             raise UserError(f"{path} is already quantised; give the full-precision model.")
