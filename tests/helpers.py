@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedTokenizerFast
 
 from lfq_lightning.callbacks import BlockCallback
 from lfq_lightning.cli import main
@@ -109,6 +109,37 @@ def save_tiny(
                 parameter.copy_(torch.randn_like(parameter) * (0.3 if "layers" in name else 0.5))
     model.to(dtype).save_pretrained(folder)
     byte_tokenizer(chat).save_pretrained(folder)
+    return folder
+
+
+def save_with_images(folder, family):
+    """Save a tiny random model with images, fp32, whose text part has the tiny shape."""
+    usual = AutoConfig.for_model(family)
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_heads": 2,
+        "depth": 2,
+        "image_size": 28,
+        "patch_size": 14,
+        "out_hidden_size": SHAPE["hidden_size"],
+        "num_position_embeddings": 16,
+        "deepstack_visual_indexes": [0],
+    }
+    own = usual.vision_config.to_dict()
+    text = {key: value for key, value in SHAPE.items() if key in usual.text_config.to_dict()}
+    special = {key: 290 + i for i, key in enumerate(usual.to_dict()) if key.endswith(("_token_id", "_token_index"))}
+    config = type(usual)(
+        text_config=text | {"tie_word_embeddings": False},
+        vision_config={key: value for key, value in vision.items() if key in own},
+        tie_word_embeddings=False,
+        **{key: min(value, 299) for key, value in special.items()},
+    )
+    torch.manual_seed(0)
+    AutoModelForImageTextToText.from_config(config).float().save_pretrained(folder)
+    byte_tokenizer(chat=False).save_pretrained(folder)
     return folder
 
 

@@ -1,18 +1,20 @@
 """Models that no row of families.py names: their parts are found, checked against the model itself, or refused."""
 
+import copy
 import json
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, CompressedTensorsConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, CompressedTensorsConfig
 
 import lfq_lightning
 from lfq_lightning.errors import UserError
 from lfq_lightning.models import streamed
 from lfq_lightning.models.checkpoints import open_checkpoint
 from lfq_lightning.models.discover import discover
+from lfq_lightning.models.experts import ExpertList, split_experts
 from lfq_lightning.models.families import FAMILIES
-from tests.helpers import EXTRA, GPTQ, SHAPE, fails, run, save_tiny
+from tests.helpers import EXTRA, GPTQ, SHAPE, fails, run, save_tiny, save_with_images
 
 UNLISTED = ("olmo2", "phi3", "smollm3", "stablelm", "opt", "youtu", "qwen2_moe", "minimax_m2", "gpt_neox")
 IDS = torch.arange(40)[None] * 7 % 256
@@ -99,3 +101,59 @@ def test_a_long_model_is_checked_on_one_layer_of_every_kind():
     settings = {**SHAPE, "num_hidden_layers": 12, "layer_types": ["linear_attention"] * 5 + ["full_attention"] * 7}
     short = streamed._shortened(AutoConfig.for_model("llama", **settings))
     assert short.num_hidden_layers == 6 and len(short.layer_types) == 6
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "gemma3"])
+def test_the_text_part_of_a_model_with_images_is_quantised_and_the_rest_ships_as_it_was(config, tmp_path, family):
+    folder = save_with_images(tmp_path / family, family)
+    auto = AutoModelForImageTextToText
+    own = auto.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected = own(input_ids=IDS).logits
+    found = lfq_lightning.streamed_logits(folder, IDS)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * float(expected.std()))
+
+    path = config(model={"checkpoint": str(folder)}, plan=[{"match": "all", "quantizer": GPTQ}])
+    run(path)
+    packed = path.parent / "run"
+    plain = auto.from_pretrained(packed, quantization_config=CompressedTensorsConfig(dequantize=True)).float().eval()
+    assert type(plain) is type(own)
+    ours, _ = lfq_lightning.load(packed, dequantize=True)
+    with torch.no_grad():
+        theirs = plain(input_ids=IDS).logits
+        torch.testing.assert_close(ours.float()(input_ids=IDS).logits, theirs, rtol=0, atol=1e-4 * float(theirs.std()))
+    after = dict(plain.named_parameters())
+    for name, parameter in own.named_parameters():
+        quantised = ".language_model.layers." in name and name.endswith("proj.weight")
+        assert torch.equal(parameter, after[name]) != quantised, name
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "minimax_m2"])
+def test_experts_compute_what_the_models_own_do(tmp_path, family):
+    config = tiny_config(family)
+    torch.manual_seed(0)
+    own = AutoModelForCausalLM.from_config(config).eval()
+    fused = next(module for name, module in own.named_modules() if name.endswith(".experts"))
+    split = copy.deepcopy(own)
+    split_experts(split)
+    ours = next(module for module in split.modules() if isinstance(module, ExpertList))
+    with torch.no_grad():
+        for parameter in fused.parameters():
+            parameter.normal_()
+        for number, expert in enumerate(ours):
+            gate, up = fused.gate_up_proj[number].chunk(2)
+            for name, weight in zip(expert.names, (gate, up, fused.down_proj[number]), strict=True):
+                expert.get_submodule(name).weight.copy_(weight)
+        hidden = torch.randn(50, 32)
+        chosen = torch.stack([torch.randperm(4)[:2] for _ in range(50)])
+        weights = torch.rand(50, 2)
+        expected = fused(hidden, chosen, weights)
+        torch.testing.assert_close(ours(hidden, chosen, weights), expected, rtol=1e-4, atol=1e-3)
+
+
+def test_names_on_disk_are_those_that_transformers_writes(tmp_path):
+    family = discover(tiny_config("minimax_m2"), "it")
+    here, there = "model.layers.1.mlp.experts.2.w1", "model.layers.1.block_sparse_moe.experts.2.w1"
+    assert family.stored_layer(here) == there and family.model_layer(there) == here
+    assert family.stored_name(f"{here}.weight_packed") == f"{there}.weight_packed"
+    assert family.model_name(f"{there}.weight_packed") == f"{here}.weight_packed"
