@@ -106,6 +106,7 @@ def test_a_long_model_is_checked_on_one_layer_of_every_kind():
 @pytest.mark.parametrize("family", ["qwen3_vl", "gemma3"])
 def test_the_text_part_of_a_model_with_images_is_quantised_and_the_rest_ships_as_it_was(config, tmp_path, family):
     folder = save_with_images(tmp_path / family, family)
+    (folder / "preprocessor_config.json").write_text('{"image_size": 28}')
     auto = AutoModelForImageTextToText
     own = auto.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
@@ -118,6 +119,7 @@ def test_the_text_part_of_a_model_with_images_is_quantised_and_the_rest_ships_as
     packed = path.parent / "run"
     plain = auto.from_pretrained(packed, quantization_config=CompressedTensorsConfig(dequantize=True)).float().eval()
     assert type(plain) is type(own)
+    assert (packed / "preprocessor_config.json").read_text() == '{"image_size": 28}'
     ours, _ = lfq_lightning.load(packed, dequantize=True)
     with torch.no_grad():
         theirs = plain(input_ids=IDS).logits

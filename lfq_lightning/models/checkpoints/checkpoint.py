@@ -16,6 +16,7 @@ from lfq_lightning.models.families import Family
 
 log = logging.getLogger(__name__)
 
+_PROCESSORS = ("*preprocessor_config.json", "processor_config.json")
 LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 _WORTH_A_LINE = 2.0  # seconds
 
@@ -93,8 +94,15 @@ class Checkpoint(ABC):
 
     def licences(self) -> list[Path]:
         """Return the files that say under what terms the model may be used; they go where its weights go."""
+        return self._beside(LICENCES)
+
+    def processors(self) -> list[Path]:
+        """Return the files that say how images, videos and sounds become inputs of the model."""
+        return self._beside(_PROCESSORS) if self.path.is_dir() else []
+
+    def _beside(self, patterns: tuple[str, ...]) -> list[Path]:
         folder = self.path if self.path.is_dir() else self.path.parent
-        return sorted(file for pattern in LICENCES for file in folder.glob(pattern) if file.is_file())
+        return sorted(file for pattern in patterns for file in folder.glob(pattern) if file.is_file())
 
 
 def read_config(path: Path) -> PretrainedConfig:

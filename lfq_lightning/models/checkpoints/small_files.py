@@ -41,7 +41,7 @@ def write_small_files(checkpoint: Checkpoint, folder: Path) -> None:
     generation = checkpoint.generation_config()
     if generation is not None:
         _write_generation_config(generation, folder / "generation_config.json", checkpoint.path)
-    for file in checkpoint.licences():
+    for file in (*checkpoint.licences(), *checkpoint.processors()):
         shutil.copyfile(file, folder / file.name)
 
 
