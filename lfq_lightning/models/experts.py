@@ -105,7 +105,7 @@ def split_experts(model: PreTrainedModel) -> None:
     if not (names := expert_names(model)):
         return
     for name, module in list(model.named_modules()):
-        if name.endswith(".experts"):
+        if name.endswith(".experts") and hasattr(module, "_apply_gate"):  # else its forward is a code of its own
             count, hidden, inner = module.get_parameter("down_proj").shape
             experts = [Expert(names, hidden, inner, _activation(module, len(names) == 3)) for _ in range(count)]
             model.set_submodule(name, ExpertList(experts).eval().requires_grad_(False))
