@@ -149,8 +149,9 @@ class BlockScheduler(BlockCallback):
         metrics = final_metrics(streams, head, fit.bench.tokens[1], fit.frequency, fit.bench.ranks)
         metrics |= {"model_bytes": folder.total_bytes, **vars(self.run.meter.now())}
         dense = [name for name in skeleton.all_linears() if name not in fit.shards.schemes] + skeleton.routers()
+        architecture = skeleton.architecture.__name__
         fit.bench.ranks.once(
-            lambda: folder.finish(skeleton.checkpoint, skeleton.architecture, fit.shards.schemes, dense, metrics)
+            lambda: folder.finish(skeleton.checkpoint, architecture, fit.shards.schemes, dense, metrics)
         )
         self.finished = True
         for listener in listeners(fit.bench.trainer):

@@ -51,7 +51,7 @@ class Drift(Measure):
     def begin(self, reference: EvaluatedModel, others: list[EvaluatedModel]) -> None:
         self._reference = reference
         self._asked = as_tokens(self.prompts, reference.tokenizer)
-        check_tokens(self._asked, reference.config.get_text_config().vocab_size, reference.tokenizer)
+        check_tokens(self._asked, reference.vocab_size, reference.tokenizer)
 
     def scores(self, model: EvaluatedModel) -> dict[str, dict[str, Score]]:
         answers = greedy_answers(model, self._asked, self.max_new_tokens)

@@ -55,11 +55,10 @@ def evaluate_models(
     teacher = EvaluatedModel(reference, device, output)
     others = {source: EvaluatedModel(source, device, output, packed) for source in sources}
     for source, model in others.items():
-        own, other = (each.config.get_text_config().vocab_size for each in (model, teacher))
-        if own != other:
+        if model.vocab_size != teacher.vocab_size:
             raise UserError(
-                f"{source} has a vocabulary of {own}, {reference} one of "
-                f"{other}, so neither was made from the other; give the right --reference."
+                f"{source} has a vocabulary of {model.vocab_size}, {reference} one of "
+                f"{teacher.vocab_size}, so neither was made from the other; give the right --reference."
             )
     for measure in measures:
         measure.begin(teacher, list(others.values()))

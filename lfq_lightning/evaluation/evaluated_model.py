@@ -76,6 +76,12 @@ class EvaluatedModel:
                     self._model.generation_config = generation
         return self._model
 
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that the head knows."""
+        size: int = self.config.get_text_config().vocab_size
+        return size
+
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         if self.checkpoint is not None:

@@ -118,7 +118,7 @@ class TextLoss(Measure):
         for text in self.texts:
             check_documents(_named(text)[0])
             self._windows[text] = text_windows(text, reference.tokenizer, seq_len)[: self.limit]
-            check_tokens(self._windows[text], reference.config.get_text_config().vocab_size, reference.tokenizer)
+            check_tokens(self._windows[text], reference.vocab_size, reference.tokenizer)
 
     def scores(self, model: EvaluatedModel) -> dict[str, dict[str, Score]]:
         names = [Path(text).name for text in self._windows]

@@ -42,7 +42,9 @@ class _Given(nn.Module):
         self.hidden = hidden
 
     def __getattr__(self, name: str) -> Any:  # a part of the decoder that the model calls in its place
-        return super().__getattr__(name) if name in ("_modules", "_buffers") or name[:2] == "__" else self
+        if name.startswith("__"):  # torch asks for protocols that a module does not have
+            raise AttributeError(name)
+        return self
 
     def forward(self, *_: object, **__: object) -> _Output:
         return _Output(last_hidden_state=self.hidden)
@@ -69,8 +71,7 @@ def discover(config: PretrainedConfig, source: object) -> Family:
         if not isinstance(getattr(config.get_text_config(), key, None), int):
             raise _refused(config, source, f"its config has no {key} of its own")
     model = empty_model(config, source)
-    with torch.device("meta"):
-        split_experts(model)
+    split_experts(model)
     blocks, layers = _blocks(model, config, source)
     _check_coverage(layers, config, source)
     decoder, head = model.base_model_prefix, model.get_output_embeddings()
@@ -84,11 +85,9 @@ def discover(config: PretrainedConfig, source: object) -> Family:
     return Family(decoder, blocks, norm, names[head], (), renamings=renamings, embeddings=embeddings, terms=terms)
 
 
-def names_of(config: PretrainedConfig, source: object) -> Family:
+def names_of(model: PreTrainedModel) -> Family:
     """Return how the tensors of a packed model are called; its other parts may not be those of the model."""
-    if config.model_type in FAMILIES:
-        return FAMILIES[config.model_type]
-    return Family(renamings=_renamings(empty_model(config, source)))
+    return FAMILIES.get(model.config.model_type) or Family(renamings=_renamings(model))
 
 
 def _renamings(model: PreTrainedModel) -> tuple[WeightRenaming, ...]:

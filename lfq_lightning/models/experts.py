@@ -99,15 +99,17 @@ def expert_names(model: PreTrainedModel) -> tuple[str, ...]:
 
 
 def split_experts(model: PreTrainedModel) -> None:
-    """Replace every fused `experts` module of a model on the meta device by an ExpertList, if checkpoints hold each
+    """Replace every fused `experts` module of a model by an ExpertList without its weights, if checkpoints hold each
     expert's layers by themselves, and the linear layers that choose or weigh experts by a Router.
     """
     if not (names := expert_names(model)):
         return
     for name, module in list(model.named_modules()):
         if name.endswith(".experts") and hasattr(module, "_apply_gate"):  # else its forward is a code of its own
-            count, hidden, inner = module.get_parameter("down_proj").shape
-            experts = [Expert(names, hidden, inner, _activation(module, len(names) == 3)) for _ in range(count)]
+            fused = module.get_parameter("down_proj")
+            count, hidden, inner = fused.shape
+            with fused.device:
+                experts = [Expert(names, hidden, inner, _activation(module, len(names) == 3)) for _ in range(count)]
             model.set_submodule(name, ExpertList(experts).eval().requires_grad_(False))
             mixture = model.get_submodule(name.rpartition(".")[0])
             for part, beside in list(mixture.named_modules()):

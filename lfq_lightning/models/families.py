@@ -1,9 +1,10 @@
 """What differs between model families: names of the parts. A new family is a row here; the contract tests cover it."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-from transformers.core_model_loading import PrefixChange, WeightRenaming
+from transformers.core_model_loading import PrefixChange, WeightRenaming, WeightTransform
 
 # (module whose output can be divided by a vector, linear layers that read it), names inside a block
 Folds = tuple[tuple[str, tuple[str, ...]], ...]
@@ -49,9 +50,8 @@ class Family:
         """Return the name on disk of a tensor of the model."""
         for here, there in self.stored:
             name = name.replace(here, there)
-        for renaming in reversed(self.renamings):
-            if not isinstance(renaming, PrefixChange):  # both names are read, and only one of them is the model's
-                name, _ = renaming.reverse_transform().rename_source_key(name)
+        for renaming in self._to_disk:
+            name, _ = renaming.rename_source_key(name)
         return name
 
     def model_name(self, name: str) -> str:
@@ -69,6 +69,20 @@ class Family:
     def model_layer(self, name: str) -> str:
         """Return the name in the model of the layer that has this name on disk."""
         return self.model_name(name + _WEIGHT).removesuffix(_WEIGHT)
+
+    def ignored(self, layers: list[str]) -> list[str]:
+        """Return how an `ignore` list calls layers: by the names on disk, which vLLM reads, and, where transformers
+        renames them, by those in its model.
+        """
+        stored = [self.stored_layer(layer) for layer in layers]
+        renamed = [layer for layer in layers if layer not in stored]
+        return [*stored, *renamed] if self.renamings else stored
+
+    @cached_property
+    def _to_disk(self) -> list[WeightTransform]:
+        """The renamings backwards; a prefix is left off, since both names are read and one of them is the model's."""
+        kept = [renaming for renaming in self.renamings if not isinstance(renaming, PrefixChange)]
+        return [renaming.reverse_transform() for renaming in reversed(kept)]
 
     def logit_terms(self, settings: dict[str, Any]) -> tuple[float, float | None]:
         """Return the factor on the logits and their bound, None without one, by a model's config."""

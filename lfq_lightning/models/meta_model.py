@@ -43,13 +43,12 @@ def meta_model(config: PretrainedConfig, source: object) -> PreTrainedModel:
     Raises UserError, naming `source`, for values that make no model.
     """
     model = empty_model(config, source)
-    with torch.device("meta"):
-        split_experts(model)
+    split_experts(model)
     owners = {name: module for name, module in model.named_modules() if isinstance(module, PreTrainedModel)}
     for name, module in model.named_modules():
         if any(True for _ in module.buffers(recurse=False)):
             module.to_empty(device="cpu", recurse=False)
-            nearest = max((owner for owner in owners if f"{name}.".startswith(owner)), key=len)
+            nearest = max((owner for owner in owners if not owner or f"{name}.".startswith(f"{owner}.")), key=len)
             owners[nearest]._init_weights(module)  # rotary frequencies, embedding scales: by its part's own config
     return model
 

@@ -31,7 +31,7 @@ class _Recorder(nn.Module):
         self.in_tuple = False  # the model expects the hidden states as the first of a tuple
 
     def __getattr__(self, name: str) -> Any:
-        return super().__getattr__(name) if name in vars(self)["_modules"] else getattr(vars(self)["_block"], name)
+        return getattr(vars(self)["_block"], name)
 
     def forward(self, *positional: Any, **arguments: Any) -> Tensor | tuple[Tensor]:
         given = dict(zip(self._parameter_names, positional, strict=False)) | arguments
@@ -77,9 +77,9 @@ class ModelSkeleton:
         return self._block_prefixes[index].removesuffix(".")
 
     @property
-    def architecture(self) -> str:
+    def architecture(self) -> type[PreTrainedModel]:
         """The class of the model in transformers."""
-        return type(self._model).__name__
+        return type(self._model)
 
     def linear_shapes(self, index: int) -> dict[str, tuple[int, int]]:
         """Return full name → (O, I) of every linear layer of a block; reads no weights."""

@@ -1,7 +1,6 @@
 """A model streamed block by block, against the model in one piece."""
 
 import copy
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from lfq_lightning.errors import UserError, named, said
 from lfq_lightning.models.checkpoints import Checkpoint, open_checkpoint
 from lfq_lightning.models.decoder_block import DecoderBlock
 from lfq_lightning.models.experts import seeing
-from lfq_lightning.models.meta_model import empty_model
 from lfq_lightning.models.model_skeleton import ModelSkeleton
 
 _TOKENS = 12  # of each sequence that a model is checked with
@@ -64,7 +62,7 @@ def _streamed(skeleton: ModelSkeleton, input_ids: Tensor, layers: int | None = N
             twin = copy.deepcopy(block)  # whose weights transformers may overwrite
             skeleton.initialise(twin)
             _check_watched(twin, called=False)
-        with seeing(block, None) if watch else nullcontext():
+        with seeing(block, None):
             hidden = block(hidden)
         if watch:
             _check_watched(block, called=True)
@@ -121,7 +119,7 @@ def _own(skeleton: ModelSkeleton, config: PretrainedConfig, layers: int) -> PreT
     checkpoint = skeleton.checkpoint
     names = skeleton.outer_names() + [name for index in range(layers) for name in skeleton.block_names(index)]
     stored = {checkpoint.family.stored_name(name): tensor for name, tensor in checkpoint.tensors(names).items()}
-    found: Any = type(empty_model(config, checkpoint.path)).from_pretrained(
+    found: Any = skeleton.architecture.from_pretrained(
         None,
         config=config,
         state_dict=stored,

@@ -32,9 +32,9 @@ def export(source: str, format_name: str, output: str) -> Path:
         raise UserError(f"output: {target} exists; give a new folder.")
     for name, scheme in folder.schemes.items():
         to.check(name, scheme, folder.shapes[name])
-    stored = folder.family.stored_layer
-    dense = [stored(name) for name in [*folder.dense, *folder.routers]]
-    quantization = to.config({stored(name): scheme for name, scheme in folder.schemes.items()}, dense)
+    family = folder.family
+    schemes = {family.stored_layer(name): scheme for name, scheme in folder.schemes.items()}
+    quantization = to.config(schemes, family.ignored([*folder.dense, *folder.routers]))
     partial = target.with_name(f"{target.name}.partial")
     if partial.exists():
         raise UserError(f"output: {partial} is left of an export that was cut off, or another's; remove it.")
@@ -50,7 +50,7 @@ def export(source: str, format_name: str, output: str) -> Path:
             tensors = dict(shard.dense)
             for name, quantized in shard.layers.items():
                 tensors |= to.pack(name, quantized)
-            tensors = {stored(name): tensor for name, tensor in tensors.items()}
+            tensors = {family.stored_name(name): tensor for name, tensor in tensors.items()}
             save_file(tensors, partial / shard.file, metadata={"format": "pt"})
             shutil.copymode(folder.path / shard.file, partial / shard.file)  # safetensors lets only the owner read
             index["metadata"]["total_size"] += sum(tensor.nbytes for tensor in tensors.values())

@@ -73,10 +73,10 @@ class PackedFolder:
                 f"{self.path} is not packed (its config has no quantization_config); load it with transformers."
             )
         del self.config.quantization_config
-        self.family = names_of(self.config, self.path)
         self.format_name, self.format = _format_of(self.quantization, self.path)
         self.changed = changed_files(self.path)
         model = meta_model(self.config, self.path)
+        self.family = names_of(model)
         self.shapes, self.routers = _linear_shapes(model), router_names(model)
         self.schemes = self._schemes()
         self._places = {self.family.model_name(name): file for file, names in self.files.items() for name in names}

@@ -74,9 +74,9 @@ def state_bytes(plan: BlockPlan, skeleton: ModelSkeleton) -> int:
 
 def outer_bytes(skeleton: ModelSkeleton) -> int:
     """Return the bytes of embedding and head, which every process holds in host memory."""
-    config, width = skeleton.checkpoint.text_config, skeleton.checkpoint.dtype.itemsize
-    tied = getattr(skeleton.checkpoint.config, "tie_word_embeddings", False)
-    return width * config.vocab_size * config.hidden_size * (1 if tied else 2)
+    checkpoint = skeleton.checkpoint
+    config, width = checkpoint.text_config, checkpoint.dtype.itemsize
+    return width * config.vocab_size * config.hidden_size * (1 if checkpoint.tied else 2)
 
 
 def stream_bytes(skeleton: ModelSkeleton, plans: list[BlockPlan], setting: Setting) -> int:

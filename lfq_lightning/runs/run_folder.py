@@ -247,12 +247,6 @@ class RunFolder:
         names = [shard_name(number, self.shards) for number in numbers]
         return {name: self._checksums[name] for name in names if name in self._checksums}
 
-    def _ignored(self, layers: list[str]) -> list[str]:
-        """Return the names on disk, which vLLM reads, and, where transformers renames them, those in its model."""
-        stored = [self.family.stored_layer(layer) for layer in layers]
-        renamed = [layer for layer in layers if layer not in stored]
-        return [*stored, *renamed] if self.family.renamings else stored
-
     def append_journal(self, line: dict[str, Any]) -> None:
         """Add one JSON line to the journal and bring it to the disk."""
         append_lines(self.path / JOURNAL, [json.dumps(sealed(line))])
@@ -271,7 +265,7 @@ class RunFolder:
         self.write_json(INDEX, {"metadata": metadata, "weight_map": dict(sorted(self._weight_map.items()))})
         config = _model_config(checkpoint, architecture)
         schemes = {self.family.stored_layer(layer): scheme for layer, scheme in schemes.items()}
-        ignore = self._ignored(ignore)
+        ignore = self.family.ignored(ignore)
         if schemes:
             config["quantization_config"] = CompressedTensors().config(schemes, ignore)
             loads = engines(CompressedTensors(), schemes, ignore)

@@ -66,6 +66,7 @@ def test_quantised_and_read_by_transformers(config, tmp_path, family):
         ("gpt_oss", "are no linear layers, such as .*experts.*, and would stay in full precision"),
         ("longcat_flash", "it has no list of its 56 layers"),
         ("t5", "transformers has no class for it that writes text"),
+        ("falcon_h1", "does more between decoder and logits than a linear head does"),
         ("bert", "does more between decoder and logits than a linear head does"),
     ],
 )
@@ -160,3 +161,4 @@ def test_names_on_disk_are_those_that_transformers_writes(tmp_path):
     assert family.stored_layer(here) == there and family.model_layer(there) == here
     assert family.stored_name(f"{here}.weight_packed") == f"{there}.weight_packed"
     assert family.model_name(f"{there}.weight_packed") == f"{here}.weight_packed"
+    assert discover(tiny_config("gpt_neox"), "it").ignored(["lm_head"]) == ["embed_out", "lm_head"]

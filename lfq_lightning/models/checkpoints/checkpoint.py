@@ -42,6 +42,11 @@ class Checkpoint(ABC):
         self.family: Family = family_of(config, path)
 
     @property
+    def tied(self) -> bool:
+        """Whether the head is the embeddings."""
+        return bool(getattr(self.config, "tie_word_embeddings", False))
+
+    @property
     @abstractmethod
     def dtype(self) -> torch.dtype: ...
 

@@ -100,13 +100,10 @@ class HFCheckpoint(Checkpoint):
         matrices = [name for name in names if name.startswith(self.family.blocks) and "norm" not in name]
         return _DTYPES[dtypes[(matrices or names)[0]]]
 
-    def _tied(self) -> bool:
-        return bool(getattr(self.config, "tie_word_embeddings", False))
-
     def _pass_over_tied_head(self) -> None:
         """Drop a stored head that the config ties to the embeddings. Raises UserError if it is another one."""
         head, embeddings = f"{self.family.head}.weight", f"{self.family.embeddings}.weight"
-        if not self._tied() or head not in self._files:
+        if not self.tied or head not in self._files:
             return
         stored = self.tensors([name for name in (head, embeddings) if name in self._files])
         if not torch.equal(stored[head], stored.get(embeddings, stored[head][:0])):
