@@ -56,6 +56,11 @@ def stream_dtype(precision: str) -> torch.dtype:
     return torch.bfloat16 if compute_dtype(precision) == torch.bfloat16 else torch.float32
 
 
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a tensor in a dtype; one of whole numbers, such as a table, as it is."""
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
 def product_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
     """Return the dtype in which a whole model whose weights are `stored` runs: that one, or fp32 on a slow CPU."""
     if device.type != "cpu" or stored.itemsize > 2 or faster_than_fp32(stored):

@@ -12,6 +12,7 @@ from lfq_lightning.calibration.activation_cache import ActivationCache, BatchLoa
 from lfq_lightning.calibration.block_module import BlockModule
 from lfq_lightning.calibration.calibration_block import CalibrationBlock
 from lfq_lightning.calibration.final_block_module import FinalBlockModule
+from lfq_lightning.calibration.find_folds import FoundFolds
 from lfq_lightning.calibration.fold_scales import fold_scales
 from lfq_lightning.calibration.solve import Solution, solve
 from lfq_lightning.calibration.stream_store import StreamStore
@@ -59,6 +60,7 @@ class Bench(nn.Module):
         self.seed = seed
         self.first_step = 0  # of the block's training: one that resumes does not begin at 0
         self._current: CalibrationBlock | None = None
+        self._folds = FoundFolds()
         self.splits = Splits(
             *(
                 ActivationCache(name, self._embed(some), some, ranks, store)
@@ -116,7 +118,7 @@ class Bench(nn.Module):
         block, plan = self.current.block, self.current.plan
         try:
             family = self.skeleton.checkpoint.family
-            observed = fold_scales(block, plan.layers, inputs, family, dtype, self.ranks)
+            observed = fold_scales(block, plan.layers, inputs, family, dtype, self.ranks, self._folds)
             return solve(block, plan.layers, inputs, dtype, reference, self.ranks, observed)
         except ArithmeticError as error:
             raise UserError(f"block {plan.index}: {error}; try trainer.precision 32-true or more samples.") from error

@@ -7,7 +7,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lfq_lightning.errors import UserError
+from lfq_lightning.models.kept_linear import packable
 from lfq_lightning.models.quantized_linear import QuantizedLinear
+from lfq_lightning.precision import cast
 from lfq_lightning.quantized_tensor import QuantizedTensor
 from lfq_lightning.quantizers import LearnedQuantizer
 from lfq_lightning.registry import plugin_name
@@ -49,8 +51,8 @@ class DecoderBlock(nn.Module):
         }
 
     def linears(self) -> dict[str, nn.Linear]:
-        """Return full name → linear layer, in the order of definition."""
-        return {name: m for name, m in self.modules_by_name().items() if isinstance(m, nn.Linear)}
+        """Return full name → linear layer, in the order of definition; those that cannot be packed are none."""
+        return {name: m for name, m in self.modules_by_name().items() if packable(m)}
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the frozen weights, biases and stored buffers by full name; those of trained layers are not there."""
@@ -64,7 +66,7 @@ class DecoderBlock(nn.Module):
     def load(self, weights: dict[str, Tensor]) -> None:
         """Put weights and biases in place by full name; in fp32, whatever their dtype."""
         for name, layer in zip(self.names, self.layers, strict=True):
-            own = {key: weights[f"{name}.{key}"].float() for key in layer.state_dict()}
+            own = {key: cast(weights[f"{name}.{key}"], torch.float32) for key in layer.state_dict()}
             layer.load_state_dict(own)
 
     def train_linear(self, name: str, quantizer: LearnedQuantizer) -> None:

@@ -11,19 +11,18 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from lfq_lightning.errors import UserError, named, said
-from lfq_lightning.models.experts import split_experts
 from lfq_lightning.models.families import FAMILIES, Family
-from lfq_lightning.models.meta_model import empty_model
+from lfq_lightning.models.kept_linear import packable
+from lfq_lightning.models.meta_model import empty_model, parted_model
+from lfq_lightning.models.tensor_names import TensorNames
 
 _SIZES = ("vocab_size", "hidden_size", "num_hidden_layers")
 _NO_LIMIT = 2**20
+_FAR = 1e4  # times random hidden states: where a bound is reached
 _SMALL_HEAD = 16  # rows of the head that stands in for the model's while its logits are looked at
-_MOST_OUTSIDE = 0.1  # of the layers' parameters that are not those of linear layers
 
 
 class _Output(BaseModelOutputWithPast):
@@ -35,16 +34,23 @@ class _Output(BaseModelOutputWithPast):
 
 
 class _Given(nn.Module):
-    """Stands in for the decoder: its hidden states are given."""
+    """Stands in for the decoder: its hidden states are given.
 
-    def __init__(self, hidden: Tensor) -> None:
+    Args:
+        hidden: (B, T, D).
+        decoder: whose numbers the model may read.
+    """
+
+    def __init__(self, hidden: Tensor, decoder: nn.Module) -> None:
         super().__init__()
         self.hidden = hidden
+        vars(self)["_decoder"] = decoder  # not a submodule
 
-    def __getattr__(self, name: str) -> Any:  # a part of the decoder that the model calls in its place
+    def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # torch asks for protocols that a module does not have
             raise AttributeError(name)
-        return self
+        found = getattr(vars(self)["_decoder"], name, self)
+        return self if isinstance(found, nn.Module) else found  # a part that the model calls in the decoder's place
 
     def forward(self, *_: object, **__: object) -> _Output:
         return _Output(last_hidden_state=self.hidden)
@@ -70,29 +76,24 @@ def discover(config: PretrainedConfig, source: object) -> Family:
     for key in _SIZES:
         if not isinstance(getattr(config.get_text_config(), key, None), int):
             raise _refused(config, source, f"its config has no {key} of its own")
-    model = empty_model(config, source)
-    split_experts(model)
+    model, tensor_names = parted_model(config, source)
     blocks, layers = _blocks(model, config, source)
-    _check_coverage(layers, config, source)
-    decoder, head = model.base_model_prefix, model.get_output_embeddings()
-    if not hasattr(model, decoder) or not isinstance(head, nn.Linear):
+    if not any(map(packable, layers.modules())):
+        largest = max(layers.named_parameters(), key=lambda item: item[1].numel())[0]
+        raise _refused(config, source, f"nothing in its layers is a linear layer that can be packed ({largest})")
+    decoder, head = _decoder(model, blocks), model.get_output_embeddings()
+    if not decoder or not isinstance(head, nn.Linear):
         raise _refused(config, source, "its head is no linear layer behind a decoder")
     names = {module: name for name, module in model.named_modules()}
     embeddings = names[model.get_input_embeddings()]
     norm = _final_norm(model, blocks, config, source)
-    renamings = _renamings(model)
-    terms = _logit_terms(model, names[head], config, source)
-    return Family(decoder, blocks, norm, names[head], (), renamings=renamings, embeddings=embeddings, terms=terms)
+    terms = _logit_terms(empty_model(config, source), decoder, names[head], config, source)
+    return Family(decoder, blocks, norm, names[head], None, names=tensor_names, embeddings=embeddings, terms=terms)
 
 
-def names_of(model: PreTrainedModel) -> Family:
+def family_of_names(model: PreTrainedModel) -> Family:
     """Return how the tensors of a packed model are called; its other parts may not be those of the model."""
-    return FAMILIES.get(model.config.model_type) or Family(renamings=_renamings(model))
-
-
-def _renamings(model: PreTrainedModel) -> tuple[WeightRenaming, ...]:
-    mapping = get_model_conversion_mapping(model, add_legacy=False)
-    return tuple(entry for entry in mapping if isinstance(entry, WeightRenaming))
+    return FAMILIES.get(model.config.model_type) or Family(names=TensorNames(model))
 
 
 def _refused(config: PretrainedConfig, source: object, reason: str) -> UserError:
@@ -112,18 +113,9 @@ def _blocks(model: PreTrainedModel, config: PretrainedConfig, source: object) ->
     return max(lists.items(), key=lambda item: sum(p.numel() for p in item[1].parameters()))
 
 
-def _check_coverage(layers: nn.ModuleList, config: PretrainedConfig, source: object) -> None:
-    """Raise UserError if more than a tenth of the layers' parameters lie outside linear layers."""
-    outside = {name: p.numel() for name, p in layers.named_parameters() if not _is_linear(layers, name)}
-    share = sum(outside.values()) / sum(p.numel() for p in layers.parameters())
-    if share > _MOST_OUTSIDE:
-        largest = max(outside, key=outside.__getitem__)
-        what = f"{share:.0%} of its layers are no linear layers, such as {largest}, and would stay in full precision"
-        raise _refused(config, source, what)
-
-
-def _is_linear(layers: nn.ModuleList, parameter: str) -> bool:
-    return isinstance(layers.get_submodule(parameter.rpartition(".")[0]), nn.Linear)
+def _decoder(model: PreTrainedModel, blocks: str) -> str:
+    """Return the part of the model that turns tokens into what its head reads; "" if it has none of its own."""
+    return model.base_model_prefix if hasattr(model, model.base_model_prefix) else blocks.partition(".")[0]
 
 
 def _final_norm(model: PreTrainedModel, blocks: str, config: PretrainedConfig, source: object) -> str:
@@ -150,7 +142,7 @@ def _final_norm(model: PreTrainedModel, blocks: str, config: PretrainedConfig, s
 
 @torch.no_grad()
 def _logit_terms(
-    model: PreTrainedModel, head: str, config: PretrainedConfig, source: object
+    model: PreTrainedModel, decoder: str, head: str, config: PretrainedConfig, source: object
 ) -> tuple[float, float | None]:
     """Fit s and c of logits = s·z, or c·tanh(z / c), from what the model's own code makes of random hidden states.
 
@@ -160,16 +152,23 @@ def _logit_terms(
     hidden = torch.randn(1, 8, width, generator=generator)
     linear = nn.Linear(width, _SMALL_HEAD, bias=False)
     linear.weight.copy_(10 / math.sqrt(width) * torch.randn(_SMALL_HEAD, width, generator=generator))
-    model.set_submodule(model.base_model_prefix, _Given(hidden))
+    model.set_submodule(decoder, _Given(hidden, model.get_submodule(decoder)))
     model.set_submodule(head, linear)
     behind = "its code does more between decoder and logits than a linear head does"
+    given = model.get_submodule(decoder)
     with said(lambda error: str(_refused(config, source, f"{behind} ({named(error)})"))):
-        logits = model(input_ids=torch.zeros(1, 8, dtype=torch.long), use_cache=False).logits
+        logits, far = (_logits(model, given, each) for each in (hidden, _FAR * hidden))
     z = linear(hidden)
     scale = float((logits * z).sum() / (z * z).sum())
     if torch.allclose(logits, scale * z, rtol=1e-4, atol=1e-4):
         return (1.0 if abs(scale - 1) < 1e-6 else scale), None
-    cap = getattr(config.get_text_config(), "final_logit_softcapping", None)
-    if cap and torch.allclose(logits, cap * torch.tanh(z / cap), rtol=1e-4, atol=1e-4):
-        return 1.0, float(cap)
+    cap = float(far.abs().max())
+    if torch.allclose(logits, cap * torch.tanh(z / cap), rtol=1e-4, atol=1e-4):
+        return 1.0, cap
     raise _refused(config, source, "its logits are neither s·z nor c·tanh(z / c) of its head's products z")
+
+
+def _logits(model: PreTrainedModel, given: nn.Module, hidden: Tensor) -> Tensor:
+    given.hidden = hidden
+    logits: Tensor = model(input_ids=torch.zeros(1, 8, dtype=torch.long), use_cache=False).logits
+    return logits

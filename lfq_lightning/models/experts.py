@@ -12,8 +12,23 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 
+from lfq_lightning.models.kept_linear import KeptLinear, kept_layers, packable
+
 _EXPERTS = ".experts."
 _ON_DISK = re.compile(r"\bexperts\.\*\.(\w+)\.weight$")  # as transformers' conversion mapping writes it
+
+
+class _Blank(nn.Linear):
+    """A linear layer whose weights are still to come: a model has tens of thousands, and drawing each takes a while."""
+
+    def reset_parameters(self) -> None:
+        """Draw nothing."""
+
+
+def _blank(inputs: int, outputs: int) -> nn.Linear:
+    linear = _Blank(inputs, outputs, bias=False)
+    linear.__class__ = nn.Linear
+    return linear
 
 
 class Expert(nn.Module):
@@ -30,30 +45,14 @@ class Expert(nn.Module):
         super().__init__()
         self.names = names
         for name in names[:-1]:
-            self.add_module(name, nn.Linear(hidden, inner, bias=False))
-        self.add_module(names[-1], nn.Linear(inner, hidden, bias=False))
+            self.add_module(name, _blank(hidden, inner))
+        self.add_module(names[-1], _blank(inner, hidden))
         self.activation = activation
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return the expert's outputs (tokens, D) of hidden states (tokens, D)."""
         *inward, down = (self.get_submodule(name) for name in self.names)
         return down(self.activation(torch.cat([linear(hidden) for linear in inward], dim=-1)))
-
-
-class Router(nn.Module):
-    """Takes the place of a linear layer that chooses or weighs experts: the same product, never quantised.
-
-    Args:
-        linear: (E, D).
-    """
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.weight, self.bias = linear.weight, linear.bias
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Return scores (…, E) of hidden states (…, D)."""
-        return F.linear(hidden, self.weight, self.bias)
 
 
 class ExpertList(nn.ModuleList):
@@ -100,7 +99,7 @@ def expert_names(model: PreTrainedModel) -> tuple[str, ...]:
 
 def split_experts(model: PreTrainedModel) -> None:
     """Replace every fused `experts` module of a model by an ExpertList without its weights, if checkpoints hold each
-    expert's layers by themselves, and the linear layers that choose or weigh experts by a Router.
+    expert's layers by themselves, and the linear layers that choose or weigh experts by a KeptLinear.
     """
     if not (names := expert_names(model)):
         return
@@ -113,12 +112,9 @@ def split_experts(model: PreTrainedModel) -> None:
             model.set_submodule(name, ExpertList(experts).eval().requires_grad_(False))
             mixture = model.get_submodule(name.rpartition(".")[0])
             for part, beside in list(mixture.named_modules()):
-                if (
-                    isinstance(beside, nn.Linear)
-                    and not part.startswith("experts.")
-                    and beside.out_features in (1, count)
-                ):
-                    mixture.set_submodule(part, Router(beside))
+                chooses = packable(beside) and beside.out_features in (1, count)
+                if chooses and not part.startswith("experts."):
+                    mixture.set_submodule(part, KeptLinear(beside))
 
 
 def _activation(experts: nn.Module, gated: bool) -> Callable[[Tensor], Tensor]:
@@ -130,14 +126,17 @@ def _activation(experts: nn.Module, gated: bool) -> Callable[[Tensor], Tensor]:
 
 
 def router_names(module: nn.Module) -> list[str]:
-    """Return the names of what chooses or weighs experts: a linear layer to other engines, never quantised."""
-    mixtures = [name.removesuffix("experts") for name, inner in module.named_modules() if isinstance(inner, ExpertList)]
-    return [
+    """Return the names of what other engines know as linear layers and what is never quantised: what chooses or weighs
+    experts, a KeptLinear, experts in one tensor.
+    """
+    mixtures = [name.removesuffix("experts") for name, _ in module.named_modules() if name.endswith(".experts")]
+    beside = [
         mixture + part
         for mixture in mixtures
-        for part, beside in module.get_submodule(mixture.removesuffix(".")).named_modules()
-        if not isinstance(beside, nn.Linear) and getattr(getattr(beside, "weight", None), "ndim", 0) == 2
+        for part, inner in module.get_submodule(mixture.removesuffix(".")).named_modules()
+        if not packable(inner) and any(p.ndim > 1 for p in inner.parameters(recurse=False))
     ]
+    return list(dict.fromkeys([*beside, *kept_layers(module)]))
 
 
 @contextmanager

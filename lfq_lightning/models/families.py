@@ -1,10 +1,12 @@
 """What differs between model families: names of the parts. A new family is a row here; the contract tests cover it."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
-from transformers.core_model_loading import PrefixChange, WeightRenaming, WeightTransform
+from torch import Tensor
+
+from lfq_lightning.models.tensor_names import TensorNames
 
 # (module whose output can be divided by a vector, linear layers that read it), names inside a block
 Folds = tuple[tuple[str, tuple[str, ...]], ...]
@@ -21,13 +23,13 @@ class Family:
     """Module paths inside the `…ForCausalLM` model of transformers, and names in its config.
 
     Args:
-        folds: where a scaling of a layer's inputs can be folded, in the order of the forward (AWQ).
+        folds: where a scaling of a layer's inputs can be folded, in the order of the forward (AWQ); None: to be found.
         unit_offset: its norms multiply by 1 + weight.
         logit_factor: key in the config of a factor on the logits.
         logit_divisor: key in the config of a divisor of the logits.
         softcap: key in the config of a bound on the logits.
         stored: (in the model, on disk): parts of names that differ there.
-        renamings: transformers' own, from names on disk to those in the model.
+        names: transformers' own names on disk; None if they are those of the model but for `stored`.
         embeddings: the input embeddings.
         terms: factor on the logits and their bound where they were found, not named in the config.
     """
@@ -36,13 +38,13 @@ class Family:
     blocks: str = "model.layers"
     norm: str = "model.norm"
     head: str = "lm_head"
-    folds: Folds = (("input_layernorm", _QKV), ("post_attention_layernorm", _GATE_UP), *_INNER)
+    folds: Folds | None = (("input_layernorm", _QKV), ("post_attention_layernorm", _GATE_UP), *_INNER)
     unit_offset: bool = False
     logit_factor: str | None = None
     logit_divisor: str | None = None
     softcap: str | None = None
     stored: tuple[tuple[str, str], ...] = ()
-    renamings: tuple[WeightRenaming, ...] = ()
+    names: TensorNames | None = None
     embeddings: str = "model.embed_tokens"
     terms: tuple[float, float | None] | None = None
 
@@ -50,17 +52,13 @@ class Family:
         """Return the name on disk of a tensor of the model."""
         for here, there in self.stored:
             name = name.replace(here, there)
-        for renaming in self._to_disk:
-            name, _ = renaming.rename_source_key(name)
-        return name
+        return self.names.stored_name(name) if self.names else name
 
     def model_name(self, name: str) -> str:
         """Return the name in the model of the tensor that has this name on disk."""
         for here, there in self.stored:
             name = name.replace(there, here)
-        for renaming in self.renamings:
-            name, _ = renaming.rename_source_key(name)
-        return name
+        return self.names.model_name(name) if self.names else name
 
     def stored_layer(self, name: str) -> str:
         """Return the name on disk of a layer of the model."""
@@ -70,19 +68,33 @@ class Family:
         """Return the name in the model of the layer that has this name on disk."""
         return self.model_name(name + _WEIGHT).removesuffix(_WEIGHT)
 
+    def converted(self, name: str) -> bool:
+        """Tell whether transformers merges or splits what becomes this tensor of the model."""
+        return self.names is not None and self.names.converted(name)
+
+    def groups(self, stored: Iterable[str]) -> list[tuple[str, ...]]:
+        """Return which tensors on disk become tensors of the model together."""
+        return self.names.groups(stored) if self.names else [(name,) for name in stored]
+
+    def to_model(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the model's tensors, by name, of those on disk, by name; whole groups."""
+        if self.names:
+            return self.names.to_model(tensors)
+        return {self.model_name(name): tensor for name, tensor in tensors.items()}
+
+    def to_disk(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the tensors on disk, by name, of those of the model, by name."""
+        if self.names:
+            return self.names.to_disk(tensors)
+        return {self.stored_name(name): tensor for name, tensor in tensors.items()}
+
     def ignored(self, layers: list[str]) -> list[str]:
         """Return how an `ignore` list calls layers: by the names on disk, which vLLM reads, and, where transformers
         renames them, by those in its model.
         """
         stored = [self.stored_layer(layer) for layer in layers]
         renamed = [layer for layer in layers if layer not in stored]
-        return [*stored, *renamed] if self.renamings else stored
-
-    @cached_property
-    def _to_disk(self) -> list[WeightTransform]:
-        """The renamings backwards; a prefix is left off, since both names are read and one of them is the model's."""
-        kept = [renaming for renaming in self.renamings if not isinstance(renaming, PrefixChange)]
-        return [renaming.reverse_transform() for renaming in reversed(kept)]
+        return [*stored, *renamed] if self.names and self.names.renamed else stored
 
     def logit_terms(self, settings: dict[str, Any]) -> tuple[float, float | None]:
         """Return the factor on the logits and their bound, None without one, by a model's config."""

@@ -15,6 +15,8 @@ from transformers import (
 
 from lfq_lightning.errors import UserError, named, said
 from lfq_lightning.models.experts import split_experts
+from lfq_lightning.models.kept_linear import keep_linears
+from lfq_lightning.models.tensor_names import TensorNames
 
 
 def empty_model(config: PretrainedConfig, source: object) -> PreTrainedModel:
@@ -25,6 +27,19 @@ def empty_model(config: PretrainedConfig, source: object) -> PreTrainedModel:
     refusal = f"{source}: the values of config.json make no model"
     with torch.device("meta"), said(lambda error: f"{refusal} ({named(error)}); mend it."):
         return _class(config).from_config(config).eval().requires_grad_(False)
+
+
+def parted_model(config: PretrainedConfig, source: object) -> tuple[PreTrainedModel, TensorNames]:
+    """Return the empty model with its parts as they are quantised, and the names of its tensors on disk.
+
+    Experts of a mixture are linear layers of their own, as in checkpoints, not one tensor for all; what cannot be
+    packed is no linear layer. Raises UserError.
+    """
+    model = empty_model(config, source)
+    split_experts(model)
+    names = TensorNames(model)
+    keep_linears(model, names)
+    return model, names
 
 
 def _class(config: PretrainedConfig) -> Any:
@@ -38,18 +53,17 @@ def _class(config: PretrainedConfig) -> Any:
 def meta_model(config: PretrainedConfig, source: object) -> PreTrainedModel:
     """Return the model on the meta device, frozen and in eval mode; the tables no checkpoint stores are real.
 
-    Experts of a mixture are linear layers of their own, as in checkpoints, not one tensor for all.
-
-    Raises UserError, naming `source`, for values that make no model.
+    Its parts are as they are quantised. Raises UserError, naming `source`, for values that make no model.
     """
-    model = empty_model(config, source)
-    split_experts(model)
+    model, _ = parted_model(config, source)
     owners = {name: module for name, module in model.named_modules() if isinstance(module, PreTrainedModel)}
     for name, module in model.named_modules():
         if any(True for _ in module.buffers(recurse=False)):
             module.to_empty(device="cpu", recurse=False)
             nearest = max((owner for owner in owners if not owner or f"{name}.".startswith(f"{owner}.")), key=len)
             owners[nearest]._init_weights(module)  # rotary frequencies, embedding scales: by its part's own config
+    for owner in owners.values():
+        owner._init_weights(owner)  # tables that a model gives to its layers
     return model
 
 

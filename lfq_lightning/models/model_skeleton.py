@@ -12,7 +12,9 @@ from lfq_lightning.models.checkpoints import Checkpoint
 from lfq_lightning.models.decoder_block import DecoderBlock
 from lfq_lightning.models.experts import router_names
 from lfq_lightning.models.head import Head
+from lfq_lightning.models.kept_linear import kept_layers, packable
 from lfq_lightning.models.meta_model import assign_weights, meta_model
+from lfq_lightning.precision import cast
 
 
 class _Recorder(nn.Module):
@@ -87,14 +89,15 @@ class ModelSkeleton:
             self._shapes[index] = {
                 self._block_prefixes[index] + name: (module.out_features, module.in_features)
                 for name, module in self._meta_blocks[index].named_modules()
-                if isinstance(module, nn.Linear)
+                if packable(module)
             }
         return self._shapes[index]
 
     def all_linears(self) -> list[str]:
         """Return the full names of all linear layers, those outside the blocks included."""
         names = [name for index in range(len(self)) for name in self.linear_shapes(index)]
-        return [*names, *(name for name, module in self._model.named_modules() if isinstance(module, nn.Linear))]
+        outside = [name for name, module in self._model.named_modules() if isinstance(module, nn.Linear)]
+        return list(dict.fromkeys([*names, *outside, *kept_layers(self._model)]))
 
     def routers(self) -> list[str]:
         """Return the names of what chooses experts."""
@@ -139,17 +142,16 @@ class ModelSkeleton:
         prefix = self._block_prefixes[index]
         tensors = self.checkpoint.tensors(self.block_names(index))
         layer = copy.deepcopy(self._meta_blocks[index])
-        weights = {name.removeprefix(prefix): tensor.float() for name, tensor in tensors.items()}
+        weights = {name.removeprefix(prefix): cast(tensor, torch.float32) for name, tensor in tensors.items()}
         layer.load_state_dict(weights, assign=True)
         return layer.requires_grad_(False)
 
     def initialise(self, block: nn.Module) -> None:
-        """Let transformers give new weights to what holds other modules, as it does where some weights are absent."""
+        """Let transformers give new weights to the modules of a block, as it does where some weights are absent."""
         around = self._model.get_submodule(self.checkpoint.family.blocks.rpartition(".")[0])
         owner = around if isinstance(around, PreTrainedModel) else self._model
         for module in block.modules():
-            if any(True for _ in module.children()):
-                owner._init_weights(module)
+            owner._init_weights(module)
 
     @property
     def logit_terms(self) -> tuple[float, float | None]:
@@ -170,6 +172,6 @@ class ModelSkeleton:
         if self._ready:
             return
         stored = self.checkpoint.tensors(self.outer_names())
-        tensors = {name: tensor.to(self._outer_dtype) for name, tensor in stored.items()}
+        tensors = {name: cast(tensor, self._outer_dtype) for name, tensor in stored.items()}
         assign_weights(self._model, tensors, self.checkpoint.path)
         self._ready = True

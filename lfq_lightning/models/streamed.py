@@ -57,32 +57,42 @@ def _streamed(skeleton: ModelSkeleton, input_ids: Tensor, layers: int | None = N
     hidden = torch.cat([skeleton.embed(row[None]).float() for row in input_ids])
     for index in range(len(skeleton) if layers is None else layers):
         block = skeleton.block(range(index, index + 1))
-        if watch:
-            _watch(block)
-            twin = copy.deepcopy(block)  # whose weights transformers may overwrite
-            skeleton.initialise(twin)
-            _check_watched(twin, called=False)
+        watched = _watch(block) if watch else []
+        if watched:
+            skeleton.initialise(_packed_twin(block, watched))
         with seeing(block, None):
             hidden = block(hidden)
-        if watch:
-            _check_watched(block, called=True)
+        _check_watched(block, watched)
     head = skeleton.head(torch.float32)
     return head.logits(head.readout(hidden))
 
 
-def _watch(block: DecoderBlock) -> None:
-    for name, linear in block.linears().items():
-        if type(linear) is not nn.Linear:  # formats and engines know a linear layer by its class
-            raise ValueError(f"{name} is a {type(linear).__name__}, which a packed layer cannot stand for")
+def _watch(block: DecoderBlock) -> list[str]:
+    """Turn the linear layers of a block into watched ones; return their names."""
+    linears = block.linears()
+    for linear in linears.values():
         linear.__class__ = _Watched
         vars(linear).update(odd=None, called=False)
+    return [*linears]
 
 
-def _check_watched(block: DecoderBlock, called: bool) -> None:
+def _packed_twin(block: DecoderBlock, names: list[str]) -> DecoderBlock:
+    """Return a copy whose linear layers have no weight, as packed ones have none."""
+    twin = copy.deepcopy(block)
+    modules = twin.modules_by_name()
+    for name in names:
+        modules[name].__class__ = nn.Linear
+        modules[name]._parameters.pop("weight")
+    return twin
+
+
+def _check_watched(block: DecoderBlock, names: list[str]) -> None:
     """Raise ValueError for a layer that was used as no packed one can be."""
-    for name, linear in block.linears().items():
+    modules = block.modules_by_name()
+    for name in names:
+        linear = modules[name]
         assert isinstance(linear, _Watched)
-        if linear.odd is not None or (called and not linear.called):
+        if linear.odd is not None or not linear.called:
             raise ValueError(f"{name} {linear.odd or 'is never called'}")
 
 
@@ -118,7 +128,7 @@ def _own(skeleton: ModelSkeleton, config: PretrainedConfig, layers: int) -> PreT
     """Return the model of the first layers as transformers loads it by the names on disk. Raises UserError."""
     checkpoint = skeleton.checkpoint
     names = skeleton.outer_names() + [name for index in range(layers) for name in skeleton.block_names(index)]
-    stored = {checkpoint.family.stored_name(name): tensor for name, tensor in checkpoint.tensors(names).items()}
+    stored = checkpoint.family.to_disk(checkpoint.tensors(names))
     found: Any = skeleton.architecture.from_pretrained(
         None,
         config=config,

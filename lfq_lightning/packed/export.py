@@ -50,7 +50,7 @@ def export(source: str, format_name: str, output: str) -> Path:
             tensors = dict(shard.dense)
             for name, quantized in shard.layers.items():
                 tensors |= to.pack(name, quantized)
-            tensors = {family.stored_name(name): tensor for name, tensor in tensors.items()}
+            tensors = family.to_disk(tensors)
             save_file(tensors, partial / shard.file, metadata={"format": "pt"})
             shutil.copymode(folder.path / shard.file, partial / shard.file)  # safetensors lets only the owner read
             index["metadata"]["total_size"] += sum(tensor.nbytes for tensor in tensors.values())

@@ -15,7 +15,7 @@ from lfq_lightning.errors import UserError, one_line
 from lfq_lightning.file_names import CONFIG, INDEX, SINGLE, user_path
 from lfq_lightning.formats import FORMATS, PackFormat, check_layout
 from lfq_lightning.models.checkpoints.checkpoint import read_config
-from lfq_lightning.models.discover import names_of
+from lfq_lightning.models.discover import family_of_names
 from lfq_lightning.models.experts import router_names
 from lfq_lightning.models.limits import limits
 from lfq_lightning.models.meta_model import meta_model
@@ -76,7 +76,7 @@ class PackedFolder:
         self.format_name, self.format = _format_of(self.quantization, self.path)
         self.changed = changed_files(self.path)
         model = meta_model(self.config, self.path)
-        self.family = names_of(model)
+        self.family = family_of_names(model)
         self.shapes, self.routers = _linear_shapes(model), router_names(model)
         self.schemes = self._schemes()
         self._places = {self.family.model_name(name): file for file, names in self.files.items() for name in names}
@@ -109,7 +109,8 @@ class PackedFolder:
         tied = set(model.all_tied_weights_keys)
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         dense = {name: shape for name, shape in shapes.items() if name.removesuffix(".weight") not in self.schemes}
-        needed = (set(dense) - tied) | {part for parts in self._parts.values() for part in parts}
+        needed = {name for name in dense if name not in tied and not self.family.converted(name)}
+        needed |= {part for parts in self._parts.values() for part in parts}
         for name in sorted(needed - set(self._places)):
             raise UserError(f"{self.path} has no tensor {name}, which its config asks for; copy the model again.")
         return dense
@@ -210,7 +211,7 @@ class PackedFolder:
         absent = set(self.files[file]) - set(tensors)
         if absent:
             raise UserError(f"{path} has no tensor {min(absent)}, but the index names it; copy the model again.")
-        return {self.family.model_name(name): tensor for name, tensor in tensors.items()}
+        return self.family.to_model(tensors)
 
 
 def _format_of(quantization: dict[str, Any], path: Path) -> tuple[str, PackFormat]:

@@ -100,7 +100,7 @@ class EarlierRun:
                 raise UserError(
                     f"{self._named}: {file.name} is not what was written (its SHA-256 differs); {self._cure}"
                 )
-            return {family.model_name(name): tensor for name, tensor in load_file(file).items()}
+            return family.to_model(load_file(file))
         except (SafetensorError, OSError) as error:
             raise UserError(f"{self._named}: {file.name} cannot be read ({error}); {self._cure}") from error
 

@@ -230,8 +230,7 @@ class RunFolder:
         """
         name = shard_name(number, self.shards)
         file = self.path / (name + _AGAIN if again else name)
-        named = {self.family.stored_name(tensor): value for tensor, value in tensors.items()}
-        write_tensors(file, named, {"format": "pt"})
+        write_tensors(file, self.family.to_disk(tensors), {"format": "pt"})
         self._checksums[name] = sha256(file)
 
     def note_shard(self, number: int, tensors: dict[str, Tensor], digest: str | None = None) -> None:
@@ -239,7 +238,7 @@ class RunFolder:
         name = shard_name(number, self.shards)
         if digest is not None:
             self._checksums[name] = digest
-        self._weight_map |= dict.fromkeys(map(self.family.stored_name, tensors), name)
+        self._weight_map |= dict.fromkeys(self.family.to_disk(tensors), name)
         self._bytes[name] = sum(tensor.nbytes for tensor in tensors.values())
 
     def checksums(self, numbers: Iterable[int]) -> dict[str, str]:

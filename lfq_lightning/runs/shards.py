@@ -11,6 +11,7 @@ from lfq_lightning.distributed.ranks import Ranks
 from lfq_lightning.errors import UserError
 from lfq_lightning.formats.compressed_tensors import CompressedTensors
 from lfq_lightning.models.decoder_block import DecoderBlock
+from lfq_lightning.precision import cast
 from lfq_lightning.quant_scheme import QuantScheme
 from lfq_lightning.quantized_tensor import QuantizedTensor
 from lfq_lightning.runs.earlier_run import EarlierRun
@@ -49,7 +50,7 @@ class Shards:
         dense = {name: tensor for name, tensor in block.tensors().items() if name not in replaced}
         for index, layer in zip(plan.indices, block.names, strict=True):
             prefix = f"{layer}."
-            tensors = {name: tensor.to(self.dtype).cpu() for name, tensor in dense.items() if name.startswith(prefix)}
+            tensors = {name: cast(t, self.dtype).cpu() for name, t in dense.items() if name.startswith(prefix)}
             for name, quantized in shipped.items():
                 if name.startswith(prefix):
                     tensors |= self.format.pack(name, quantized)

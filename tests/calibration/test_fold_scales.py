@@ -3,15 +3,19 @@
 import pytest
 import torch
 
-from lfq_lightning.calibration.fold_scales import _divide, fold_scales
+from lfq_lightning.calibration.find_folds import Fold, FoundFolds, divide, find_folds
+from lfq_lightning.calibration.fold_scales import _listed, fold_scales
 from lfq_lightning.distributed.ranks import Ranks
 from lfq_lightning.models.checkpoints import open_checkpoint
+from lfq_lightning.models.decoder_block import DecoderBlock
 from lfq_lightning.models.model_skeleton import ModelSkeleton
 from lfq_lightning.plan import Plan, Rule
 from lfq_lightning.quant_scheme import QuantScheme
 from lfq_lightning.quantizers.awq import AWQ
 from lfq_lightning.quantizers.rtn import RTN
 from tests.helpers import save_tiny
+
+CPU = Ranks(torch.device("cpu"))
 
 
 def batches():
@@ -33,13 +37,64 @@ def test_a_channel_too_small_for_the_dtype_is_left_alone():
     norm = torch.nn.LayerNorm(3, bias=False)
     with torch.no_grad():
         norm.weight.copy_(torch.tensor([-0.9921875, 0.0, -1.0]))
-        scale = _divide(norm, torch.tensor([8.0, 8.0, 8.0]), torch.bfloat16, unit_offset=True)
+        scale = divide(norm, torch.tensor([8.0, 8.0, 8.0]), torch.bfloat16, unit_offset=True)
     assert torch.equal(norm.weight.detach(), torch.tensor([-0.9921875, -0.875, -1.0]))
     assert torch.equal(scale, torch.tensor([1.0, 8.0, 1.0]))
 
 
 def test_the_function_stays(family_folder):
     check_the_function(family_folder, set())
+
+
+def test_folds_that_are_found_are_those_of_the_table(family_folder):
+    skeleton = ModelSkeleton(open_checkpoint(str(family_folder)))
+    skeleton.embed(torch.zeros(1, 16, dtype=torch.int64))
+    block, untouched = skeleton.block(range(1, 2)), skeleton.block(range(1, 2))
+    ((hidden, _),) = batches()(0)
+    family = skeleton.checkpoint.family
+    assert set(find_folds(block, hidden)) == set(_listed(block, family.folds, family.unit_offset))
+    assert same_tensors(block, untouched)
+
+
+@pytest.mark.parametrize("family", ["phi3", "stablelm", "opt", "gpt_neox", "glm4", "olmo2", "qwen3_next"])
+def test_the_function_stays_where_folds_are_found(tmp_path, family):
+    folder = save_tiny(tmp_path, family, tied=False)
+    skeleton = ModelSkeleton(open_checkpoint(str(folder)))
+    assert skeleton.checkpoint.family.folds is None
+    skeleton.embed(torch.zeros(1, 16, dtype=torch.int64))
+    plan = Plan([Rule("all", {"name": "awq", "bits": 3, "group_size": 16})]).resolve(skeleton)[1]
+    block, untouched = skeleton.block(plan.indices), skeleton.block(plan.indices)
+    ((hidden, _),) = batches()(0)
+    with torch.no_grad():
+        fold_scales(block, plan.layers, batches(), skeleton.checkpoint.family, torch.float32, CPU, FoundFolds())
+        assert torch.allclose(block(hidden), untouched(hidden), rtol=1e-3, atol=1e-3)
+    assert not same_tensors(block, untouched)
+
+
+def test_a_norm_that_something_else_reads_too_is_not_folded():
+    """A router beside the experts reads it; so does a gate that is no linear layer."""
+
+    class Layer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.first, self.second = torch.nn.LayerNorm(32), *(torch.nn.Linear(32, 32) for _ in range(2))
+
+        def forward(self, hidden):
+            normed = self.norm(hidden)
+            return hidden + self.second(self.first(normed)) + (normed if self.also else 0)
+
+    ((hidden, _),) = batches()(0)
+    layer = Layer()
+    block = DecoderBlock(["layers.0"], [layer], [{}])
+    layer.also = False
+    inner = Fold("layers.0.first", ("layers.0.second",))
+    assert find_folds(block, hidden) == [Fold("layers.0.norm", ("layers.0.first",)), inner]
+    layer.also = True
+    assert find_folds(block, hidden) == [inner]
+
+
+def same_tensors(block, other):
+    return all(torch.equal(tensor, other.tensors()[name]) for name, tensor in block.tensors().items())
 
 
 def check_the_function(folder, also):
@@ -50,7 +105,7 @@ def check_the_function(folder, also):
     ((hidden, _),) = batches()(0)
     with torch.no_grad():
         observed = fold_scales(
-            block, plan.layers, batches(), skeleton.checkpoint.family, torch.float32, Ranks(torch.device("cpu"))
+            block, plan.layers, batches(), skeleton.checkpoint.family, torch.float32, CPU, FoundFolds()
         )
         assert torch.allclose(block(hidden), untouched(hidden), rtol=1e-3, atol=1e-3)
         check_what_was_observed(block, observed)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from lfq_lightning.errors import UserError, one_line
+from lfq_lightning.errors import UserError, one_line, said
 from lfq_lightning.file_names import ADAPTER, CONFIG, INDEX, SINGLE
 from lfq_lightning.models.checkpoints.checkpoint import (
     LICENCES,
@@ -21,12 +22,15 @@ from lfq_lightning.models.checkpoints.checkpoint import (
     read_generation_config,
     read_tokenizer,
 )
+from lfq_lightning.precision import cast
 
 log = logging.getLogger(__name__)
 
 _COMPUTED = "rotary_emb.inv_freq"  # old checkpoints store what the model computes
 _WANTED = ["*.json", "*.safetensors", "tokenizer.model", "*.txt", "*.jinja", *LICENCES]
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # as safetensors names them
+_FLOATS = (".weight", ".bias")  # other tensors may hold whole numbers, such as tables
+_WHOLE = {"BOOL", "U8", "I8", "I16", "I32", "I64"}
 
 
 def download(hub_id: str) -> Path:
@@ -53,18 +57,24 @@ class HFCheckpoint(Checkpoint):
                 "here; merge it into the weights and save those (peft: merge_and_unload), or move it elsewhere."
             )
         super().__init__(path, read_config(path))
-        self._files: dict[str, Path] = {}
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        self._on_disk: dict[str, str] = {}
+        self._files: dict[str, Path] = {}  # by the names on disk
         dtypes: dict[str, str] = {}
+        stored: dict[str, tuple[int, ...]] = {}
         for file in self._chosen_files():
-            for name, tensor in _header(file).items():
-                known = self.family.model_name(name)
-                if known in self._files:
-                    raise UserError(f"{path}: {name} is in {self._files[known].name} and in {file.name}; remove one.")
+            for name, (shape, dtype) in _header(file).items():
+                if name in self._files:
+                    raise UserError(f"{path}: {name} is in {self._files[name].name} and in {file.name}; remove one.")
                 if not name.endswith(_COMPUTED):
-                    self._files[known], self._shapes[known], dtypes[known] = file, *tensor
-                    self._on_disk[known] = name
+                    self._files[name], stored[name], dtypes[name] = file, shape, dtype
+        self._parts: dict[str, tuple[str, ...]] = {}  # of each tensor of the model, on disk
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        for parts in self.family.groups(stored):
+            with said(partial(self._unfit, parts)):
+                made = self.family.to_model({part: torch.empty(stored[part], device="meta") for part in parts})
+            for name, tensor in made.items():
+                if name in self._parts:
+                    raise UserError(f"{path} holds {name} twice, as {self._parts[name][0]} and {parts[0]}; remove one.")
+                self._parts[name], self._shapes[name] = parts, tuple(tensor.shape)
         if not self._files:
             raise UserError(f"{path}: its safetensors hold no tensors; fetch the model again.")
         self._dtype = self._stored_dtype(dtypes)
@@ -91,56 +101,67 @@ class HFCheckpoint(Checkpoint):
     def _stored_dtype(self, dtypes: dict[str, str]) -> torch.dtype:
         """Return the dtype of the blocks' matrices; norms are sometimes stored wider."""
         for name, dtype in dtypes.items():
-            if dtype not in _DTYPES:
+            if dtype not in _DTYPES and (dtype not in _WHOLE or name.endswith(_FLOATS)):
                 raise UserError(
                     f"{self._files[name]}: {name} is stored as {dtype}, a dtype without a meaning here; save the "
                     "model in float32, bfloat16 or float16."
                 )
-        names = sorted(dtypes)
+        names = sorted(self._parts)
         matrices = [name for name in names if name.startswith(self.family.blocks) and "norm" not in name]
-        return _DTYPES[dtypes[(matrices or names)[0]]]
+        return _DTYPES[dtypes[self._parts[(matrices or names)[0]][0]]]
 
     def _pass_over_tied_head(self) -> None:
         """Drop a stored head that the config ties to the embeddings. Raises UserError if it is another one."""
         head, embeddings = f"{self.family.head}.weight", f"{self.family.embeddings}.weight"
-        if not self.tied or head not in self._files:
+        if not self.tied or head not in self._parts:
             return
-        stored = self.tensors([name for name in (head, embeddings) if name in self._files])
+        stored = self.tensors([name for name in (head, embeddings) if name in self._parts])
         if not torch.equal(stored[head], stored.get(embeddings, stored[head][:0])):
             raise UserError(
                 f"{self.path}: config.json says tie_word_embeddings, but {head} is stored and is not the embeddings; "
                 "set tie_word_embeddings to false if the stored head is meant, else remove it from the file."
             )
-        del self._files[head], self._shapes[head]
+        del self._parts[head], self._shapes[head]
 
     @property
     def dtype(self) -> torch.dtype:
         return self._dtype
 
     def names(self) -> list[str]:
-        return sorted(self._files)
+        return sorted(self._parts)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return self._shapes
 
     def tensors(self, names: list[str]) -> dict[str, Tensor]:
+        for name in names:
+            if name not in self._parts:
+                raise UserError(f"{self.path} has no tensor {name}; fetch the model again.")
+        groups = dict.fromkeys(self._parts[name] for name in names)
+        stored = self._read([part for parts in groups for part in parts])
         found: dict[str, Tensor] = {}
-        for file in sorted({self._file(name) for name in names}):
+        for parts in groups:
+            found |= self.family.to_model({part: stored.pop(part) for part in parts})
+        return {name: cast(found.pop(name), self.dtype) for name in names}
+
+    def _read(self, stored: list[str]) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for file in sorted({self._files[name] for name in stored}):
             try:
                 with safe_open(file, "pt") as shard:
-                    here = [name for name in names if self._files[name] == file]
-                    found |= {name: shard.get_tensor(self._on_disk[name]).to(self.dtype) for name in here}
+                    found |= {name: shard.get_tensor(name) for name in stored if self._files[name] == file}
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{file} cannot be read ({error}); fetch the model again.") from error
         return found
 
-    def _file(self, name: str) -> Path:
-        if name not in self._files:
-            raise UserError(f"{self.path} has no tensor {name}; fetch the model again.")
-        return self._files[name]
+    def _unfit(self, parts: tuple[str, ...], error: Exception) -> str:
+        return (
+            f"{self.path}: transformers cannot make its tensors of {', '.join(parts[:3])} ({one_line(error)[:100]}); "
+            "fetch the model again."
+        )
 
     def weight_files(self) -> list[Path]:
-        return sorted(set(self._files.values()))
+        return sorted({self._files[part] for parts in self._parts.values() for part in parts})
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return read_tokenizer(self.path)
