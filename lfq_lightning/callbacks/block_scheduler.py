@@ -149,6 +149,7 @@ class BlockScheduler(BlockCallback):
         metrics = final_metrics(streams, head, fit.bench.tokens[1], fit.frequency, fit.bench.ranks)
         metrics |= {"model_bytes": folder.total_bytes, **vars(self.run.meter.now())}
         dense = [name for name in skeleton.all_linears() if name not in fit.shards.schemes] + skeleton.routers()
+        dense += skeleton.checkpoint.extra_layers()
         architecture = skeleton.architecture.__name__
         fit.bench.ranks.once(
             lambda: folder.finish(skeleton.checkpoint, architecture, fit.shards.schemes, dense, metrics)
@@ -187,7 +188,7 @@ class BlockScheduler(BlockCallback):
         bench = Bench(trainer, before.skeleton, opened.tokens, ranks, store, before.data.seed)
         before.module.bench = bench
         shards = Shards(before.folder, ranks, checkpoint.dtype)
-        shards.write_outer(checkpoint.tensors(before.skeleton.outer_names()))
+        shards.write_outer(checkpoint.tensors(before.skeleton.outer_names()) | checkpoint.extra())
         before.meter.keep(peak_bytes(device))  # the whole model may have been there, to write the data
         fit = self._fit = Fit(bench, shards, frequency, 0, "", 0.0)
         for listener in listeners(fit.bench.trainer):

@@ -26,7 +26,7 @@ class _Blank(nn.Linear):
 
 
 def _blank(inputs: int, outputs: int) -> nn.Linear:
-    linear = _Blank(inputs, outputs, bias=False)
+    linear: nn.Linear = _Blank(inputs, outputs, bias=False)
     linear.__class__ = nn.Linear
     return linear
 

@@ -93,11 +93,24 @@ class ModelSkeleton:
             }
         return self._shapes[index]
 
+    def parameter_sizes(self, index: int) -> dict[str, int]:
+        """Return full name → number of values of every parameter of a block; reads no weights."""
+        named = self._meta_blocks[index].named_parameters()
+        return {self._block_prefixes[index] + name: parameter.numel() for name, parameter in named}
+
+    def kind(self, index: int) -> str:
+        """Return what kind of layer a block is: its type in the config, else its class."""
+        types = getattr(self.checkpoint.text_config, "layer_types", None) or ()
+        return types[index] if len(types) == len(self) else type(self._meta_blocks[index]).__name__
+
     def all_linears(self) -> list[str]:
         """Return the full names of all linear layers, those outside the blocks included."""
-        names = [name for index in range(len(self)) for name in self.linear_shapes(index)]
+        return [*(name for index in range(len(self)) for name in self.linear_shapes(index)), *self.outside_linears()]
+
+    def outside_linears(self) -> list[str]:
+        """Return the full names of the linear layers outside the blocks."""
         outside = [name for name, module in self._model.named_modules() if isinstance(module, nn.Linear)]
-        return list(dict.fromkeys([*names, *outside, *kept_layers(self._model)]))
+        return list(dict.fromkeys([*outside, *kept_layers(self._model)]))
 
     def routers(self) -> list[str]:
         """Return the names of what chooses experts."""

@@ -18,11 +18,14 @@ class TensorNames:
 
     Args:
         model: a tensor that transformers merges, and that is none of its own, lies on disk in its parts here too.
+
+    Attributes:
+        expected: names of the model's tensors.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         entries = get_model_conversion_mapping(model, add_legacy=False)
-        self._model, self._expected = model, set(model.state_dict())
+        self._model, self.expected = model, set(model.state_dict())
         self._renamings = [entry for entry in entries if isinstance(entry, WeightRenaming)]
         self._converters = [entry for entry in entries if isinstance(entry, WeightConverter)]
         # a prefix is left off: transformers reads both names, and one of them is the model's
@@ -101,9 +104,9 @@ class TensorNames:
         """Return the (first) tensor of the model that a tensor on disk becomes, and what converts it."""
         name = _renamed(stored, self._renamings)
         converter, target, pattern = _converter_of(name, self._converters)
-        if converter is not None and target in self._expected:
+        if converter is not None and target in self.expected:
             return target, converter, pattern
-        return (stored if name not in self._expected and stored in self._expected else name), None, None
+        return (stored if name not in self.expected and stored in self.expected else name), None, None
 
     def _run(self, converter: WeightConverter, target: str) -> dict[str, Tensor]:
         found: dict[str, Any] = converter.convert(target, model=self._model, config=self._model.config)

@@ -34,7 +34,7 @@ def export(source: str, format_name: str, output: str) -> Path:
         to.check(name, scheme, folder.shapes[name])
     family = folder.family
     schemes = {family.stored_layer(name): scheme for name, scheme in folder.schemes.items()}
-    quantization = to.config(schemes, family.ignored([*folder.dense, *folder.routers]))
+    quantization = to.config(schemes, family.ignored([*folder.dense, *folder.routers, *folder.extra_layers()]))
     partial = target.with_name(f"{target.name}.partial")
     if partial.exists():
         raise UserError(f"output: {partial} is left of an export that was cut off, or another's; remove it.")

@@ -39,7 +39,8 @@ def load(
     weights: dict[str, Tensor] = {}
     for shard in packed.shards():
         # a copy in any case: it releases the mapped file
-        dense = {name: tensor.to(device, copy=True) for name, tensor in shard.dense.items()}
+        own = [name for name in shard.dense if not packed.family.is_extra(name)]
+        dense = {name: shard.dense[name].to(device, copy=True) for name in own}
         for name, quantized in shard.layers.items():
             here = quantized.to(device)
             if dequantize:

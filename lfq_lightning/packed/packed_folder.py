@@ -43,6 +43,14 @@ class Shard:
     packed_bytes: dict[str, int]
 
 
+def is_packed(path: str) -> bool:
+    """Tell whether a folder's config.json speaks of quantisation; True too where there is no config that says no."""
+    try:
+        return "quantization_config" in json.loads((user_path(path, "MODEL_DIR") / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return True
+
+
 class PackedFolder:
     """A folder with config.json and packed safetensors, ours or another tool's.
 
@@ -158,6 +166,11 @@ class PackedFolder:
     def dense(self) -> list[str]:
         """Linear layers that are not packed, the head included."""
         return [name for name in self.shapes if name not in self.schemes]
+
+    def extra_layers(self) -> list[str]:
+        """Return what may be a linear layer among the tensors that are none of the model's."""
+        extra = [name for name in self._places if self.family.is_extra(name)]
+        return [name.removesuffix(".weight") for name in extra if name.endswith(".weight")]
 
     def _index(self) -> tuple[dict[str, list[str]], dict[str, str]]:
         if not (self.path / SINGLE).is_file():  # which goes first, as in transformers

@@ -1,5 +1,6 @@
 """Prepare a run: everything that can be checked without weights and data, in the first seconds."""
 
+import logging
 from dataclasses import dataclass
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -9,6 +10,7 @@ from lfq_lightning.data import CalibrationData
 from lfq_lightning.distributed.ranks import launched_rank
 from lfq_lightning.errors import UserError
 from lfq_lightning.models.checkpoints.small_files import check_small_files
+from lfq_lightning.models.coverage import coverage
 from lfq_lightning.models.families import FAMILIES
 from lfq_lightning.models.model_skeleton import ModelSkeleton
 from lfq_lightning.models.streamed import check_streams
@@ -18,6 +20,10 @@ from lfq_lightning.runs.earlier_run import EarlierRun
 from lfq_lightning.runs.run_folder import RunFolder
 from lfq_lightning.runs.spent import Meter
 from lfq_lightning.stages import BlockPlan
+
+log = logging.getLogger(__name__)
+
+_MOST = 0.9  # of the blocks' parameters that can be packed: below it is said what cannot
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,13 @@ def prepare(
     checkpoint = calibrated.checkpoint
     skeleton = ModelSkeleton(checkpoint)
     plans = plan.resolve(skeleton)
+    if launched_rank() == 0 and (covered := coverage(skeleton)).share < _MOST:
+        log.warning(
+            "%s: %.0f %% of its layers' weights stay in full precision, since transformers loads no packed %s",
+            checkpoint.path,
+            100 * (1 - covered.share),
+            ", ".join(covered.large),
+        )
     check_training(trainer.num_devices * trainer.num_nodes, plans)
     folder = RunFolder(output, len(skeleton) + 1, overwrite, checkpoint.family)
     if launched_rank() == 0:

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, CompressedTensorsConfig
 
 import lfq_lightning
@@ -15,6 +16,7 @@ from lfq_lightning.models.discover import discover
 from lfq_lightning.models.experts import ExpertList, split_experts
 from lfq_lightning.models.families import FAMILIES
 from lfq_lightning.models.model_skeleton import ModelSkeleton
+from lfq_lightning.packed.export import export
 from tests.helpers import EXTRA, GPTQ, SHAPE, fails, run, save_tiny, save_with_images
 
 UNLISTED = ("olmo2", "phi3", "smollm3", "stablelm", "opt", "youtu", "qwen2_moe", "minimax_m2", "gpt_neox")
@@ -174,3 +176,20 @@ def test_names_on_disk_are_those_that_transformers_writes(tmp_path):
     assert family.stored_name(f"{here}.weight_packed") == f"{there}.weight_packed"
     assert family.model_name(f"{there}.weight_packed") == f"{here}.weight_packed"
     assert discover(tiny_config("gpt_neox"), "it").ignored(["lm_head"]) == ["embed_out", "lm_head"]
+
+
+def test_what_transformers_passes_over_ships_as_it_was(config, tmp_path):
+    """Such as a head that predicts one token more; vLLM loads it, by the names of the layers that are not packed."""
+    folder = save_tiny(tmp_path / "qwen3_next", "qwen3_next", tied=False)
+    stored = load_file(folder / "model.safetensors")
+    extra = {"mtp.fc.weight": torch.randn(32, 64), "mtp.norm.weight": torch.randn(32)}
+    save_file(stored | extra, folder / "model.safetensors", {"format": "pt"})
+    path = config(model={"checkpoint": str(folder)}, plan=[{"match": "all", "quantizer": GPTQ}])
+    run(path)
+    packed = path.parent / "run"
+    lfq_lightning.load(packed)
+    export(str(packed), "gptq", str(tmp_path / "gptq"))
+    for output in (packed, tmp_path / "gptq"):
+        shipped = load_file(sorted(output.glob("*.safetensors"))[0])
+        assert all(torch.equal(shipped[name], tensor) for name, tensor in extra.items())
+    assert "mtp.fc" in json.loads((packed / "config.json").read_text())["quantization_config"]["ignore"]

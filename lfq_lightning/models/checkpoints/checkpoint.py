@@ -62,6 +62,14 @@ class Checkpoint(ABC):
     def tensors(self, names: list[str]) -> dict[str, Tensor]:
         """Read these tensors, in `dtype`, on the CPU."""
 
+    def extra(self) -> dict[str, Tensor]:
+        """Read the tensors on disk that are none of the model's, such as further prediction heads; they ship too."""
+        return {}
+
+    def extra_layers(self) -> list[str]:
+        """Return the names of the layers among them; reads none."""
+        return []
+
     @abstractmethod
     def weight_files(self) -> list[Path]:
         """Return the files that hold the tensors."""

@@ -66,6 +66,8 @@ class HFCheckpoint(Checkpoint):
                     raise UserError(f"{path}: {name} is in {self._files[name].name} and in {file.name}; remove one.")
                 if not name.endswith(_COMPUTED):
                     self._files[name], stored[name], dtypes[name] = file, shape, dtype
+        renamed = {name: self.family.model_name(name) for name in stored}
+        self._extra = {name: stored.pop(name) for name, ours in renamed.items() if self.family.is_extra(ours)}
         self._parts: dict[str, tuple[str, ...]] = {}  # of each tensor of the model, on disk
         self._shapes: dict[str, tuple[int, ...]] = {}
         for parts in self.family.groups(stored):
@@ -159,6 +161,14 @@ class HFCheckpoint(Checkpoint):
             f"{self.path}: transformers cannot make its tensors of {', '.join(parts[:3])} ({one_line(error)[:100]}); "
             "fetch the model again."
         )
+
+    def extra(self) -> dict[str, Tensor]:
+        stored = self._read([*self._extra])
+        return {self.family.model_name(name): cast(tensor, self.dtype) for name, tensor in stored.items()}
+
+    def extra_layers(self) -> list[str]:
+        matrices = [name for name, shape in self._extra.items() if name.endswith(".weight") and len(shape) == 2]
+        return [self.family.model_layer(name.removesuffix(".weight")) for name in matrices]
 
     def weight_files(self) -> list[Path]:
         return sorted({self._files[part] for parts in self._parts.values() for part in parts})
