@@ -63,6 +63,13 @@ EXTRA: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 16,
         "shared_expert_intermediate_size": 16,
     },
+    "olmo_hybrid": {
+        "layer_types": ["linear_attention", "full_attention", "full_attention"],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+    },
     "qwen3_next": {
         "num_experts": 4,
         "num_experts_per_tok": 2,
@@ -151,6 +158,19 @@ def save_with_images(folder, family):
     AutoModelForImageTextToText.from_config(config).float().save_pretrained(folder)
     byte_tokenizer(chat=False).save_pretrained(folder)
     return folder
+
+
+KINDS = {"hybrid": "olmo_hybrid", "mixture": "qwen2_moe", "with images": "gemma3"}  # models unlike a plain decoder
+
+
+def save_kinds(folder: Path) -> dict[str, Path]:
+    """Save a tiny random model of each kind."""
+    return {
+        name: save_with_images(folder / family, family)
+        if name == "with images"
+        else save_tiny(folder / family, family, tied=False)
+        for name, family in KINDS.items()
+    }
 
 
 def run(path, *arguments):

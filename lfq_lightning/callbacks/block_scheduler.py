@@ -148,6 +148,8 @@ class BlockScheduler(BlockCallback):
         head = fit.bench.head(torch.float32)  # the exact one, whatever the products ran in
         metrics = final_metrics(streams, head, fit.bench.tokens[1], fit.frequency, fit.bench.ranks)
         metrics |= {"model_bytes": folder.total_bytes, **vars(self.run.meter.now())}
+        if skeleton.checkpoint.method:
+            metrics["reference"] = f"weights dequantised from {skeleton.checkpoint.method}"
         dense = [name for name in skeleton.all_linears() if name not in fit.shards.schemes] + skeleton.routers()
         dense += skeleton.checkpoint.extra_layers()
         architecture = skeleton.architecture.__name__

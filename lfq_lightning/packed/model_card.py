@@ -29,7 +29,8 @@ def model_card(
         for key, row in _ROWS.items():
             values = metrics[key]["held_out"]
             lines.append(f"| {row} | {' | '.join(f'{values[column]:.4g}' for column in _COLUMNS)} |")
-        table = "\n## Measured\n\n" + "\n".join(lines) + "\n"
+        said = f"\nFull precision here: {metrics['reference']}.\n" if "reference" in metrics else ""
+        table = "\n## Measured\n\n" + "\n".join(lines) + "\n" + said
     method = config["quantization_config"]["quant_method"]
     architecture = config["architectures"][0]
     return (

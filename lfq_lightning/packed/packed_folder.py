@@ -44,11 +44,24 @@ class Shard:
 
 
 def is_packed(path: str) -> bool:
-    """Tell whether a folder's config.json speaks of quantisation; True too where there is no config that says no."""
+    """Tell whether a folder is to be read as a packed model; True too where no config.json says otherwise."""
+    file = user_path(path, "MODEL_DIR") / CONFIG
+    return not file.is_file() or bool(_quantization(file))
+
+
+def holds_codes(path: Path) -> bool:
+    """Tell whether a folder holds codes in one of the formats that are read here."""
+    quantization = _quantization(path / CONFIG)
+    methods = {FORMATS.get(name).quant_method for name in FORMATS.names()}
+    return quantization.get("quant_method") in methods and quantization.get("format") in (None, "pack-quantized")
+
+
+def _quantization(file: Path) -> dict[str, Any]:
+    """Return what a config.json says of quantisation; nothing if it cannot be read: whoever opens it says so."""
     try:
-        return "quantization_config" in json.loads((user_path(path, "MODEL_DIR") / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return True
+        return json.loads(file.read_text(encoding="utf-8")).get("quantization_config") or {}
+    except (OSError, ValueError, AttributeError):
+        return {}
 
 
 class PackedFolder:
@@ -59,6 +72,7 @@ class PackedFolder:
 
     Attributes:
         changed: small files, such as config.json, that are not what was written beside the weights.
+        weight_shapes: name → shape of every weight that `weight` reads.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -87,12 +101,17 @@ class PackedFolder:
         self.family = family_of_names(model)
         self.shapes, self.routers = _linear_shapes(model), router_names(model)
         self.schemes = self._schemes()
-        self._places = {self.family.model_name(name): file for file, names in self.files.items() for name in names}
+        stored = [(self.family.model_name(name), name, file) for file, names in self.files.items() for name in names]
+        self._places = {name: file for name, _, file in stored}
+        self._on_disk = {name: there for name, there, _ in stored}
         self._parts = {
             layer: [f"{layer}.{last}" for last in self.format.layout(scheme, self.shapes[layer])]
             for layer, scheme in self.schemes.items()
         }
         self._dense_shapes = self._check_names(model)
+        layers = {f"{layer}.weight": self.shapes[layer] for layer in self.schemes}
+        self.weight_shapes = {**{n: s for n, s in self._dense_shapes.items() if n in self._places}, **layers}
+        self._verified: set[str] = set()
 
     def shards(self) -> Iterator[Shard]:
         """Read file after file. Raises UserError for a damaged one, or one that does not fit the config."""
@@ -111,6 +130,32 @@ class PackedFolder:
                 dense,
                 {layer: sum(tensors[name].nbytes for name in self._parts[layer]) for layer in layers},
             )
+
+    def weight(self, name: str) -> Tensor:
+        """Read one weight by its name in the model, dequantised if it is packed. Raises UserError for damage."""
+        layer = name.removesuffix(".weight")
+        parts = self._parts[layer] if layer in self.schemes and name.endswith(".weight") else [name]
+        tensors: dict[str, Tensor] = {}
+        for file in {self._places[part] for part in parts}:
+            path = self.path / file
+            try:
+                if file not in self._verified:
+                    self._verify(file)
+                    self._verified.add(file)
+                with safe_open(path, "pt") as shard:
+                    here = [part for part in parts if self._places[part] == file]
+                    tensors |= {part: shard.get_tensor(self._on_disk[part]) for part in here}
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{path} cannot be read ({one_line(error)}); copy the model again.") from error
+        if layer not in self.schemes or not name.endswith(".weight"):
+            self._check_dense(tensors)
+            return tensors[name]
+        check_layout(self.format, self.format.layout(self.schemes[layer], self.shapes[layer]), layer, tensors, path)
+        return self._unpacked(layer, tensors).dequantize()
+
+    def _verify(self, file: str) -> None:
+        if file in self._checksums and sha256(self.path / file) != self._checksums[file]:
+            raise UserError(f"{self.path / file} is not what was written (its checksum differs); copy the model again.")
 
     def _check_names(self, model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
         """Return the shapes of what is not packed. Raises UserError if the files' tensors are not the config's."""
@@ -215,8 +260,7 @@ class PackedFolder:
     def _read(self, file: str) -> dict[str, Tensor]:
         path = self.path / file
         try:
-            if file in self._checksums and sha256(path) != self._checksums[file]:
-                raise UserError(f"{path} is not what was written (its checksum differs); copy the model again.")
+            self._verify(file)
             with safe_open(path, "pt") as shard:
                 tensors = {name: shard.get_tensor(name) for name in shard.keys()}
         except (SafetensorError, OSError) as error:

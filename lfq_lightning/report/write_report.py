@@ -76,6 +76,8 @@ def _said(run: RunRecord) -> str:
             f"{weights['num_bits']} bits {'per channel' if not size or size == -1 else f'in groups of {size}'}, "
             f"{'symmetric' if weights['symmetric'] else 'asymmetric'}"
         )
+    if reference := run.metrics.get("reference"):
+        kinds.append(f"full precision: {reference}")
     return "; ".join(sorted(set(kinds))) or "nothing was quantised"
 
 

@@ -13,7 +13,7 @@ import torch
 from lfq_lightning.cli import main
 from lfq_lightning.distributed.ranks import Ranks
 from lfq_lightning.packed.packed_folder import PackedFolder
-from tests.helpers import ROOT
+from tests.helpers import KINDS, ROOT, save_kinds
 
 GRID = {"bits": 3, "group_size": 16}
 LAST = {"match": "last", "objective": "logit_ce", "steps": 4, "batch_size": 4}
@@ -83,8 +83,10 @@ def runs(tmp_path_factory, llama, text_file):
     wanted = [(name, plan, {}) for name, plan in plans.items()]
     wanted += [(name, LEARNED["flexround"], trainer) for name, trainer in SETTINGS.items()]
     wanted.append(("bf16", NEAREST, {"precision": "bf16-mixed"}))
+    models = {name: {"model": {"checkpoint": str(model)}} for name, model in save_kinds(folder / "models").items()}
+    wanted += [(name, LEARNED["flexround"], {}) for name in models]
     for name, plan, trainer in wanted:
-        commands.append((name, command(name, plan, trainer, folder / "two" / name)))
+        commands.append((name, command(name, plan, trainer, folder / "two" / name, **models.get(name, {}))))
     # stopped in the middle of block 1, with one and with two ranks, and resumed with the other number
     flexround = LEARNED["flexround"]
     stopped = {"max_steps": 6}
@@ -99,7 +101,7 @@ def runs(tmp_path_factory, llama, text_file):
         (folder / "commands").write_text("\n".join(json.dumps(arguments) for _, arguments in commands))
         _two_agents([str(Path(__file__).parent / "ranks_worker.py"), str(folder / "commands")])
         for name, plan, trainer in wanted:
-            main(command(name, plan, trainer, folder / "one" / name))
+            main(command(name, plan, trainer, folder / "one" / name, **models.get(name, {})))
         main(command("", flexround, {}, folder / "one" / "begun by two"))
     finally:
         torch.set_num_threads(threads)
@@ -138,7 +140,7 @@ def test_closed_form_to_the_bit(runs, name):
     assert ours["quantized"]["per_sequence"]["kl"] == theirs["quantized"]["per_sequence"]["kl"]
 
 
-@pytest.mark.parametrize("name", [*LEARNED, "clipped and accumulated", "begun by one", "begun by two"])
+@pytest.mark.parametrize("name", [*LEARNED, *SETTINGS, *KINDS, "begun by one", "begun by two"])
 def test_learned_nearly_so(runs, name):
     one, two = (runs / which / (name if (runs / which / name).exists() else "flexround") for which in ("one", "two"))
     assert abs(metrics(one)["held_out"]["kl"] - metrics(two)["held_out"]["kl"]) < 1e-4

@@ -49,7 +49,7 @@ def test_hub_id_from_the_local_cache(llama, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "already quantised"),
+        ({"quantization_config": {"quant_method": "hqq"}}, "is quantised by hqq, which is not read here"),
         ({"model_type": "bert"}, "model type 'bert' cannot be taken apart"),
     ],
 )

@@ -17,7 +17,7 @@ from lfq_lightning.packed.seal import sealed, unsealed
 from lfq_lightning.plan import Rule
 from lfq_lightning.runs.fingerprint import own_facts, sample_digest
 from lfq_lightning.trainer import Trainer
-from tests.helpers import Count, KillAfterBlock, KillAt, KilledError, same_bytes, save_tiny
+from tests.helpers import KINDS, Count, KillAfterBlock, KillAt, KilledError, same_bytes, save_kinds, save_tiny
 
 FLEXROUND = {"name": "flexround", "bits": 3, "group_size": 16, "init": "gptq", "offset": True}
 RULES = [
@@ -61,6 +61,27 @@ def test_killed_anywhere_the_bytes_are_the_same(whole, llama, text_file, tmp_pat
     done = {1: 0, 2: 1, 4: 3, 8: 7, 10: 9, 14: 13, 15: 14}[batch]
     assert count.batches == 15 - done
     assert count.blocks == [0, 1, 2][0 if batch == 1 else 1 if batch <= 8 else 2 :]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_kinds_of_model_resume_and_are_reused(kinds, text_file, tmp_path, kind):
+    model = kinds[kind]
+    calibrate(model, text_file, tmp_path / "whole")
+    with pytest.raises(KilledError):
+        calibrate(model, text_file, tmp_path / "run", KillAt(10))
+    calibrate(model, text_file, tmp_path / "run")
+    same_bytes(tmp_path / "whole", tmp_path / "run")
+    rules = [LONGER, *RULES[1:]]
+    calibrate(model, text_file, tmp_path / "new", rules=rules)
+    count = Count()
+    calibrate(model, text_file, tmp_path / "again", count, rules=rules, reuse=str(tmp_path / "whole"))
+    assert count.blocks == [2]
+    same_bytes(tmp_path / "new", tmp_path / "again")
+
+
+@pytest.fixture(scope="module")
+def kinds(tmp_path_factory):
+    return save_kinds(tmp_path_factory.mktemp("kinds"))
 
 
 def test_killed_between_the_last_block_and_the_end(whole, llama, text_file, tmp_path):

@@ -18,4 +18,11 @@ def open_checkpoint(source: str) -> Checkpoint:
         return GGUFCheckpoint(path)
     from lfq_lightning.models.checkpoints.hf_checkpoint import HFCheckpoint, download
 
-    return HFCheckpoint(path if path.is_dir() else download(source))
+    folder = path if path.is_dir() else download(source)
+    from lfq_lightning.packed.packed_folder import holds_codes
+
+    if holds_codes(folder):
+        from lfq_lightning.models.checkpoints.packed_checkpoint import PackedCheckpoint
+
+        return PackedCheckpoint(folder)
+    return HFCheckpoint(folder)

@@ -4,6 +4,7 @@ import logging
 import time
 from abc import ABC, abstractmethod
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, Pretrained
 
 from lfq_lightning.errors import UserError, one_line, said
 from lfq_lightning.file_names import CONFIG
+from lfq_lightning.models.checkpoints.low_precision import check_method
 from lfq_lightning.models.discover import family_of
 from lfq_lightning.models.families import Family
 
@@ -30,16 +32,24 @@ class Checkpoint(ABC):
         text_config: of its decoder: a part of `config` where there is more than text, else the same.
         dtype: the dtype in which tensors come and everything ships.
         family: where its parts are.
+        quantization: what config.json says of weights that are quantised already; {} in full precision.
     """
 
     def __init__(self, path: Path, config: PretrainedConfig) -> None:
         self.path = path
         self.config = config
         self.text_config: PretrainedConfig = config.get_text_config()
-        settings = config.to_dict()
-        if settings.get("quantization_config"):
-            raise UserError(f"{path} is already quantised; give the full-precision model.")
+        self.quantization: dict[str, Any] = config.to_dict().get("quantization_config") or {}
+        if self.quantization:
+            check_method(self.quantization, path)
+            del config.quantization_config
+            log.info("%s is quantised (%s): what it dequantises to is the reference", path, self.method)
         self.family: Family = family_of(config, path)
+
+    @property
+    def method(self) -> str | None:
+        """What the weights on disk are quantised by already; None for full precision."""
+        return self.quantization.get("quant_method")
 
     @property
     def tied(self) -> bool:

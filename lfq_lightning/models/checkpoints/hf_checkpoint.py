@@ -22,6 +22,7 @@ from lfq_lightning.models.checkpoints.checkpoint import (
     read_generation_config,
     read_tokenizer,
 )
+from lfq_lightning.models.checkpoints.low_precision import dequantised, shape_of, weights_of
 from lfq_lightning.precision import cast
 
 log = logging.getLogger(__name__)
@@ -66,6 +67,8 @@ class HFCheckpoint(Checkpoint):
                     raise UserError(f"{path}: {name} is in {self._files[name].name} and in {file.name}; remove one.")
                 if not name.endswith(_COMPUTED):
                     self._files[name], stored[name], dtypes[name] = file, shape, dtype
+        self._made_of = weights_of(stored) if self.quantization else {name: (name,) for name in stored}
+        stored = {name: shape_of(parts, stored) for name, parts in self._made_of.items()}
         renamed = {name: self.family.model_name(name) for name in stored}
         self._extra = {name: stored.pop(name) for name, ours in renamed.items() if self.family.is_extra(ours)}
         self._parts: dict[str, tuple[str, ...]] = {}  # of each tensor of the model, on disk
@@ -102,6 +105,8 @@ class HFCheckpoint(Checkpoint):
 
     def _stored_dtype(self, dtypes: dict[str, str]) -> torch.dtype:
         """Return the dtype of the blocks' matrices; norms are sometimes stored wider."""
+        if self.quantization:
+            return torch.bfloat16
         for name, dtype in dtypes.items():
             if dtype not in _DTYPES and (dtype not in _WHOLE or name.endswith(_FLOATS)):
                 raise UserError(
@@ -146,15 +151,18 @@ class HFCheckpoint(Checkpoint):
             found |= self.family.to_model({part: stored.pop(part) for part in parts})
         return {name: cast(found.pop(name), self.dtype) for name in names}
 
-    def _read(self, stored: list[str]) -> dict[str, Tensor]:
+    def _read(self, weights: list[str]) -> dict[str, Tensor]:
+        """Read weights by their names on disk; quantised ones are dequantised."""
         found: dict[str, Tensor] = {}
+        stored = [part for name in weights for part in self._made_of[name]]
         for file in sorted({self._files[name] for name in stored}):
             try:
                 with safe_open(file, "pt") as shard:
                     found |= {name: shard.get_tensor(name) for name in stored if self._files[name] == file}
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{file} cannot be read ({error}); fetch the model again.") from error
-        return found
+        block = self.quantization.get("weight_block_size")
+        return {name: dequantised(self._made_of[name], found, block) for name in weights}
 
     def _unfit(self, parts: tuple[str, ...], error: Exception) -> str:
         return (
@@ -171,7 +179,8 @@ class HFCheckpoint(Checkpoint):
         return [self.family.model_layer(name.removesuffix(".weight")) for name in matrices]
 
     def weight_files(self) -> list[Path]:
-        return sorted({self._files[part] for parts in self._parts.values() for part in parts})
+        weights = {weight for parts in self._parts.values() for weight in parts}
+        return sorted({self._files[part] for weight in weights for part in self._made_of[weight]})
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return read_tokenizer(self.path)
