@@ -31,16 +31,19 @@ class ActivationCache:
 
     Args:
         name: of the split.
-        embeddings: yields the first block's inputs (1, T, D) of this rank's sequences, in the dtype of both streams.
+        embeddings: yields the first block's inputs (1, T, D) of this rank's sequences, in the dtype of both streams;
+            what travels with the hidden states to the block is in columns behind D.
+        width: D.
         tokens: of all sequences.
         ranks: who holds the others.
         store: where streams live.
     """
 
     def __init__(
-        self, name: str, embeddings: Iterator[Tensor], tokens: TokenSet, ranks: Ranks, store: StreamStore
+        self, name: str, embeddings: Iterator[Tensor], width: int, tokens: TokenSet, ranks: Ranks, store: StreamStore
     ) -> None:
         self.name = name
+        self.width = width
         self.ranks = ranks
         self.store = store
         mine = ranks.share(len(tokens))
@@ -71,7 +74,8 @@ class ActivationCache:
         mine = [index for index in indices if index % size == self.ranks.rank]
         local = [index // size for index in mine]
         target = {name: value[local] for name, value in self.target.items()}
-        target |= {"hidden": self.teacher[local], "next_token": self.next_token[local]}
+        hidden = self.teacher[local][..., : self.width]
+        target |= {"hidden": hidden, "next_token": self.next_token[local]}
         tokens, all_tokens = (sum(self.lengths[index] for index in some) for some in (mine, indices))
         return {
             "inputs": self.student[local],
@@ -94,15 +98,17 @@ class ActivationCache:
         if keep:
             self.reference = self.store.empty(f"{self.name}.reference", self.teacher.shape, self.teacher.dtype)
             self.reference.copy_(self.teacher)
-        self._advance(self.teacher, block, device)
+        self.teacher = self._advance("teacher", self.teacher, block, device)
 
     def advance_student(self, block: Callable[[Tensor], Tensor], device: torch.device) -> None:
         """Replace the student's inputs by the block's outputs, in place."""
-        self._advance(self.student, block, device)
+        self.student = self._advance("student", self.student, block, device)
 
     def restart_student(self, embeddings: Iterator[Tensor]) -> None:
         """Replace the student's inputs by the first block's (1, T, D), as they were at the beginning."""
         for index, rows in enumerate(embeddings):
+            if index == 0:
+                self.student = self._wide(f"{self.name}.student", self.student, rows)
             self.student[index] = rows[0]
 
     def set_target(self, make: Callable[[Tensor], dict[str, Tensor]], device: torch.device) -> None:
@@ -165,10 +171,21 @@ class ActivationCache:
         for inputs, mask in zip(self._some(stream, half), self._some(self.mask, half), strict=True):
             yield inputs.to(device), mask.to(device)
 
-    def _advance(self, stream: Tensor, block: Callable[[Tensor], Tensor], device: torch.device) -> None:
+    def _advance(self, which: str, stream: Tensor, block: Callable[[Tensor], Tensor], device: torch.device) -> Tensor:
+        """Return the block's outputs in place of its inputs; another tensor if more, or less, travels behind it."""
+        made: Tensor | None = None
         for half in (0, 1):
-            for inputs in self._some(stream, half):
-                inputs.copy_(block(inputs.to(device)))
+            for number, inputs in enumerate(self._some(stream, half)):
+                outputs = block(inputs.to(device))
+                made = self._wide(f"{self.name}.{which}", stream, outputs) if made is None else made
+                self._some(made, half)[number].copy_(outputs)
+        return stream if made is None else made
+
+    def _wide(self, name: str, stream: Tensor, rows: Tensor) -> Tensor:
+        """Return the stream if its rows are as wide as these (B, T, W), else an empty one that is."""
+        if stream.shape[-1] == rows.shape[-1]:
+            return stream
+        return self.store.empty(name, (*stream.shape[:-1], rows.shape[-1]), stream.dtype)
 
 
 class BatchLoader:

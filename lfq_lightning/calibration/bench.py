@@ -61,9 +61,10 @@ class Bench(nn.Module):
         self.first_step = 0  # of the block's training: one that resumes does not begin at 0
         self._current: CalibrationBlock | None = None
         self._folds = FoundFolds()
+        width = skeleton.checkpoint.text_config.hidden_size
         self.splits = Splits(
             *(
-                ActivationCache(name, self._embed(some), some, ranks, store)
+                ActivationCache(name, self._embed(some), width, some, ranks, store)
                 for name, some in zip(("train", "held_out"), tokens, strict=True)
             )
         )
@@ -164,7 +165,7 @@ class Bench(nn.Module):
             batch = self.trainer.lightning_module.transfer_batch_to_device(batch, self.device, 0)
             hidden, loss = self.current(batch)
             mean.add(loss, batch["mask"])
-            outputs.append(hidden.to(self.splits.held_out.student))
+            outputs.append(self.current.block.hidden_states(hidden).to(self.splits.held_out.student))
         for quantizer in self.current.quantizers():
             quantizer.train()
         return mean.value(), torch.cat(outputs)
@@ -203,6 +204,7 @@ class Bench(nn.Module):
 
     def _target(self, hidden: Tensor) -> dict[str, Tensor]:
         objective, head = self.current.objective, self.current.head
+        hidden = self.current.block.hidden_states(hidden)
         return objective.checked_target(objective.view(hidden, head), head)
 
     def _check_finite(self, which: str, streams: list[Tensor]) -> None:

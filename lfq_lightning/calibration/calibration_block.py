@@ -49,7 +49,7 @@ class CalibrationBlock(LightningModule, ABC):
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the block's outputs (B, T, D) and their loss. All use of a sharded block goes through here."""
         hidden = self.block(batch["inputs"])
-        return hidden, self.loss(hidden, batch)
+        return hidden, self.loss(self.block.hidden_states(hidden), batch)
 
     def training_step(self, batch: Batch, step: int = 0) -> Tensor:
         """Return the loss at an optimizer step; its mean over ranks is that of the whole batch."""

@@ -131,12 +131,12 @@ def _holds(block: DecoderBlock, fold: Fold, hidden: Tensor, expected: Tensor) ->
         scale = divide(modules[fold.source], scale, torch.float32, fold.unit_offset)
         for name in fold.readers:
             modules[name].get_parameter("weight").mul_(scale)
-        change = (block(hidden) - expected).abs().max()
+        change = (block(hidden) - expected).abs().max()  # of what travels beside hidden states too
     finally:
         for parameter, value in zip(touched, saved, strict=True):
             parameter.copy_(value)
     scaled = bool((scale != 1).any())  # a norm whose weights are all 0 cannot be divided: nothing was tried
-    return scaled and bool(change < _APART * (expected - hidden).std())
+    return scaled and bool(change < _APART * block.hidden_states(expected).sub(block.hidden_states(hidden)).std())
 
 
 def _inner(block: DecoderBlock, name: str) -> str:

@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lfq_lightning.errors import UserError
 from lfq_lightning.models.kept_linear import packable
+from lfq_lightning.models.passage import Passage
 from lfq_lightning.models.quantized_linear import QuantizedLinear
 from lfq_lightning.precision import cast
 from lfq_lightning.quantized_tensor import QuantizedTensor
@@ -25,6 +26,8 @@ class DecoderBlock(nn.Module):
             broadcast. Pads stand on the right, so a causal mask alone keeps them from the real tokens.
         activation_checkpointing: in training keep only each layer's input, and run the layer again in the backward;
             there, likewise, each quantised weight is made again only when its gradient is due.
+        passage: what travels beside the hidden states, in columns behind D; None if nothing does.
+        first: the number of the first layer.
     """
 
     def __init__(
@@ -33,8 +36,12 @@ class DecoderBlock(nn.Module):
         layers: list[nn.Module],
         arguments: list[dict[str, Any]],
         activation_checkpointing: bool = False,
+        passage: Passage | None = None,
+        first: int = 0,
     ) -> None:
         super().__init__()
+        self.passage = passage
+        self.first = first
         self.activation_checkpointing = activation_checkpointing
         self.names = names
         self.layers = nn.ModuleList(layers)
@@ -108,15 +115,28 @@ class DecoderBlock(nn.Module):
         return shipped
 
     def forward(self, hidden: Tensor) -> Tensor:
-        for layer, arguments in zip(self.layers, self._arguments, strict=True):
-            here = {name: _to(value, hidden.device) for name, value in arguments.items()}
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                hidden = checkpoint(layer, hidden, use_reentrant=False, **here)
-            else:
-                hidden = layer(hidden, **here)
-            if isinstance(hidden, tuple):
-                hidden = hidden[0]
-        return hidden
+        """Return the block's outputs (B, T, D) of its inputs, both with what travels in columns behind D."""
+        if self.passage is None:
+            for layer, arguments in zip(self.layers, self._arguments, strict=True):
+                hidden = _hidden(self._run(layer, hidden, arguments))
+            return hidden
+        hidden, state = self.passage.unpack(hidden, self.first)
+        every = self.passage.arguments_of(state, self.first, len(self.layers)) or self._arguments
+        for layer, arguments in zip(self.layers, every, strict=True):
+            given = self.passage.given(arguments, state, hidden.dtype)
+            output = self._run(layer, hidden, given)
+            hidden, state = _hidden(output), self.passage.after(output, given, state)
+        return self.passage.pack(hidden, state, self.first + len(self.layers))
+
+    def hidden_states(self, outputs: Tensor) -> Tensor:
+        """Return the hidden states (…, D) among outputs or inputs, without what travels behind them."""
+        return outputs if self.passage is None else outputs[..., : self.passage.width]
+
+    def _run(self, layer: nn.Module, hidden: Tensor, arguments: dict[str, Any]) -> Any:
+        here = {name: _to(value, hidden.device) for name, value in arguments.items()}
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            return checkpoint(layer, hidden, use_reentrant=False, **here)
+        return layer(hidden, **here)
 
     def _replace(self, name: str, module: nn.Module) -> None:
         for prefix, layer in zip(self.names, self.layers, strict=True):
@@ -124,9 +144,16 @@ class DecoderBlock(nn.Module):
                 layer.set_submodule(name.removeprefix(f"{prefix}."), module)
 
 
+def _hidden(output: Any) -> Tensor:
+    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden
+
+
 def _to(value: Any, device: torch.device) -> Any:
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, tuple):
         return tuple(_to(item, device) for item in value)
+    if isinstance(value, dict):
+        return {key: _to(item, device) for key, item in value.items()}
     return value

@@ -32,6 +32,7 @@ class Head(nn.Module):
     ) -> None:
         super().__init__()
         self.norm = norm.requires_grad_(False)
+        self.width = weight.shape[1]
         self.has_bias = bias is not None
         if bias is not None:
             weight = torch.cat([weight, bias[:, None].to(weight.dtype) / logit_scale], dim=1)
@@ -55,8 +56,11 @@ class Head(nn.Module):
         return gram
 
     def readout(self, hidden: Tensor) -> Tensor:
-        """Return h with z = weight @ h, from hidden states before the final norm: (…, D) → (…, D or D + 1)."""
-        h = self.norm(hidden)
+        """Return h with z = weight @ h, from hidden states before the final norm: (…, D) → (…, D or D + 1).
+
+        Columns behind D, which travel with hidden states, are left out.
+        """
+        h = self.norm(hidden[..., : self.width])
         if self.has_bias:
             h = torch.cat([h, torch.ones_like(h[..., :1])], dim=-1)
         return h * self.logit_scale if self.logit_scale != 1.0 else h

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,7 +15,10 @@ from lfq_lightning.models.experts import router_names
 from lfq_lightning.models.head import Head
 from lfq_lightning.models.kept_linear import kept_layers, packable
 from lfq_lightning.models.meta_model import assign_weights, meta_model
+from lfq_lightning.models.passage import Passage
 from lfq_lightning.precision import cast
+
+_MOST_OUTPUTS = 3  # of a layer, beside the hidden states
 
 
 class _Recorder(nn.Module):
@@ -30,16 +34,16 @@ class _Recorder(nn.Module):
         self._parameter_names = [*inspect.signature(block.forward).parameters]
         self.hidden: Tensor | None = None
         self.arguments: dict[str, Any] = {}
-        self.in_tuple = False  # the model expects the hidden states as the first of a tuple
+        self.beside: list[object] | None = None  # what it gives beside the hidden states, if the model expects a tuple
 
     def __getattr__(self, name: str) -> Any:
         return getattr(vars(self)["_block"], name)
 
-    def forward(self, *positional: Any, **arguments: Any) -> Tensor | tuple[Tensor]:
+    def forward(self, *positional: Any, **arguments: Any) -> Any:
         given = dict(zip(self._parameter_names, positional, strict=False)) | arguments
         hidden: Tensor = given.pop(self._parameter_names[0])
         self.hidden, self.arguments = hidden, given
-        return (hidden,) if self.in_tuple else hidden
+        return hidden if self.beside is None else (hidden, *self.beside)
 
 
 class ModelSkeleton:
@@ -58,7 +62,9 @@ class ModelSkeleton:
         self.checkpoint = checkpoint
         self._outer_dtype = outer_dtype or checkpoint.dtype
         family = checkpoint.family
-        self._model = meta_model(checkpoint.config, checkpoint.path)
+        config = copy.deepcopy(checkpoint.config)
+        config.dtype = self._outer_dtype  # tables, such as scales of embeddings, are made in it
+        self._model = meta_model(config, checkpoint.path)
         tied = set(self._model.all_tied_weights_keys)
         expected = {name: tuple(tensor.shape) for name, tensor in self._model.state_dict().items() if name not in tied}
         checkpoint.check_layout(expected)
@@ -71,6 +77,7 @@ class ModelSkeleton:
             blocks[i] = recorder
         self._shapes: dict[int, dict[str, tuple[int, int]]] = {}
         self._ready = False
+        self._passage: Passage | None = None
 
     def __len__(self) -> int:
         return len(self._meta_blocks)
@@ -126,30 +133,76 @@ class ModelSkeleton:
         return [name for name in self.checkpoint.names() if name.startswith(self._block_prefixes[index])]
 
     def embed(self, input_ids: Tensor) -> Tensor:
-        """Return the first block's input (B, T, D) for tokens (B, T), and capture how each block is called."""
+        """Return the first block's input (B, T, D) for tokens (B, T), and capture how each block is called.
+
+        What travels to the block beside hidden states stands in columns behind D.
+        """
         self._materialise_outer()
-        decoder = self._model.get_submodule(self.checkpoint.family.decoder)
-        first = self._recorders[0]
-        with torch.no_grad():
+        if self._passage is None:
+            self._passage = self._find_passage(input_ids)
+        return self._passage.begin(self._record(input_ids), input_ids)
+
+    def block(self, indices: range, activation_checkpointing: bool = False) -> DecoderBlock:
+        """Read consecutive layers in fp32 as one block, ready for any number of sequences of the embedded length."""
+        arguments = [self._recorders[index].arguments for index in indices]
+        names = [self.block_name(index) for index in indices]
+        layers = [self._layer(index) for index in indices]
+        passage = self._passage if self._passage is not None and self._passage.needed else None
+        return DecoderBlock(names, layers, arguments, activation_checkpointing, passage, indices.start)
+
+    @torch.no_grad()
+    def _record(self, input_ids: Tensor) -> Tensor:
+        """Run the model's own forward around its blocks; return what enters the first."""
+        decoder, first = self._model.get_submodule(self.checkpoint.family.decoder), self._recorders[0]
+        for expected in (None, *range(_MOST_OUTPUTS)):
             try:
                 decoder(input_ids=input_ids, use_cache=False)
+                break
             except (IndexError, RuntimeError, TypeError, ValueError):
-                if first.hidden is None or first.in_tuple:
+                if first.hidden is None or expected == _MOST_OUTPUTS - 1:
                     raise
+                following = 0 if expected is None else expected + 1
                 for recorder in self._recorders:
-                    recorder.in_tuple = True
-                decoder(input_ids=input_ids, use_cache=False)
+                    recorder.beside = [object() for _ in range(following)]
         hidden = first.hidden
         assert hidden is not None
         for recorder in self._recorders:
             recorder.hidden = None
         return hidden
 
-    def block(self, indices: range, activation_checkpointing: bool = False) -> DecoderBlock:
-        """Read consecutive layers in fp32 as one block, ready for any number of sequences of the embedded length."""
-        arguments = [self._recorders[index].arguments for index in indices]
-        names = [self.block_name(index) for index in indices]
-        return DecoderBlock(names, [self._layer(index) for index in indices], arguments, activation_checkpointing)
+    def _find_passage(self, input_ids: Tensor) -> Passage:
+        """See what layers hand on, and whether their arguments depend on tokens or on the batch, by calling twice."""
+        width = self._record(input_ids[:1]).shape[-1]
+        before = [recorder.arguments for recorder in self._recorders]
+        handed: dict[int, str] = {}
+        for recorder, arguments in zip(self._recorders, before[1:], strict=False):
+            for position, given in enumerate(recorder.beside or (), start=1):
+                for name in (name for name, value in arguments.items() if value is given):
+                    handed[position] = name
+        shared = {
+            name: value
+            for name, value in before[0].items()
+            if isinstance(value, Mapping)
+            and not value
+            and len(before) > 1
+            and all(arguments.get(name) is value for arguments in before)
+        }
+        others = (input_ids[:1] + 1) % self.checkpoint.text_config.vocab_size
+        self._record(torch.cat([input_ids[:1], others]))
+        after = [recorder.arguments for recorder in self._recorders]
+        travelling = {*handed.values(), *shared}
+        varies = any(
+            not _alike(value, then.get(name))
+            for now, then in zip(before, after, strict=True)
+            for name, value in now.items()
+            if name not in travelling
+        )
+
+        def arguments_of(tokens: Tensor) -> list[dict[str, Any]]:
+            self._record(tokens)
+            return [recorder.arguments for recorder in self._recorders]
+
+        return Passage(width, handed, shared, arguments_of if varies else None)
 
     def _layer(self, index: int) -> nn.Module:
         prefix = self._block_prefixes[index]
@@ -188,3 +241,16 @@ class ModelSkeleton:
         tensors = {name: cast(tensor, self._outer_dtype) for name, tensor in stored.items()}
         assign_weights(self._model, tensors, self.checkpoint.path)
         self._ready = True
+
+
+def _alike(one: Any, two: Any) -> bool:
+    """Tell whether an argument for one sequence is, but for broadcasting, that for two of other tokens."""
+    if isinstance(one, Tensor) and isinstance(two, Tensor):
+        if one.ndim != two.ndim or any(a not in (1, b) for a, b in zip(one.shape, two.shape, strict=True)):
+            return False
+        return torch.equal(one.expand_as(two), two)
+    if isinstance(one, tuple | list) and isinstance(two, tuple | list):
+        return len(one) == len(two) and all(map(_alike, one, two))
+    if isinstance(one, Mapping) and isinstance(two, Mapping):
+        return one.keys() == two.keys() and all(_alike(value, two[key]) for key, value in one.items())
+    return type(one) is type(two)

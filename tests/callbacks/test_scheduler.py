@@ -53,7 +53,7 @@ def test_batches_by_hand(tmp_path):
     """12 sequences, 4 a batch: one of each of 4 classes, in a permutation of each."""
     tokens = TokenSet(torch.zeros(12, 2, dtype=torch.long), torch.ones(12, 2, dtype=torch.bool))
     store = StreamStore(torch.device("cpu"), tmp_path, 0, 10**9)
-    cache = ActivationCache("train", iter(torch.zeros(12, 1, 2, 3)), tokens, ONE, store)
+    cache = ActivationCache("train", iter(torch.zeros(12, 1, 2, 3)), 3, tokens, ONE, store)
     order, expected = torch.Generator().manual_seed(SEED), []
     while len(expected) < 8 * 4:
         classes = [(torch.randperm(3, generator=order) * 4 + number).tolist() for number in range(4)]
