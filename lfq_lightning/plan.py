@@ -1,7 +1,9 @@
 """Plan: which quantizer and objective each block and layer gets. First match wins."""
 
 import fnmatch
+import logging
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 from lfq_lightning.errors import UserError, require
@@ -16,15 +18,19 @@ from lfq_lightning.registry import Plugin, did_you_mean
 from lfq_lightning.stages import STAGES, BlockPlan, LaterStage, LayerPlan, ParsedRule, Rule
 from lfq_lightning.stages.block_by_block import BlockByBlock
 
+log = logging.getLogger(__name__)
+
+_SMALL = 0.05  # of a block's weights in linear layers
 _SCHEME_KEYS = {"bits": int, "group_size": int, "symmetric": bool}
 
 
 @dataclass(frozen=True)
 class _Outcome:
-    """Which rules matched a layer, and which were the first to."""
+    """Which rules matched a layer, which were the first to, and which layers stay in full precision all the same."""
 
     matched: set[str]
     won: set[str]
+    left: list[str]
 
 
 class Plan:
@@ -47,7 +53,7 @@ class Plan:
         """Return the plan of each block. Raises UserError for a rule that matches nothing or cannot be followed."""
         if self._final_blocks > len(skeleton):
             raise UserError(f"plan: final_blocks {self._final_blocks} is more than the model's {len(skeleton)} blocks.")
-        outcome = _Outcome(set(), set())
+        outcome = _Outcome(set(), set(), [])
         single = len(skeleton) - self._final_blocks
         blocks = [range(index, index + 1) for index in range(single)] + [range(single, len(skeleton))]
         plans = [self._resolve_block(skeleton, indices, outcome) for indices in blocks]
@@ -64,6 +70,12 @@ class Plan:
                     f"{', '.join(STAGES.names())}, a block index from 0 to {len(skeleton) - 1}, or a glob on layer "
                     f"names such as {layers}."
                 )
+        if outcome.left:
+            log.warning(
+                "plan: %d small layers, such as %s, stay in full precision: group_size does not divide their inputs",
+                len(outcome.left),
+                outcome.left[0],
+            )
         for parsed in self._later:
             assert isinstance(parsed.stage, LaterStage)
             plans.append(parsed.stage.plan(parsed, skeleton, plans))
@@ -81,6 +93,9 @@ class Plan:
                     continue
                 first = matching[0]
                 outcome.won.add(first.where)
+                if _is_left(first.layer.scheme, name, skeleton, index):
+                    outcome.left.append(name)
+                    continue
                 check_group(first.layer.scheme, name, skeleton, index, first.where)
                 if first.layer.needs_reference and in_expert(name):
                     raise UserError(
@@ -188,6 +203,14 @@ def _parse_quantizer(value: str | dict[str, Any], known_grid: bool) -> LayerPlan
         learned.cls.check(scheme, learned.options)
         closed_form.cls.check(scheme, closed_form.options)
     return LayerPlan(scheme, closed_form, learned)
+
+
+def _is_left(scheme: QuantScheme, name: str, skeleton: ModelSkeleton, index: int) -> bool:
+    """Tell whether a layer that the groups do not divide is small beside its block: not worth another group size."""
+    shapes = skeleton.linear_shapes(index)
+    o, i = shapes[name]
+    divides = scheme.group_size == -1 or i % scheme.group_size == 0
+    return not divides and o * i < _SMALL * sum(map(prod, shapes.values()))
 
 
 def check_group(scheme: QuantScheme, name: str, skeleton: ModelSkeleton, index: int, where: str) -> None:

@@ -105,13 +105,13 @@ def _refused(config: PretrainedConfig, source: object, reason: str) -> UserError
 
 
 def _blocks(model: PreTrainedModel, config: PretrainedConfig, source: object) -> tuple[str, nn.ModuleList]:
-    """Return the list of decoder layers, the largest one of that length, and its name."""
+    """Return the list of decoder layers, the largest one of that length, and its name; in some models a layer of the
+    list counts as two.
+    """
     count = config.get_text_config().num_hidden_layers
-    lists = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == count
-    }
+    every = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    lengths = (count, count // 2)
+    lists = next((found for n in lengths if (found := {k: v for k, v in every.items() if len(v) == n})), None)
     if not lists:
         raise _refused(config, source, f"it has no list of its {count} layers")
     return max(lists.items(), key=lambda item: sum(p.numel() for p in item[1].parameters()))

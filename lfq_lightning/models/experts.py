@@ -4,6 +4,7 @@ import copy
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
+from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
+from transformers.utils.quantization_config import QuantizationMethod
 
 from lfq_lightning.models.kept_linear import KeptLinear, kept_layers, packable
 
@@ -100,7 +103,15 @@ def expert_names(model: PreTrainedModel) -> tuple[str, ...]:
 def split_experts(model: PreTrainedModel) -> None:
     """Replace every fused `experts` module of a model by an ExpertList without its weights, if checkpoints hold each
     expert's layers by themselves, and the linear layers that choose or weigh experts by a KeptLinear.
+
+    Where transformers itself has another module for packed experts, it takes the place of the fused one.
     """
+    for name, module in list(model.named_modules()):
+        packed: dict[str, Any] = MODULES_TO_PATCH_FOR_QUANTIZATION.get(type(module).__name__, {})
+        if QuantizationMethod.COMPRESSED_TENSORS in packed.get("quantization_methods", ()):
+            with next(module.parameters()).device:
+                listed = packed["module_name"](model.config.get_text_config())
+            model.set_submodule(name, listed.eval().requires_grad_(False))
     if not (names := expert_names(model)):
         return
     for name, module in list(model.named_modules()):

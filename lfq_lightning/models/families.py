@@ -96,6 +96,10 @@ class Family:
             return self.names.to_disk(tensors)
         return {self.stored_name(name): tensor for name, tensor in tensors.items()}
 
+    def to_source(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the tensors by the names that a full-precision checkpoint has for them."""
+        return self.names.to_source(tensors) if self.names else self.to_disk(tensors)
+
     def ignored(self, layers: list[str]) -> list[str]:
         """Return how an `ignore` list calls layers: by the names on disk, which vLLM reads, and, where transformers
         renames them, by those in its model.

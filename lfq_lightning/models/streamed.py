@@ -17,6 +17,7 @@ from lfq_lightning.models.model_skeleton import ModelSkeleton
 
 _TOKENS = 12  # of each sequence that a model is checked with
 _APART = 1e-3  # greatest difference of two logits, in standard deviations of the logits
+_COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")  # of layers, in configs
 _LAYERS = 8  # the most of a model that is checked in one piece
 
 
@@ -103,15 +104,15 @@ def check_streams(checkpoint: Checkpoint) -> None:
     A model of more layers is checked on its first ones, up to one of every kind. Raises UserError.
     """
     path, kind = checkpoint.path, checkpoint.config.model_type
-    config = _shortened(checkpoint.config)
+    with said(lambda error: f"{path}: model type {kind!r} cannot be streamed block by block ({named(error)})."):
+        skeleton = ModelSkeleton(checkpoint, torch.float32)
+    config, layers = _shortened(checkpoint.config, len(skeleton))
     text = config.get_text_config()
-    layers = text.num_hidden_layers
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, text.vocab_size, (2, _TOKENS), generator=generator)
     tokens[1, :-1] = tokens[0, :-1]  # they differ in the last token
     tokens[1, -1] = (tokens[0, -1] + 1) % text.vocab_size
     with said(lambda error: f"{path}: model type {kind!r} cannot be streamed block by block ({named(error)})."):
-        skeleton = ModelSkeleton(checkpoint, torch.float32)
         streamed = _streamed(skeleton, tokens, layers, watch=True)
     own = _own(skeleton, config, layers)(input_ids=tokens, use_cache=False).logits
     apart = float((streamed - own).abs().max() / own.std())
@@ -128,7 +129,7 @@ def _own(skeleton: ModelSkeleton, config: PretrainedConfig, layers: int) -> PreT
     """Return the model of the first layers as transformers loads it by the names on disk. Raises UserError."""
     checkpoint = skeleton.checkpoint
     names = skeleton.outer_names() + [name for index in range(layers) for name in skeleton.block_names(index)]
-    stored = checkpoint.family.to_disk(checkpoint.tensors(names))
+    stored = checkpoint.family.to_source(checkpoint.tensors(names))
     found: Any = skeleton.architecture.from_pretrained(
         None,
         config=config,
@@ -149,15 +150,15 @@ def _own(skeleton: ModelSkeleton, config: PretrainedConfig, layers: int) -> PreT
     return loaded
 
 
-def _shortened(config: PretrainedConfig) -> PretrainedConfig:
-    """Return the config of the first layers, one of every kind among them."""
+def _shortened(config: PretrainedConfig, layers: int) -> tuple[PretrainedConfig, int]:
+    """Return the config of the first of `layers`, one of every kind among them, and their number."""
     short = copy.deepcopy(config)
     text = short.get_text_config()
-    layers = text.num_hidden_layers
-    kinds = [*(getattr(text, "layer_types", None) or [None] * layers)]
+    kinds = [*(getattr(text, "layer_types", None) or [None] * layers)][:layers]
     wanted = layers if layers <= _LAYERS else min(_LAYERS, max(kinds.index(kind) for kind in kinds) + 1)
     for name, value in list(vars(text).items()):
         if isinstance(value, list) and len(value) == layers:
             setattr(text, name, value[:wanted])
-    text.num_hidden_layers = wanted
-    return short
+        elif name in _COUNTS and isinstance(value, int):
+            setattr(text, name, value * wanted // layers)
+    return short, wanted

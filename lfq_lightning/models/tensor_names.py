@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from copy import deepcopy
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -26,6 +27,7 @@ class TensorNames:
     def __init__(self, model: PreTrainedModel) -> None:
         entries = get_model_conversion_mapping(model, add_legacy=False)
         self._model, self.expected = model, set(model.state_dict())
+        self._fused: set[str] = set()  # experts that lie on disk in one tensor
         self._renamings = [entry for entry in entries if isinstance(entry, WeightRenaming)]
         self._converters = [entry for entry in entries if isinstance(entry, WeightConverter)]
         # a prefix is left off: transformers reads both names, and one of them is the model's
@@ -83,6 +85,10 @@ class TensorNames:
                 waiting.setdefault(target, deepcopy(converter)).add_tensor(target, name, pattern, tensors[name])  # type: ignore[arg-type]
         for target, converter in waiting.items():
             found |= self._run(converter, target)
+        for name in [name for name in found if name not in self.expected]:
+            if parts := self._single_experts(name, found[name]):
+                del found[name]
+                found |= parts
         return found
 
     def to_disk(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -99,6 +105,30 @@ class TensorNames:
             parts = self._run(converter, target)
             found |= {_renamed(name, self._back_renamings): part.contiguous() for name, part in parts.items()}
         return found
+
+    def to_source(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the tensors of the model as full precision has them on disk, single experts in one tensor again."""
+        rest, fused = dict(tensors), dict[str, Tensor]()
+        first = ".0.gate_proj.weight"
+        for base in [name.removesuffix(first) for name in tensors if name.endswith(first)]:
+            if f"{base}.gate_up_proj" in self._fused:
+                count = sum(name.startswith(f"{base}.") and name.endswith(".gate_proj.weight") for name in tensors)
+                gate, up, down = (
+                    torch.stack([rest.pop(f"{base}.{i}.{part}.weight").T for i in range(count)])
+                    for part in ("gate_proj", "up_proj", "down_proj")
+                )
+                fused |= {f"{base}.gate_up_proj": torch.cat([gate, up], dim=-1), f"{base}.down_proj": down}
+        return self.to_disk(rest) | fused
+
+    def _single_experts(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
+        """Return the layers of single experts (O, I) of a tensor of all (E, I, O), if the model has those instead."""
+        base, _, last = name.rpartition(".")
+        halves = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}.get(last, ())
+        if not halves or f"{base}.0.{halves[0]}.weight" not in self.expected:
+            return {}
+        self._fused.add(name)
+        parts = zip(halves, tensor.chunk(len(halves), dim=-1), strict=True)
+        return {f"{base}.{i}.{h}.weight": e.T.contiguous() for h, each in parts for i, e in enumerate(each.unbind(0))}
 
     def _target(self, stored: str) -> tuple[str, WeightConverter | None, str | None]:
         """Return the (first) tensor of the model that a tensor on disk becomes, and what converts it."""

@@ -67,13 +67,12 @@ def test_quantised_and_read_by_transformers(config, tmp_path, family):
     [
         ("gpt2", r"nothing in its layers is a linear layer that can be packed \(.*c_.*.weight\)"),
         ("falcon", "nothing in its layers is a linear layer that can be packed"),
-        ("longcat_flash", "it has no list of its 4 layers"),
         ("t5", "transformers has no class for it that writes text"),
         ("bert", "does more between decoder and logits than a linear head does"),
     ],
 )
 def test_others_are_refused_in_one_sentence(family, reason):
-    settings = {"t5": {}, "longcat_flash": {"num_layers": 2}, "falcon": {"num_hidden_layers": 2}}.get(family, SHAPE)
+    settings = {"t5": {}, "falcon": {"num_hidden_layers": 2}}.get(family, SHAPE)
     with pytest.raises(UserError, match=reason):
         discover(AutoConfig.for_model(family, **settings), family)
 
@@ -115,8 +114,8 @@ def test_a_model_that_sees_what_follows_is_refused(tmp_path, monkeypatch):
 
 def test_a_long_model_is_checked_on_one_layer_of_every_kind():
     settings = {**SHAPE, "num_hidden_layers": 12, "layer_types": ["linear_attention"] * 5 + ["full_attention"] * 7}
-    short = streamed._shortened(AutoConfig.for_model("llama", **settings))
-    assert short.num_hidden_layers == 6 and len(short.layer_types) == 6
+    short, layers = streamed._shortened(AutoConfig.for_model("llama", **settings), 12)
+    assert layers == short.num_hidden_layers == 6 and len(short.layer_types) == 6
 
 
 @pytest.mark.parametrize("family", ["qwen3_vl", "gemma3"])

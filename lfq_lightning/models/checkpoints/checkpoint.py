@@ -64,6 +64,10 @@ class Checkpoint(ABC):
     def names(self) -> list[str]:
         """Return the names of all stored tensors, as transformers names them."""
 
+    def groups(self) -> list[list[str]]:
+        """Return the names of tensors that are read together or not at all."""
+        return [[name] for name in self.names()]
+
     @abstractmethod
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shapes of all stored tensors by name; reads none of them."""
@@ -106,12 +110,12 @@ class Checkpoint(ABC):
                 )
 
     def check_finite(self) -> None:
-        """Read all tensors, one at a time. Raises UserError naming the first that holds NaN or infinity."""
+        """Read all tensors, a few at a time. Raises UserError naming the first that holds NaN or infinity."""
         started = time.perf_counter()
-        for name in self.names():
-            tensor = self.tensors([name])[name]
-            if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
-                raise UserError(f"{self.path}: {name} holds NaN or infinity; the model is broken, fetch it again.")
+        for together in self.groups():
+            for name, tensor in self.tensors(together).items():
+                if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
+                    raise UserError(f"{self.path}: {name} holds NaN or infinity; the model is broken, fetch it again.")
         if (seconds := time.perf_counter() - started) > _WORTH_A_LINE:
             log.info("model: all weights are finite (%.0f s to read them)", seconds)
 

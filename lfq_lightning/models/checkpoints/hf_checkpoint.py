@@ -137,6 +137,12 @@ class HFCheckpoint(Checkpoint):
     def names(self) -> list[str]:
         return sorted(self._parts)
 
+    def groups(self) -> list[list[str]]:
+        found: dict[tuple[str, ...], list[str]] = {}
+        for name in self.names():
+            found.setdefault(self._parts[name], []).append(name)
+        return [*found.values()]
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return self._shapes
 
