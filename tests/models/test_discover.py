@@ -20,6 +20,7 @@ from lfq_lightning.packed.export import export
 from tests.helpers import EXTRA, GPTQ, SHAPE, fails, run, save_tiny, save_with_images
 
 UNLISTED = ("olmo2", "phi3", "smollm3", "stablelm", "opt", "youtu", "qwen2_moe", "minimax_m2", "gpt_neox")
+HANDING_ON = ("bloom", "gemma4_text", "glm_moe_dsa", "llama4_text")  # more than hidden states, or other experts
 IDS = torch.arange(40)[None] * 7 % 256
 
 
@@ -49,7 +50,19 @@ def test_streamed_logits_are_the_models_own(tmp_path, family, dtype):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * float(expected.std()))
 
 
-@pytest.mark.parametrize("family", UNLISTED)
+@pytest.mark.parametrize("family", HANDING_ON)
+def test_what_layers_hand_on_travels(tmp_path, family):
+    """For sequences that differ, of another number than the arguments were captured with."""
+    folder = save_tiny(tmp_path / family, family, tied=False)
+    own = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = torch.randint(0, 256, (3, 20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = own(input_ids=ids).logits
+    found = lfq_lightning.streamed_logits(folder, ids)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-3 * float(expected.std()))
+
+
+@pytest.mark.parametrize("family", [*UNLISTED, *HANDING_ON])
 def test_quantised_and_read_by_transformers(config, tmp_path, family):
     folder = save_tiny(tmp_path / family, family, tied=False)
     path = config(model={"checkpoint": str(folder)}, plan=[{"match": "all", "quantizer": GPTQ}])
