@@ -20,6 +20,7 @@ from lfq_lightning.models.meta_model import empty_model, parted_model
 from lfq_lightning.models.tensor_names import TensorNames
 
 _SIZES = ("vocab_size", "hidden_size", "num_hidden_layers")
+_OTHER_TASKS = ("MaskedLM", "SequenceClassification", "TokenClassification", "QuestionAnswering", "ForPreTraining")
 _NO_LIMIT = 2**20
 _FAR = 1e4  # times random hidden states: where a bound is reached
 _SMALL_HEAD = 16  # rows of the head that stands in for the model's while its logits are looked at
@@ -73,6 +74,9 @@ def discover(config: PretrainedConfig, source: object) -> Family:
     """Find decoder, blocks, final norm, head and embeddings, and what becomes of the logits. Raises UserError."""
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         raise _refused(config, source, "transformers has no class for it that writes text")
+    for name in config.architectures or ():
+        if name.endswith(_OTHER_TASKS):
+            raise _refused(config, source, f"its config names {name}, which does not write text")
     for key in _SIZES:
         if not isinstance(getattr(config.get_text_config(), key, None), int):
             raise _refused(config, source, f"its config has no {key} of its own")

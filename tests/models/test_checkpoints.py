@@ -51,6 +51,12 @@ def test_hub_id_from_the_local_cache(llama, tmp_path):
     [
         ({"quantization_config": {"quant_method": "hqq"}}, "is quantised by hqq, which is not read here"),
         ({"model_type": "bert"}, "model type 'bert' cannot be taken apart"),
+        (
+            {"model_type": "bert", "architectures": ["BertForMaskedLM"]},
+            "names BertForMaskedLM, which does not write text",
+        ),
+        ({"model_type": "new"}, r"transformers 5\S+ has no model type 'new'; upgrade transformers"),
+        ({"model_type": "new", "auto_map": {"AutoConfig": "configuration_new.New"}}, "such code is never run"),
     ],
 )
 def test_refused(llama, tmp_path, change, message):

@@ -1,14 +1,23 @@
 """Checkpoint: a full-precision model on disk."""
 
+import json
 import logging
 import time
 from abc import ABC, abstractmethod
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
 from lfq_lightning.errors import UserError, one_line, said
 from lfq_lightning.file_names import CONFIG
@@ -138,10 +147,27 @@ def read_config(path: Path) -> PretrainedConfig:
     An attention kernel that a training script has left in it is forgotten: which one runs is this machine's matter.
     """
     file = path / CONFIG if path.is_dir() else path
+    _check_type(file)
     with said(lambda error: f"{file} cannot be read: {one_line(error)[:300]}"):
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     config._attn_implementation = None
     return config
+
+
+def _check_type(file: Path) -> None:
+    """Raise UserError for a model whose class transformers does not have; other faults are its own to find."""
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        kind, own_code = settings.get("model_type"), "auto_map" in settings
+    except (OSError, ValueError, AttributeError):
+        return
+    if kind is not None and kind not in CONFIG_MAPPING:
+        cure = (
+            "its code comes with it, and such code is never run; save the model in a class of transformers"
+            if own_code
+            else "upgrade transformers"
+        )
+        raise UserError(f"{file}: transformers {version('transformers')} has no model type {kind!r}; {cure}.")
 
 
 def read_generation_config(folder: Path) -> GenerationConfig | None:
