@@ -61,10 +61,9 @@ class Bench(nn.Module):
         self.first_step = 0  # of the block's training: one that resumes does not begin at 0
         self._current: CalibrationBlock | None = None
         self._folds = FoundFolds()
-        width = skeleton.checkpoint.text_config.hidden_size
         self.splits = Splits(
             *(
-                ActivationCache(name, self._embed(some), width, some, ranks, store)
+                ActivationCache(name, self._embed(some), skeleton.width, some, ranks, store)
                 for name, some in zip(("train", "held_out"), tokens, strict=True)
             )
         )

@@ -11,6 +11,26 @@ from lfq_lightning.ops.logit_divergence import soft_cap
 _GRAM_ROWS = 2**14  # rows of the head turned to fp32 at once
 
 
+class Tail(nn.Module):
+    """What a model does between its last block and its head where that is more than a norm: (…, W) → (…, D).
+
+    Args:
+        parts: modules that take hidden states (B, T, …), one after the other.
+        shape: of a token's hidden states; W is its product.
+    """
+
+    def __init__(self, parts: list[nn.Module], shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+        self.shape = shape
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        rows = hidden.reshape(1, -1, *self.shape)
+        for part in self.parts:
+            rows = part(rows)
+        return rows.reshape(*hidden.shape[:-1], rows.shape[-1])
+
+
 class Head(nn.Module):
     """Frozen readout: logits = weight @ readout(hidden), soft-capped where the model does so.
 
@@ -20,6 +40,7 @@ class Head(nn.Module):
         bias: (V,) or None; kept as one more column of the weight, so that z = W h holds as it stands.
         logit_scale: factor on the logits; kept on the hidden state.
         softcap: bound c on the logits, c·tanh(z / c); None without one.
+        width: columns of hidden states that `norm` reads; D if not said.
     """
 
     def __init__(
@@ -29,10 +50,11 @@ class Head(nn.Module):
         bias: Tensor | None = None,
         logit_scale: float = 1.0,
         softcap: float | None = None,
+        width: int | None = None,
     ) -> None:
         super().__init__()
         self.norm = norm.requires_grad_(False)
-        self.width = weight.shape[1]
+        self.width = width or weight.shape[1]
         self.has_bias = bias is not None
         if bias is not None:
             weight = torch.cat([weight, bias[:, None].to(weight.dtype) / logit_scale], dim=1)

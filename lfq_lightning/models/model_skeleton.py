@@ -3,21 +3,24 @@
 import copy
 import inspect
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lfq_lightning.errors import UserError
 from lfq_lightning.models.checkpoints import Checkpoint
 from lfq_lightning.models.decoder_block import DecoderBlock
 from lfq_lightning.models.experts import router_names
-from lfq_lightning.models.head import Head
+from lfq_lightning.models.head import Head, Tail
 from lfq_lightning.models.kept_linear import kept_layers, packable
 from lfq_lightning.models.meta_model import assign_weights, meta_model
 from lfq_lightning.models.passage import Passage
 from lfq_lightning.precision import cast
 
+_PROBE = torch.arange(7)[None]  # tokens that a model is looked at with
 _MOST_OUTPUTS = 3  # of a layer, beside the hidden states
 
 
@@ -34,6 +37,7 @@ class _Recorder(nn.Module):
         self._parameter_names = [*inspect.signature(block.forward).parameters]
         self.hidden: Tensor | None = None
         self.arguments: dict[str, Any] = {}
+        self.calls = 0  # in the last forward of the model
         self.beside: list[object] | None = None  # what it gives beside the hidden states, if the model expects a tuple
 
     def __getattr__(self, name: str) -> Any:
@@ -43,6 +47,7 @@ class _Recorder(nn.Module):
         given = dict(zip(self._parameter_names, positional, strict=False)) | arguments
         hidden: Tensor = given.pop(self._parameter_names[0])
         self.hidden, self.arguments = hidden, given
+        self.calls += 1
         return hidden if self.beside is None else (hidden, *self.beside)
 
 
@@ -78,6 +83,7 @@ class ModelSkeleton:
         self._shapes: dict[int, dict[str, tuple[int, int]]] = {}
         self._ready = False
         self._passage: Passage | None = None
+        self._tail: list[str] = []
 
     def __len__(self) -> int:
         return len(self._meta_blocks)
@@ -137,10 +143,12 @@ class ModelSkeleton:
 
         What travels to the block beside hidden states stands in columns behind D.
         """
-        self._materialise_outer()
-        if self._passage is None:
-            self._passage = self._find_passage(input_ids)
-        return self._passage.begin(self._record(input_ids), input_ids)
+        return self._found().begin(self._record(input_ids), input_ids)
+
+    @property
+    def width(self) -> int:
+        """Return how many columns of a stream are hidden states: D, or more where a model has several."""
+        return self._found().width
 
     def block(self, indices: range, activation_checkpointing: bool = False) -> DecoderBlock:
         """Read consecutive layers in fp32 as one block, ready for any number of sequences of the embedded length."""
@@ -155,6 +163,8 @@ class ModelSkeleton:
         """Run the model's own forward around its blocks; return what enters the first."""
         decoder, first = self._model.get_submodule(self.checkpoint.family.decoder), self._recorders[0]
         for expected in (None, *range(_MOST_OUTPUTS)):
+            for recorder in self._recorders:
+                recorder.calls = 0
             try:
                 decoder(input_ids=input_ids, use_cache=False)
                 break
@@ -170,9 +180,51 @@ class ModelSkeleton:
             recorder.hidden = None
         return hidden
 
-    def _find_passage(self, input_ids: Tensor) -> Passage:
+    def _found(self) -> Passage:
+        """Return how blocks are called and what is behind them, which is looked for once."""
+        if self._passage is None:
+            self._materialise_outer()
+            self._tail = self._find_tail()
+            self._passage = self._find_passage()
+        return self._passage
+
+    @torch.no_grad()
+    def _find_tail(self) -> list[str]:
+        """Return the modules between the last block and the head, each of which reads what the one before has made."""
+        family = self.checkpoint.family
+        around, beside = self._model.get_submodule(family.blocks.rpartition(".")[0]), family.blocks.rpartition(".")[2]
+        called: list[tuple[str, Tensor, Tensor]] = []
+
+        def note(name: str, module: nn.Module, given: tuple[Any, ...], output: Any) -> None:
+            if given and isinstance(given[0], Tensor) and isinstance(output, Tensor):
+                called.append((name, given[0], output))
+
+        others = [(name, module) for name, module in around.named_children() if name != beside]
+        hooks = [module.register_forward_hook(partial(note, name)) for name, module in others]
+        hooks += [recorder.register_forward_hook(lambda *_: called.clear()) for recorder in self._recorders]
+        try:
+            now = self._record(_PROBE)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        prefix = family.blocks.removesuffix(beside)
+        tail: list[str] = []
+        for name, given, output in called:
+            if given.data_ptr() == now.data_ptr() and given.shape == now.shape:
+                tail.append(prefix + name)
+                now = output
+        return tail or [family.norm]
+
+    def _find_passage(self) -> Passage:
         """See what layers hand on, and whether their arguments depend on tokens or on the batch, by calling twice."""
-        width = self._record(input_ids[:1]).shape[-1]
+        input_ids, checkpoint = _PROBE, self.checkpoint
+        hidden = self._record(input_ids)
+        refusal = f"{checkpoint.path}: model type {checkpoint.config.model_type!r} cannot be streamed block by block"
+        if any(recorder.calls != 1 for recorder in self._recorders):
+            raise UserError(f"{refusal}: some of its layers are called more than once.")
+        if hidden.shape[:2] != input_ids.shape:
+            raise UserError(f"{refusal}: its hidden states are {tuple(hidden.shape)}, not (sequences, tokens, …).")
+        shape = tuple(hidden.shape[2:])
         before = [recorder.arguments for recorder in self._recorders]
         handed: dict[int, str] = {}
         for recorder, arguments in zip(self._recorders, before[1:], strict=False):
@@ -187,8 +239,7 @@ class ModelSkeleton:
             and len(before) > 1
             and all(arguments.get(name) is value for arguments in before)
         }
-        others = (input_ids[:1] + 1) % self.checkpoint.text_config.vocab_size
-        self._record(torch.cat([input_ids[:1], others]))
+        self._record(torch.cat([input_ids, input_ids + 1]))
         after = [recorder.arguments for recorder in self._recorders]
         travelling = {*handed.values(), *shared}
         varies = any(
@@ -202,7 +253,7 @@ class ModelSkeleton:
             self._record(tokens)
             return [recorder.arguments for recorder in self._recorders]
 
-        return Passage(width, handed, shared, arguments_of if varies else None)
+        return Passage(shape, handed, shared, arguments_of if varies else None)
 
     def _layer(self, index: int) -> nn.Module:
         prefix = self._block_prefixes[index]
@@ -231,8 +282,10 @@ class ModelSkeleton:
         linear = self._model.get_submodule(family.head)
         assert isinstance(linear, nn.Linear)
         bias = linear.bias.to(dtype) if linear.bias is not None else None
-        norm = copy.deepcopy(self._model.get_submodule(family.norm)).float()
-        return Head(norm, linear.weight.detach().to(dtype), bias, *self.logit_terms)
+        passage = self._found()
+        parts = [copy.deepcopy(self._model.get_submodule(name)).float() for name in self._tail]
+        norm = parts[0] if len(parts) == 1 and len(passage.shape) == 1 else Tail(parts, passage.shape)
+        return Head(norm, linear.weight.detach().to(dtype), bias, *self.logit_terms, width=passage.width)
 
     def _materialise_outer(self) -> None:
         if self._ready:

@@ -67,39 +67,45 @@ class Passage:
     """How the layers of a model hand on more than hidden states; one for all of its blocks.
 
     Args:
-        width: D of the hidden states.
+        shape: of a token's hidden states: (D,), or (streams, D) where a model has several.
         handed: position in a layer's outputs → the next layer's argument that it becomes.
         shared: arguments that are one mapping for all layers, which some of them fill.
         arguments: tokens (B, T) → each layer's arguments, where these depend on tokens or on the batch; else None.
         layouts: index of a block → what stands in the columns before it; known when the block before has run.
     """
 
-    width: int
+    shape: tuple[int, ...]
     handed: dict[int, str]
     shared: dict[str, Mapping[Any, Any]]
     arguments: Callable[[Tensor], list[dict[str, Any]]] | None
     layouts: dict[int, list[Slot]] = field(default_factory=dict)
 
     @property
+    def width(self) -> int:
+        """Return how many columns the hidden states take."""
+        return prod(self.shape)
+
+    @property
     def needed(self) -> bool:
-        """Whether anything travels at all."""
-        return bool(self.handed or self.shared or self.arguments is not None)
+        """Whether there is more than hidden states (B, T, D)."""
+        return bool(self.handed or self.shared or self.arguments is not None or len(self.shape) > 1)
 
     def begin(self, hidden: Tensor, tokens: Tensor) -> Tensor:
-        """Return what enters the first block: hidden states (B, T, D), and tokens (B, T) behind them if they count."""
+        """Return what enters the first block: hidden states (B, T, …), and tokens (B, T) behind them if they count."""
         state: State = {} if self.arguments is None else {(_TOKENS,): tokens}
         return self.pack(hidden, state, 0)
 
     def pack(self, hidden: Tensor, state: State, block: int) -> Tensor:
-        """Return hidden states (B, T, D) with what travels to a block in columns behind them."""
+        """Return hidden states (B, T, …) as columns (B, T, W), with what travels to a block behind them."""
+        hidden = hidden.flatten(2)
         slots = [Slot.of(place, tensor, hidden.shape[1]) for place, tensor in state.items()]
         self.layouts[block] = slots
         columns = [slot.write(state[slot.place].to(hidden.device)).to(hidden.dtype) for slot in slots]
         return torch.cat([hidden, *columns], dim=-1) if columns else hidden
 
     def unpack(self, stream: Tensor, block: int) -> tuple[Tensor, State]:
-        """Invert `pack`: return hidden states (B, T, D) and what has travelled to a block."""
-        hidden, state = stream[..., : self.width], State()
+        """Invert `pack`: return hidden states (B, T, …) and what has travelled to a block."""
+        hidden, state = stream[..., : self.width].unflatten(-1, self.shape), State()
         at = self.width
         for slot in self.layouts[block]:
             state[slot.place] = slot.read(stream[..., at : at + slot.columns])

@@ -50,7 +50,7 @@ class TensorNames:
 
     def model_name(self, name: str) -> str:
         """Return the name in the model of a tensor on disk that is neither merged nor split."""
-        return _renamed(name, self._renamings)
+        return self._own(_renamed(name, self._renamings), name)
 
     def stored_name(self, name: str) -> str:
         """Return the name on disk of a tensor of the model that is neither merged nor split."""
@@ -136,7 +136,11 @@ class TensorNames:
         converter, target, pattern = _converter_of(name, self._converters)
         if converter is not None and target in self.expected:
             return target, converter, pattern
-        return (stored if name not in self.expected and stored in self.expected else name), None, None
+        return self._own(name, stored), None, None
+
+    def _own(self, renamed: str, stored: str) -> str:
+        """Return the new name, or the old one if that alone is the model's, as transformers does."""
+        return stored if renamed not in self.expected and stored in self.expected else renamed
 
     def _run(self, converter: WeightConverter, target: str) -> dict[str, Tensor]:
         found: dict[str, Any] = converter.convert(target, model=self._model, config=self._model.config)

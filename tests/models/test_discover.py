@@ -110,6 +110,13 @@ def test_a_layer_whose_weight_is_read_is_kept(tmp_path):
     assert skeleton.routers()[0] == "model.layers.0.self_attn.o_proj"
 
 
+def test_a_model_that_runs_in_loops_is_refused(tmp_path):
+    settings = {"n_input_layers": 1, "n_output_layers": 1, "n_recurrent_layers": 1}
+    folder = save_tiny(tmp_path / "dory", "dory", tied=False, layer_types=["full_attention"] * 3, **settings)
+    with pytest.raises(UserError, match="some of its layers are called more than once"):
+        streamed.check_streams(open_checkpoint(str(folder)))
+
+
 def test_a_model_whose_packed_layers_transformers_cannot_load_is_refused(tmp_path):
     checkpoint = open_checkpoint(str(save_tiny(tmp_path / "rg", "recurrent_gemma", tied=True)))
     with pytest.raises(UserError, match=r"'recurrent_gemma' cannot be streamed .*has no attribute 'weight'"):

@@ -16,7 +16,7 @@ def test_what_is_packed_is_unpacked(stream):
         ("shared", "full", 0): torch.randn(2, 3, 6, 4, generator=generator).to(stream),
         ("shared", "full", 1): torch.randn(2, 3, 6, 8, generator=generator).to(stream),
     }
-    passage = Passage(7, {}, {"shared": {}}, None)
+    passage = Passage((7,), {}, {"shared": {}}, None)
     hidden = torch.randn(2, 6, 7, generator=generator).to(stream)
     packed = passage.pack(hidden, state, 1)
     assert packed.shape == (2, 6, 7 + 15 + 3 + 3 + 12 + 24) and packed.dtype == stream
