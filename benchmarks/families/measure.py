@@ -43,7 +43,7 @@ def measure(model_type: str, folder: Path) -> dict[str, object]:
             return {"verdict": "refused", "reason": reason.replace(str(model), model_type)}
         row = _found(model) | {
             "loaded_apart": _loaded_apart(model_type, folder / "lfq"),
-            "streamed_apart": _streamed_apart(model_type, model),
+            "streamed_apart": _streamed_apart(model_type, model, folder / "fp32"),
         }
         if (reason := _quantise(model, folder, "awq")) is None:
             metrics = json.loads((folder / "awq" / "metrics.json").read_text())
@@ -104,11 +104,12 @@ def _loaded_apart(model_type: str, folder: Path) -> float:
 
 
 @torch.no_grad()
-def _streamed_apart(model_type: str, model: Path) -> float:
+def _streamed_apart(model_type: str, model: Path, copy: Path) -> float:
     """Compare the logits of streamed blocks with the model's own, on two sequences; fp32."""
     ids = torch.randint(3, 250, (2, 32), generator=torch.Generator().manual_seed(0))
     own = auto_class(model_type).from_pretrained(model, dtype=torch.float32).eval()
-    return _apart(lfq_lightning.streamed_logits(model, ids), own(input_ids=ids).logits)
+    own.save_pretrained(copy)  # tables are made in the dtype of the config
+    return _apart(lfq_lightning.streamed_logits(copy, ids), own(input_ids=ids).logits)
 
 
 def _apart(first: torch.Tensor, second: torch.Tensor) -> float:
