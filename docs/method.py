@@ -43,7 +43,7 @@ def calibrate(model: str, rules: list[Rule], data: CalibrationData) -> dict[str,
         store = StreamStore(CPU, Path(folder), 0, 10**10)
         # Two streams of hidden states for each split: the teacher's (full precision) and the student's (quantised).
         train, held_out = splits = [
-            ActivationCache(name, (skeleton.embed(ids[None]) for ids in tokens.input_ids), tokens, ALONE, store)
+            ActivationCache(name, map(skeleton.embed, tokens.input_ids[:, None]), skeleton.width, tokens, ALONE, store)
             for name, tokens in zip(("train", "held_out"), data.token_sets(checkpoint, CPU), strict=True)
         ]
         packed: dict[str, Tensor] = {}

@@ -227,13 +227,18 @@ def check_group(scheme: QuantScheme, name: str, skeleton: ModelSkeleton, index: 
 
 
 def _check_folds(skeleton: ModelSkeleton, indices: range, layers: dict[str, LayerPlan]) -> None:
-    """Raise UserError if scales cannot be folded: only some readers of a tensor want it."""
+    """Raise UserError if scales cannot be folded: no pairs in the family, or only some readers of a tensor want it."""
     wanting = {name: layer for name, layer in layers.items() if layer.closed_form.cls.scales_inputs}
     if not wanting:
         return
-    plugin = next(iter(wanting.values())).closed_form.name
+    checkpoint, plugin = skeleton.checkpoint, next(iter(wanting.values())).closed_form.name
+    if checkpoint.family.folds == ():
+        raise UserError(
+            f"{plugin} folds scales into other layers, and no such pairs are known of {checkpoint.config.model_type}; "
+            "add `folds` to its row in families.py, or None to have them found, or use gptq."
+        )
     for index in indices:
-        for _, readers in skeleton.checkpoint.family.folds or ():
+        for _, readers in checkpoint.family.folds or ():
             names = [f"{skeleton.block_name(index)}.{reader}" for reader in readers]
             plans = [(wanting[name].scheme, wanting[name].closed_form.cls) for name in names if name in wanting]
             if plans and (len(plans) < len(names) or any(plan != plans[0] for plan in plans)):

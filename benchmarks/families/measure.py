@@ -41,15 +41,16 @@ def measure(model_type: str, folder: Path) -> dict[str, object]:
     try:
         if (reason := _quantise(model, folder, "lfq")) is not None:
             return {"verdict": "refused", "reason": reason.replace(str(model), model_type)}
-        row = _found(model) | {
-            "loaded_apart": _loaded_apart(model_type, folder / "lfq"),
-            "streamed_apart": _streamed_apart(model_type, model, folder / "fp32"),
-        }
+        row = _found(model) | {"streamed_apart": _streamed_apart(model_type, model, folder / "fp32")}
         if (reason := _quantise(model, folder, "awq")) is None:
             metrics = json.loads((folder / "awq" / "metrics.json").read_text())
             row["awq_8_bits_kl"] = f"{metrics['quantized']['held_out']['kl']:.2g}"
     except Exception as error:
         return {"verdict": "trace", "reason": _one_line(error)}
+    try:
+        row["loaded_apart"] = _loaded_apart(model_type, folder / "lfq")
+    except Exception as error:
+        return row | {"verdict": "not loaded", "reason": _one_line(error)}
     right = row["loaded_apart"] <= _LOADED and row["streamed_apart"] <= _STREAMED
     return row | {"verdict": "runs" if right else "differs"}
 

@@ -15,6 +15,7 @@ from lfq_lightning.errors import UserError, one_line
 from lfq_lightning.file_names import CONFIG, INDEX, SINGLE, user_path
 from lfq_lightning.formats import FORMATS, PackFormat, check_layout
 from lfq_lightning.models.checkpoints.checkpoint import read_config
+from lfq_lightning.models.checkpoints.low_precision import in_low_precision
 from lfq_lightning.models.discover import family_of_names
 from lfq_lightning.models.experts import router_names
 from lfq_lightning.models.limits import limits
@@ -44,9 +45,19 @@ class Shard:
 
 
 def is_packed(path: str) -> bool:
-    """Tell whether a folder is to be read as a packed model; True too where no config.json says otherwise."""
-    file = user_path(path, "MODEL_DIR") / CONFIG
-    return not file.is_file() or bool(_quantization(file))
+    """Tell whether a folder is to be read as a packed model; True too where nothing in it says what it is."""
+    folder = user_path(path, "MODEL_DIR")
+    if not (folder / CONFIG).is_file():
+        return True
+    if quantization := _quantization(folder / CONFIG):
+        return not in_low_precision(quantization)
+    try:
+        files = [safe_open(file, "pt") for file in folder.glob("*.safetensors")]
+        names = [name for file in files for name in file.keys()]
+    except (SafetensorError, OSError):
+        return False
+    formats = [FORMATS.get(name)() for name in FORMATS.names()]
+    return any(each.packed_name(name) is not None for name in names for each in formats)
 
 
 def holds_codes(path: Path) -> bool:

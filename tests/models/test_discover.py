@@ -204,7 +204,7 @@ def test_what_transformers_passes_over_ships_as_it_was(config, tmp_path):
     stored = load_file(folder / "model.safetensors")
     extra = {"mtp.fc.weight": torch.randn(32, 64), "mtp.norm.weight": torch.randn(32)}
     save_file(stored | extra, folder / "model.safetensors", {"format": "pt"})
-    path = config(model={"checkpoint": str(folder)}, plan=[{"match": "all", "quantizer": GPTQ}])
+    path = config(model={"checkpoint": str(folder)}, plan=[{"match": "all", "quantizer": {**GPTQ, "bits": 4}}])
     run(path)
     packed = path.parent / "run"
     lfq_lightning.load(packed)

@@ -15,10 +15,16 @@ _OF_INPUTS = ("input_scale", "activation_scale", "input_global_scale", "k_scale"
 _METHODS = {"fp8", "mxfp4", "compressed-tensors", "modelopt"}
 
 
+def in_low_precision(quantization: dict[str, object]) -> bool:
+    """Tell whether a `quantization_config` speaks of weights that are read here."""
+    form = quantization.get("format")
+    return quantization.get("quant_method") in _METHODS and form in (None, "float-quantized", "naive-quantized")
+
+
 def check_method(quantization: dict[str, object], path: object) -> None:
     """Raise UserError for a method whose weights are not read here."""
-    method, form = quantization.get("quant_method"), quantization.get("format")
-    if method not in _METHODS or form not in (None, "float-quantized", "naive-quantized"):
+    if not in_low_precision(quantization):
+        method, form = quantization.get("quant_method"), quantization.get("format")
         raise UserError(
             f"{path} is quantised by {method}{f' ({form})' if form else ''}, which is not read here; give the "
             "full-precision model."
