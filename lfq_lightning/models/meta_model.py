@@ -37,7 +37,8 @@ def parted_model(config: PretrainedConfig, source: object) -> tuple[PreTrainedMo
     """
     model = empty_model(config, source)
     split_experts(model)
-    names = TensorNames(model)
+    with said(lambda error: f"{source}: transformers cannot write the names of its tensors ({named(error)})."):
+        names = TensorNames(model)
     keep_linears(model, names)
     return model, names
 
