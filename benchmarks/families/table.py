@@ -17,11 +17,12 @@ def write_table(rows: list[dict[str, str]], version: str) -> None:
 def _table(rows: list[dict[str, str]], version: str) -> str:
     built = [row for row in rows if row["verdict"] != "not built"]
     runs = [row for row in built if row["verdict"] == "runs"]
-    counted = ", ".join(f"{number} {verdict}" for verdict, number in Counter(row["verdict"] for row in built).items())
+    counted = Counter(row["verdict"] for row in built)
     folded = sum(int(row["folds"]) > 0 for row in runs)
     lines = [
-        f"Of {len(built)} types of transformers {version}, as tiny random models: {counted}. In {folded} of those that "
-        "run AWQ finds folds.",
+        f"Of {len(built)} types of transformers {version}, as tiny random models, {len(runs)} run and "
+        f"{counted['refused']} are refused in a sentence, most of them encoders; {len(built) - len(runs)} stand in the "
+        f"second table. In {folded} of those that run AWQ finds folds.",
         "",
         "| type | can be packed | folds | KL of AWQ at 8 bits | kept in full precision (1 % or more) |",
         "|---|---|---|---|---|",
@@ -30,8 +31,12 @@ def _table(rows: list[dict[str, str]], version: str) -> str:
             for row in runs
         ),
         "",
-        "| refused | why |",
-        "|---|---|",
-        *(f"| {row['type']} | {row['reason'].replace('|', '/')} |" for row in built if row["verdict"] != "runs"),
+        "| type | verdict | why |",
+        "|---|---|---|",
+        *(
+            f"| {row['type']} | {row['verdict']} | {row['reason'].replace('|', '/')} |"
+            for row in built
+            if row["verdict"] != "runs"
+        ),
     ]
     return "\n".join(lines) + "\n"
