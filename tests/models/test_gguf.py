@@ -79,3 +79,13 @@ def test_broken_file(tmp_path):
     checkpoint = open_checkpoint(str(tmp_path / "model.gguf"))
     with pytest.raises(UserError, match="no tensor"):
         checkpoint.tensors(["model.layers.9.mlp.up_proj.weight"])
+
+
+def test_an_architecture_that_lies_otherwise_on_disk_is_refused(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "bloom.gguf", "bloom")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(UserError, match="'bloom' lie otherwise in GGUF than in the model"):
+        open_checkpoint(str(tmp_path / "bloom.gguf"))

@@ -6,11 +6,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS
 
 from lfq_lightning.errors import UserError, one_line, said
 from lfq_lightning.models.checkpoints.checkpoint import Checkpoint
 from lfq_lightning.models.experts import in_expert
 from lfq_lightning.models.meta_model import meta_model
+
+_UNIT_OFFSET = ("gemma2", "gemma3", "nemotron")  # whose norms multiply by 1 + w
 
 
 class GGUFCheckpoint(Checkpoint):
@@ -30,6 +33,11 @@ class GGUFCheckpoint(Checkpoint):
         if self._architecture not in numbers:
             raise UserError(
                 f"{path}: architecture {self._architecture!r} is not known here; give the Hugging Face folder."
+            )
+        if self._architecture in TENSOR_PROCESSORS and self._architecture not in ("llama", *_UNIT_OFFSET):
+            raise UserError(
+                f"{path}: tensors of architecture {self._architecture!r} lie otherwise in GGUF than in the model, which "
+                "is not read here; give the Hugging Face folder."
             )
         no_config = f"{path}: no config can be made of a GGUF of architecture {self._architecture!r}"
         with said(lambda error: f"{no_config} ({one_line(error)[:200]}); give the Hugging Face folder."):
@@ -67,7 +75,7 @@ class GGUFCheckpoint(Checkpoint):
             weight = _rotate_halves(
                 weight, self.config.num_attention_heads if query else self.config.num_key_value_heads
             )
-        if self._architecture == "gemma3" and "norm" in name:
+        if self._architecture in _UNIT_OFFSET and name.endswith("norm.weight"):
             weight = weight - 1  # llama.cpp stores 1 + w
         return weight.to(self.dtype)
 
