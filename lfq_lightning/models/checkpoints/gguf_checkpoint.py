@@ -36,7 +36,7 @@ class GGUFCheckpoint(Checkpoint):
             )
         if self._architecture in TENSOR_PROCESSORS and self._architecture not in ("llama", *_UNIT_OFFSET):
             raise UserError(
-                f"{path}: tensors of architecture {self._architecture!r} lie otherwise in GGUF than in the model, which "
+                f"{path}: tensors of architecture {self._architecture!r} lie otherwise in GGUF than in the model: it "
                 "is not read here; give the Hugging Face folder."
             )
         no_config = f"{path}: no config can be made of a GGUF of architecture {self._architecture!r}"
