@@ -208,15 +208,13 @@ def _parse_quantizer(value: str | dict[str, Any], known_grid: bool) -> LayerPlan
 def _is_left(scheme: QuantScheme, name: str, skeleton: ModelSkeleton, index: int) -> bool:
     """Tell whether a layer that the groups do not divide is small beside its block: not worth another group size."""
     shapes = skeleton.linear_shapes(index)
-    o, i = shapes[name]
-    divides = scheme.group_size == -1 or i % scheme.group_size == 0
-    return not divides and o * i < _SMALL * sum(map(prod, shapes.values()))
+    return not scheme.divides(shapes[name][1]) and prod(shapes[name]) < _SMALL * sum(map(prod, shapes.values()))
 
 
 def check_group(scheme: QuantScheme, name: str, skeleton: ModelSkeleton, index: int, where: str) -> None:
     """Raise UserError, beginning with `where`, if the groups do not divide the inputs of a layer of block `index`."""
     size, in_features = scheme.group_size, skeleton.linear_shapes(index)[name][1]
-    if size == -1 or in_features % size == 0:
+    if scheme.divides(in_features):
         return
     widths = {i for _, i in skeleton.linear_shapes(index).values()}
     fitting = [str(k) for k in range(16, min(widths) + 1) if all(width % k == 0 for width in widths)]

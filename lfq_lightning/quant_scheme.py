@@ -34,12 +34,15 @@ class QuantScheme:
         """The zero point of a symmetric scheme."""
         return 2 ** (self.num_bits - 1)
 
+    def divides(self, in_features: int) -> bool:
+        """Tell whether groups divide the inputs of a weight."""
+        return self.group_size == -1 or in_features % self.group_size == 0
+
     def group_of(self, in_features: int) -> int:
         """Return the number of inputs K per group of a weight with `in_features`. Raises ValueError if none fits."""
-        size = in_features if self.group_size == -1 else self.group_size
-        if in_features % size:
-            raise ValueError(f"group_size {size} does not divide {in_features} inputs")
-        return size
+        if not self.divides(in_features):
+            raise ValueError(f"group_size {self.group_size} does not divide {in_features} inputs")
+        return in_features if self.group_size == -1 else self.group_size
 
     def bits_per_weight(self, in_features: int, scale_bits: int = 16) -> float:
         """Return code bits plus the share of scale (and zero point, if asymmetric) per weight."""

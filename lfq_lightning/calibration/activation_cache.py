@@ -175,10 +175,13 @@ class ActivationCache:
         """Return the block's outputs in place of its inputs; another tensor if more, or less, travels behind it."""
         made: Tensor | None = None
         for half in (0, 1):
+            places: tuple[Tensor, ...] = ()
             for number, inputs in enumerate(self._some(stream, half)):
                 outputs = block(inputs.to(device))
-                made = self._wide(f"{self.name}.{which}", stream, outputs) if made is None else made
-                self._some(made, half)[number].copy_(outputs)
+                if made is None:
+                    made = self._wide(f"{self.name}.{which}", stream, outputs)
+                places = places or self._some(made, half)
+                places[number].copy_(outputs)
         return stream if made is None else made
 
     def _wide(self, name: str, stream: Tensor, rows: Tensor) -> Tensor:

@@ -91,9 +91,9 @@ def _traced(block: DecoderBlock, hidden: Tensor) -> tuple[dict[str, Tensor], dic
     """Return what each norm makes and what each linear layer reads, in the order of the forward, and the outputs."""
     made: dict[str, Tensor] = {}
     read: dict[str, Tensor] = {}
-    hooks = []
+    hooks, linears = [], block.linears()
     for name, module in block.modules_by_name().items():
-        if name in block.linears() and not in_expert(name):
+        if name in linears and not in_expert(name):
             hooks.append(module.register_forward_pre_hook(partial(_note_input, read, name)))
         elif "norm" in type(module).__name__.lower() and getattr(getattr(module, "weight", None), "ndim", 0) == 1:
             hooks.append(module.register_forward_hook(partial(_note_output, made, name)))

@@ -92,16 +92,12 @@ def discover(config: PretrainedConfig, source: object) -> Family:
     embeddings = names[model.get_input_embeddings()]
     norm = _final_norm(model, blocks, config, source)
     terms = _logit_terms(empty_model(config, source), decoder, names[head], config, source)
-    extra = tuple(model._keys_to_ignore_on_load_unexpected or ())
-    return Family(
-        decoder, blocks, norm, names[head], None, names=tensor_names, extra=extra, embeddings=embeddings, terms=terms
-    )
+    return Family(decoder, blocks, norm, names[head], None, names=tensor_names, embeddings=embeddings, terms=terms)
 
 
-def family_of_names(model: PreTrainedModel) -> Family:
+def family_of_names(config: PretrainedConfig, names: TensorNames) -> Family:
     """Return how the tensors of a packed model are called; its other parts may not be those of the model."""
-    extra = tuple(model._keys_to_ignore_on_load_unexpected or ())
-    return FAMILIES.get(model.config.model_type) or Family(names=TensorNames(model), extra=extra)
+    return FAMILIES.get(config.model_type) or Family(names=names)
 
 
 def _refused(config: PretrainedConfig, source: object, reason: str) -> UserError:

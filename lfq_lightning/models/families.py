@@ -1,6 +1,5 @@
 """What differs between model families: names of the parts. A new family is a row here; the contract tests cover it."""
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +30,6 @@ class Family:
         softcap: key in the config of a bound on the logits.
         stored: (in the model, on disk): parts of names that differ there.
         names: transformers' own names on disk; None if they are those of the model but for `stored`.
-        extra: patterns of names of tensors on disk that transformers passes over, such as further prediction heads.
         embeddings: the input embeddings.
         terms: factor on the logits and their bound where they were found, not named in the config.
     """
@@ -47,7 +45,6 @@ class Family:
     softcap: str | None = None
     stored: tuple[tuple[str, str], ...] = ()
     names: TensorNames | None = None
-    extra: tuple[str, ...] = ()
     embeddings: str = "model.embed_tokens"
     terms: tuple[float, float | None] | None = None
 
@@ -77,8 +74,7 @@ class Family:
 
     def is_extra(self, name: str) -> bool:
         """Tell whether a tensor is none of the model's, and ships as it is."""
-        known = self.names is not None and name in self.names.expected
-        return not known and any(re.search(pattern, name) for pattern in self.extra)
+        return self.names is not None and self.names.is_extra(name)
 
     def groups(self, stored: Iterable[str]) -> list[tuple[str, ...]]:
         """Return which tensors on disk become tensors of the model together."""

@@ -104,15 +104,13 @@ def check_streams(checkpoint: Checkpoint) -> None:
     A model of more layers is checked on its first ones, up to one of every kind. Raises UserError.
     """
     path, kind = checkpoint.path, checkpoint.config.model_type
+    vocabulary, generator = checkpoint.text_config.vocab_size, torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, vocabulary, (2, _TOKENS), generator=generator)
+    tokens[1, :-1] = tokens[0, :-1]  # they differ in the last token
+    tokens[1, -1] = (tokens[0, -1] + 1) % vocabulary
     with said(lambda error: f"{path}: model type {kind!r} cannot be streamed block by block ({named(error)})."):
         skeleton = ModelSkeleton(checkpoint, torch.float32)
-    config, layers = _shortened(checkpoint.config, len(skeleton))
-    text = config.get_text_config()
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, text.vocab_size, (2, _TOKENS), generator=generator)
-    tokens[1, :-1] = tokens[0, :-1]  # they differ in the last token
-    tokens[1, -1] = (tokens[0, -1] + 1) % text.vocab_size
-    with said(lambda error: f"{path}: model type {kind!r} cannot be streamed block by block ({named(error)})."):
+        config, layers = _shortened(checkpoint.config, len(skeleton))
         streamed = _streamed(skeleton, tokens, layers, watch=True)
     own = _own(skeleton, config, layers)(input_ids=tokens, use_cache=False).logits
     apart = float((streamed - own).abs().max() / own.std())

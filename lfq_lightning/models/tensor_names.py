@@ -1,5 +1,6 @@
 """TensorNames: how a model's tensors lie on disk, by transformers' own conversion mapping."""
 
+import re
 from collections.abc import Iterable
 from copy import deepcopy
 from typing import Any
@@ -19,14 +20,11 @@ class TensorNames:
 
     Args:
         model: a tensor that transformers merges, and that is none of its own, lies on disk in its parts here too.
-
-    Attributes:
-        expected: names of the model's tensors.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         entries = get_model_conversion_mapping(model, add_legacy=False)
-        self._model, self.expected = model, set(model.state_dict())
+        self._model, self._expected = model, set(model.state_dict())
         self._fused: set[str] = set()  # experts that lie on disk in one tensor
         self._renamings = [entry for entry in entries if isinstance(entry, WeightRenaming)]
         self._converters = [entry for entry in entries if isinstance(entry, WeightConverter)]
@@ -66,6 +64,11 @@ class TensorNames:
         back = _renamed(self.stored_name(part), self._renamings)
         return _converter_of(part, self._in_parts)[0] is None and _converter_of(back, self._converters)[0] is None
 
+    def is_extra(self, name: str) -> bool:
+        """Tell whether transformers passes over a tensor that is none of the model's, such as a further head's."""
+        passed_over = self._model._keys_to_ignore_on_load_unexpected or ()
+        return name not in self._expected and any(re.search(pattern, name) for pattern in passed_over)
+
     def groups(self, stored: Iterable[str]) -> list[tuple[str, ...]]:
         """Return which tensors on disk become tensors of the model together."""
         found: dict[str, list[str]] = {}
@@ -85,7 +88,7 @@ class TensorNames:
                 waiting.setdefault(target, deepcopy(converter)).add_tensor(target, name, pattern, tensors[name])  # type: ignore[arg-type]
         for target, converter in waiting.items():
             found |= self._run(converter, target)
-        for name in [name for name in found if name not in self.expected]:
+        for name in [name for name in found if name not in self._expected]:
             if parts := self._single_experts(name, found[name]):
                 del found[name]
                 found |= parts
@@ -124,7 +127,7 @@ class TensorNames:
         """Return the layers of single experts (O, I) of a tensor of all (E, I, O), if the model has those instead."""
         base, _, last = name.rpartition(".")
         halves = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}.get(last, ())
-        if not halves or f"{base}.0.{halves[0]}.weight" not in self.expected:
+        if not halves or f"{base}.0.{halves[0]}.weight" not in self._expected:
             return {}
         self._fused.add(name)
         parts = zip(halves, tensor.chunk(len(halves), dim=-1), strict=True)
@@ -134,13 +137,13 @@ class TensorNames:
         """Return the (first) tensor of the model that a tensor on disk becomes, and what converts it."""
         name = _renamed(stored, self._renamings)
         converter, target, pattern = _converter_of(name, self._converters)
-        if converter is not None and target in self.expected:
+        if converter is not None and target in self._expected:
             return target, converter, pattern
         return self._own(name, stored), None, None
 
     def _own(self, renamed: str, stored: str) -> str:
         """Return the new name, or the old one if that alone is the model's, as transformers does."""
-        return stored if renamed not in self.expected and stored in self.expected else renamed
+        return stored if renamed not in self._expected and stored in self._expected else renamed
 
     def _run(self, converter: WeightConverter, target: str) -> dict[str, Tensor]:
         found: dict[str, Any] = converter.convert(target, model=self._model, config=self._model.config)

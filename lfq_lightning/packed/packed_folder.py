@@ -19,7 +19,7 @@ from lfq_lightning.models.checkpoints.low_precision import in_low_precision
 from lfq_lightning.models.discover import family_of_names
 from lfq_lightning.models.experts import router_names
 from lfq_lightning.models.limits import limits
-from lfq_lightning.models.meta_model import meta_model
+from lfq_lightning.models.meta_model import parted_model
 from lfq_lightning.packed.seal import changed_files, sha256
 from lfq_lightning.quant_scheme import QuantScheme
 from lfq_lightning.quantized_tensor import QuantizedTensor
@@ -49,22 +49,26 @@ def is_packed(path: str) -> bool:
     folder = user_path(path, "MODEL_DIR")
     if not (folder / CONFIG).is_file():
         return True
-    if quantization := _quantization(folder / CONFIG):
-        return not in_low_precision(quantization)
-    try:
-        files = [safe_open(file, "pt") for file in folder.glob("*.safetensors")]
-        names = [name for file in files for name in file.keys()]
-    except (SafetensorError, OSError):
-        return False
+    if _quantization(folder / CONFIG):
+        return holds_codes(folder)
     formats = [FORMATS.get(name)() for name in FORMATS.names()]
-    return any(each.packed_name(name) is not None for name in names for each in formats)
+    return any(each.packed_name(name) is not None for name in _stored_names(folder) for each in formats)
 
 
-def holds_codes(path: Path) -> bool:
-    """Tell whether a folder holds codes in one of the formats that are read here."""
-    quantization = _quantization(path / CONFIG)
-    methods = {FORMATS.get(name).quant_method for name in FORMATS.names()}
-    return quantization.get("quant_method") in methods and quantization.get("format") in (None, "pack-quantized")
+def holds_codes(folder: Path) -> bool:
+    """Tell by its config.json whether a folder holds codes, in a format that is read here or in another."""
+    quantization = _quantization(folder / CONFIG)
+    return bool(quantization) and not in_low_precision(quantization)
+
+
+def _stored_names(folder: Path) -> Iterator[str]:
+    """Yield the names of the tensors in a folder; nothing of a file that cannot be read: whoever opens it says so."""
+    for file in folder.glob("*.safetensors"):
+        try:
+            with safe_open(file, "pt") as shard:
+                yield from shard.keys()
+        except (SafetensorError, OSError):
+            continue
 
 
 def _quantization(file: Path) -> dict[str, Any]:
@@ -108,8 +112,8 @@ class PackedFolder:
         del self.config.quantization_config
         self.format_name, self.format = _format_of(self.quantization, self.path)
         self.changed = changed_files(self.path)
-        model = meta_model(self.config, self.path)
-        self.family = family_of_names(model)
+        model, names = parted_model(self.config, self.path)
+        self.family = family_of_names(self.config, names)
         self.shapes, self.routers = _linear_shapes(model), router_names(model)
         self.schemes = self._schemes()
         stored = [(self.family.model_name(name), name, file) for file, names in self.files.items() for name in names]
@@ -262,7 +266,7 @@ class PackedFolder:
                     f"{self.path} packs {layer}, but quantization_config has no scheme for it; copy it again."
                 )
             size, width = schemes[layer].group_size, self.shapes[layer][1]
-            if size != -1 and width % size:
+            if not schemes[layer].divides(width):
                 raise UserError(
                     f"{self.path}: groups of {size} do not divide the {width} inputs of {layer}; copy it again."
                 )

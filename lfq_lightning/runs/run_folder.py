@@ -238,7 +238,8 @@ class RunFolder:
         name = shard_name(number, self.shards)
         if digest is not None:
             self._checksums[name] = digest
-        self._weight_map |= dict.fromkeys(self.family.to_disk(tensors), name)
+        shapes = {ours: tensor.to("meta") for ours, tensor in tensors.items()}  # for the names alone
+        self._weight_map |= dict.fromkeys(self.family.to_disk(shapes), name)
         self._bytes[name] = sum(tensor.nbytes for tensor in tensors.values())
 
     def checksums(self, numbers: Iterable[int]) -> dict[str, str]:
