@@ -25,11 +25,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 
 from benchmarks.cpu import cpu
 from lfq_lightning.cli import main as lfq
+from lfq_lightning.grids.integer_grid import IntegerGrid
 from lfq_lightning.ops.bitstream import pack, unpack
 from lfq_lightning.ops.packed_matmul import cpu_int4
 from lfq_lightning.packed.decode_speed import compare
 from lfq_lightning.precision import product_dtype
-from lfq_lightning.quant_scheme import QuantScheme
 from lfq_lightning.quantized_tensor import QuantizedTensor
 
 RESULTS = Path(__file__).parent / "results" / "packed_inference.csv"
@@ -125,7 +125,7 @@ def _export(run: Path, target: Path) -> list[dict[str, object]]:
 def _products() -> list[dict[str, object]]:
     """Measure one product of M rows by the int4 kernel and by dequantising, in ms, and as a ratio to dense."""
     o, i = 5632, 2048
-    scheme = QuantScheme(4, 64)
+    scheme = IntegerGrid(4, 64)
     codes = torch.randint(0, 16, (o, i), dtype=torch.uint8)
     middle = torch.full((o, i // 64, 1), scheme.middle_code, dtype=torch.uint8)
     quantized = QuantizedTensor(codes, torch.rand(o, i // 64, 1).bfloat16() + 0.5, middle, scheme)

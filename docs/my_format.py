@@ -3,7 +3,7 @@
 import torch
 
 from lfq_lightning.formats import FORMATS, PackFormat
-from lfq_lightning.quant_scheme import QuantScheme
+from lfq_lightning.grids.integer_grid import IntegerGrid
 from lfq_lightning.quantized_tensor import QuantizedTensor
 
 
@@ -38,7 +38,7 @@ class PlainCodes(PackFormat):
         return {"quant_method": self.quant_method, "layers": layers}
 
     def schemes(self, config, layers):
-        return {name: QuantScheme(*config["layers"][name]) for name in layers}
+        return {name: IntegerGrid(*config["layers"][name]) for name in layers}
 
     def engines(self, schemes):
         return []

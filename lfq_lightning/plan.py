@@ -7,13 +7,15 @@ from math import prod
 from typing import Any
 
 from lfq_lightning.errors import UserError, require
+from lfq_lightning.formats import FORMATS
+from lfq_lightning.formats.named import format_of
+from lfq_lightning.grids import GRIDS, Grid, IntegerGrid, NamedGrid
 from lfq_lightning.models.experts import in_expert
 from lfq_lightning.models.model_skeleton import ModelSkeleton
 from lfq_lightning.objectives import OBJECTIVES, Objective
 from lfq_lightning.objectives.weighted_sum import WeightedSum
 from lfq_lightning.optimizers import OPTIMIZERS
-from lfq_lightning.quant_scheme import QuantScheme
-from lfq_lightning.quantizers import QUANTIZERS, ClosedFormQuantizer, LearnedQuantizer
+from lfq_lightning.quantizers import QUANTIZERS, ClosedFormQuantizer, DenseQuantizer, LearnedQuantizer
 from lfq_lightning.registry import Plugin, did_you_mean
 from lfq_lightning.stages import STAGES, BlockPlan, LaterStage, LayerPlan, ParsedRule, Rule
 from lfq_lightning.stages.block_by_block import BlockByBlock
@@ -21,7 +23,8 @@ from lfq_lightning.stages.block_by_block import BlockByBlock
 log = logging.getLogger(__name__)
 
 _SMALL = 0.05  # of a block's weights in linear layers
-_SCHEME_KEYS = {"bits": int, "group_size": int, "symmetric": bool}
+_INTEGER_KEYS = {"bits": int, "group_size": int, "symmetric": bool}
+_SCHEME_KEYS = {*_INTEGER_KEYS, "grid"}
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,11 @@ class _Outcome:
 
 
 class Plan:
-    """The rules, checked. Raises UserError for unknown names or options and for values that cannot be."""
+    """The rules, checked. Raises UserError for unknown names or options and for values that cannot be.
+
+    Attributes:
+        format: how a run packs layers: the format that has all their grids.
+    """
 
     def __init__(self, rules: list[Rule]) -> None:
         if not rules:
@@ -47,6 +54,8 @@ class Plan:
                 f"{self._later[1].where}: match {self._later[1].rule.match} comes after match "
                 f"{self._later[0].rule.match}; one such stage ends a run."
             )
+        packed = (each for each in self._rules if not issubclass(each.layer.closed_form.cls, DenseQuantizer))
+        self.format = FORMATS.get(format_of({each.where: each.layer.scheme for each in packed}))()
         self._final_blocks = max((rule.final_blocks for rule in rules), default=1)
 
     def resolve(self, skeleton: ModelSkeleton) -> list[BlockPlan]:
@@ -180,11 +189,7 @@ def _parse_objective(value: str | dict[str, Any] | list[dict[str, Any]]) -> Plug
 
 def _parse_quantizer(value: str | dict[str, Any], known_grid: bool) -> LayerPlan:
     options = {"name": value} if isinstance(value, str) else dict(value)
-    keys: dict[str, Any] = {key: options.pop(key) for key in _SCHEME_KEYS if key in options}
-    for key, value in keys.items():
-        if type(value) is not _SCHEME_KEYS[key]:
-            raise UserError(f"quantizer: {key} is {value!r}, but must be of type {_SCHEME_KEYS[key].__name__}.")
-    scheme = QuantScheme(**{"num_bits" if key == "bits" else key: value for key, value in keys.items()})
+    scheme = _parse_grid({key: options.pop(key) for key in sorted(_SCHEME_KEYS) if key in options})
     cls = QUANTIZERS.get(options["name"]) if isinstance(options.get("name"), str) else None
     if cls is None or not issubclass(cls, LearnedQuantizer):
         plugin: Plugin[Any] = QUANTIZERS.parse(options, _SCHEME_KEYS)
@@ -205,21 +210,40 @@ def _parse_quantizer(value: str | dict[str, Any], known_grid: bool) -> LayerPlan
     return LayerPlan(scheme, closed_form, learned)
 
 
-def _is_left(scheme: QuantScheme, name: str, skeleton: ModelSkeleton, index: int) -> bool:
+def _parse_grid(keys: dict[str, Any]) -> Grid:
+    named = keys.pop("grid", None)
+    if named is not None:
+        if keys:
+            raise UserError(f"quantizer: grid {named} has bits and groups of its own; omit {', '.join(keys)}.")
+        return GRIDS.parse(named).build()
+    for key, value in keys.items():
+        if type(value) is not _INTEGER_KEYS[key]:
+            raise UserError(f"quantizer: {key} is {value!r}, but must be of type {_INTEGER_KEYS[key].__name__}.")
+    return IntegerGrid(**{"num_bits" if key == "bits" else key: value for key, value in keys.items()})
+
+
+def _is_left(scheme: Grid, name: str, skeleton: ModelSkeleton, index: int) -> bool:
     """Tell whether a layer that the groups do not divide is small beside its block: not worth another group size."""
     shapes = skeleton.linear_shapes(index)
     return not scheme.divides(shapes[name][1]) and prod(shapes[name]) < _SMALL * sum(map(prod, shapes.values()))
 
 
-def check_group(scheme: QuantScheme, name: str, skeleton: ModelSkeleton, index: int, where: str) -> None:
+def check_group(scheme: Grid, name: str, skeleton: ModelSkeleton, index: int, where: str) -> None:
     """Raise UserError, beginning with `where`, if the groups do not divide the inputs of a layer of block `index`."""
-    size, in_features = scheme.group_size, skeleton.linear_shapes(index)[name][1]
+    in_features = skeleton.linear_shapes(index)[name][1]
     if scheme.divides(in_features):
         return
     widths = {i for _, i in skeleton.linear_shapes(index).values()}
+    if isinstance(scheme, NamedGrid):
+        grids = [grid for grid in GRIDS.names() if all(map(GRIDS.get(grid)().divides, widths))]
+        raise UserError(
+            f"{where}: grid {scheme} stores {scheme.unit} inputs together, which do not divide the {in_features} of "
+            f"{name}; give such layers a rule of their own. What fits all its block's layers: "
+            f"{', '.join(grids) or 'no named grid'}."
+        )
     fitting = [str(k) for k in range(16, min(widths) + 1) if all(width % k == 0 for width in widths)]
     raise UserError(
-        f"{where}: group_size {size} does not divide the {in_features} inputs of {name}; "
+        f"{where}: group_size {scheme.group_size} does not divide the {in_features} inputs of {name}; "
         f"what fits all its block's layers: {', '.join([*fitting, '-1'])} (-1: per output channel)."
     )
 

@@ -5,17 +5,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lfq_lightning.quant_scheme import QuantScheme
+from lfq_lightning.grids import Grid, IntegerGrid
 
 
 @dataclass(frozen=True)
 class QuantizedTensor:
-    """Integer codes of one weight with their scales.
+    """Codes of one weight with what they stand for.
 
     Args:
-        codes: uint8 (O, I), each in 0 … 2^bits-1.
-        scale: (O, G, 1) in the dtype that ships (the checkpoint's); may be negative.
-        zero_point: uint8 (O, G, 1); the constant 2^(bits-1) if the scheme is symmetric.
+        codes: uint8 (O, I), each in 0 … the grid's largest.
+        scale: (O, G, 1); of integers in the dtype that ships (the checkpoint's), of named grids fp32. May be negative.
+        zero_point: (O, G, 1); of integers uint8, the constant 2^(bits-1) if symmetric; of named grids fp32, what their
+            levels subtract.
         scheme: the grid, with I = G·K.
 
     Raises ValueError for other dtypes or shapes.
@@ -24,21 +25,21 @@ class QuantizedTensor:
     codes: Tensor
     scale: Tensor
     zero_point: Tensor
-    scheme: QuantScheme
+    scheme: Grid
 
     def __post_init__(self) -> None:
         o, i = self.codes.shape
-        if self.codes.dtype != torch.uint8 or self.zero_point.dtype != torch.uint8:
-            raise ValueError(
-                f"codes and zero point are {self.codes.dtype} and {self.zero_point.dtype}, but must be uint8"
-            )
+        wanted = torch.uint8 if isinstance(self.scheme, IntegerGrid) else torch.float32
+        if self.codes.dtype != torch.uint8 or self.zero_point.dtype != wanted:
+            found = f"{self.codes.dtype} and {self.zero_point.dtype}"
+            raise ValueError(f"codes and zero point are {found}, but must be uint8 and {wanted}")
         expected = (o, i // self.scheme.group_of(i), 1)
         if self.scale.shape != expected or self.zero_point.shape != expected:
             found = f"{tuple(self.scale.shape)} and {tuple(self.zero_point.shape)}"
             raise ValueError(f"scale and zero point are {found}, but must be {expected}")
 
     def dequantize(self) -> Tensor:
-        """Return the weight (O, I) in the scale's dtype: (codes - zero_point) · scale, rounded once.
+        """Return the weight (O, I) in the scale's dtype; of integers (codes - zero_point) · scale, rounded once.
 
         Bit-equal to what compressed-tensors computes: the integer difference is exact, only the product rounds.
         """
@@ -46,8 +47,8 @@ class QuantizedTensor:
 
     def exact(self) -> Tensor:
         """Return the weight (O, I) fp32, not rounded to the scale's dtype: its rounding to the grid gives the codes."""
-        steps = self.codes.view(len(self.codes), self.scale.shape[1], -1).float() - self.zero_point.float()
-        return (steps * self.scale.float()).view(self.codes.shape)
+        codes = self.codes.view(len(self.codes), self.scale.shape[1], -1).float()
+        return self.scheme.levels.value(codes, self.scale.float(), self.zero_point.float()).view(self.codes.shape)
 
     def to(self, device: str | torch.device) -> "QuantizedTensor":
         """Return the same on `device`."""

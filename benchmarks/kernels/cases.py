@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lfq_lightning.grids.integer_grid import IntegerGrid
 from lfq_lightning.ops.bitstream import pack, unpack
 from lfq_lightning.ops.fake_quant import LevelTerms, fake_quantize
 from lfq_lightning.ops.fake_quant import reference as fake_quant_reference
 from lfq_lightning.ops.linear_soft_ce import linear_soft_ce
 from lfq_lightning.ops.soft_round import soft_round
-from lfq_lightning.quant_scheme import QuantScheme
 from lfq_lightning.quantized_tensor import QuantizedTensor
 
 GPU = "cuda"
@@ -187,7 +187,7 @@ def _gptq(name: str, o: int, i: int) -> Case:
     def solve(weight: Tensor, hessian: Tensor) -> None:
         from lfq_lightning.quantizers.gptq import GPTQ
 
-        quantizer = GPTQ(weight, QuantScheme(4, 128), torch.bfloat16)
+        quantizer = GPTQ(weight, IntegerGrid(4, 128), torch.bfloat16)
         quantizer.hessian.copy_(hessian)
         quantizer.solve()
 
@@ -203,7 +203,7 @@ def _gptq(name: str, o: int, i: int) -> Case:
 def _random(o: int, i: int, bits: int) -> QuantizedTensor:
     codes = torch.randint(0, 2**bits, (o, i), dtype=torch.uint8, device=GPU)
     scale = torch.rand(o, i // 128, 1, device=GPU, dtype=torch.bfloat16)
-    return QuantizedTensor(codes, scale, torch.full_like(scale, 2 ** (bits - 1)).byte(), QuantScheme(bits, 128))
+    return QuantizedTensor(codes, scale, torch.full_like(scale, 2 ** (bits - 1)).byte(), IntegerGrid(bits, 128))
 
 
 def _packed_matmul(m: int, o: int, i: int, bits: int) -> Case:

@@ -14,6 +14,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
 
+from lfq_lightning.precision import faster_than_fp32
+
 SEPARATOR = "<|endoftext|>"
 VOCABULARY, LENGTH, BATCH, STEPS, LR = 2048, 256, 8, 800, 3e-3
 
@@ -38,6 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", type=Path)
     parser.add_argument("output", type=Path)
+    parser.add_argument("--width", type=int, default=128, help="of hidden states; llama.cpp's K-quants need 256")
     given = parser.parse_args()
     torch.manual_seed(0)
     text = given.text.read_text(encoding="utf-8")
@@ -50,11 +53,11 @@ def main() -> None:
     )
     config = Qwen3Config(
         vocab_size=VOCABULARY,
-        hidden_size=128,
-        intermediate_size=384,
+        hidden_size=given.width,
+        intermediate_size=3 * given.width,
         num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        num_attention_heads=given.width // 32,
+        num_key_value_heads=given.width // 64,
         head_dim=32,
         max_position_embeddings=512,
         bos_token_id=0,
@@ -64,11 +67,12 @@ def main() -> None:
     model = AutoModelForCausalLM.from_config(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, STEPS, pct_start=0.05)
+    fast = faster_than_fp32(torch.bfloat16)
     started = time.perf_counter()
     for step in range(STEPS):
         starts = torch.randint(0, len(stream) - LENGTH, (BATCH,))
         rows = torch.stack([stream[start : start + LENGTH] for start in starts])
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=fast):
             loss = model(input_ids=rows, labels=rows).loss
         optimizer.zero_grad()
         loss.backward()

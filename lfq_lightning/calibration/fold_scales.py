@@ -99,7 +99,8 @@ def _pairs(block: DecoderBlock, layers: dict[str, LayerPlan], folds: list[Fold],
             continue
         closed_form, weight = wanting[0].closed_form, torch.cat([linears[name].weight for name in fold.readers])
         assert issubclass(closed_form.cls, ClosedFormQuantizer)
-        quantizer: ClosedFormQuantizer = closed_form.build(weight.detach(), wanting[0].scheme, dtype)
+        grid = wanting[0].scheme.fitted(weight)
+        quantizer: ClosedFormQuantizer = closed_form.build(weight.detach(), grid, dtype)
         pairs.append(_Pair(modules[fold.source], fold.readers, fold.unit_offset, quantizer))
     return pairs
 

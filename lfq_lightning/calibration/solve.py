@@ -134,8 +134,9 @@ def _solve_stage(
                 weight.copy_(dense.to(scale_dtype))
             continue
         weight = torch.cat([linears[name].weight.detach() for name in names])
+        grid = plan.scheme.fitted(weight)
         weight = weight[ranks.rows(len(weight))]
-        quantizer = plan.closed_form.build(weight, plan.scheme, scale_dtype)
+        quantizer = plan.closed_form.build(weight, grid, scale_dtype)
         known = observed.get(names[0])
         for name in names:
             observed.pop(name, None)
@@ -151,8 +152,7 @@ def _solve_stage(
         _report_experts(watching, counts)
         for stack, count in zip(watching, counts, strict=True):
             if count == 0:
-                plan, weight = layers[stack.names[0]], stack.quantizer.weight
-                stack.quantizer = RTN(weight, plan.scheme, scale_dtype)
+                stack.quantizer = RTN(stack.quantizer.weight, stack.quantizer.scheme, scale_dtype)
     solutions: dict[str, Solution] = {}
     for stack in stacks:
         names, quantizer = stack.names, stack.quantizer

@@ -154,7 +154,9 @@ class BlockScheduler(BlockCallback):
         dense += skeleton.checkpoint.extra_layers()
         architecture = skeleton.architecture.__name__
         fit.bench.ranks.once(
-            lambda: folder.finish(skeleton.checkpoint, architecture, fit.shards.schemes, dense, metrics)
+            lambda: folder.finish(
+                skeleton.checkpoint, architecture, fit.shards.schemes, fit.shards.format, dense, metrics
+            )
         )
         self.finished = True
         for listener in listeners(fit.bench.trainer):
@@ -189,7 +191,7 @@ class BlockScheduler(BlockCallback):
         frequency = torch.bincount(train.input_ids[train.mask], minlength=checkpoint.text_config.vocab_size)
         bench = Bench(trainer, before.skeleton, opened.tokens, ranks, store, before.data.seed)
         before.module.bench = bench
-        shards = Shards(before.folder, ranks, checkpoint.dtype)
+        shards = Shards(before.folder, ranks, checkpoint.dtype, self.plan.format)
         shards.write_outer(checkpoint.tensors(before.skeleton.outer_names()) | checkpoint.extra())
         before.meter.keep(peak_bytes(device))  # the whole model may have been there, to write the data
         fit = self._fit = Fit(bench, shards, frequency, 0, "", 0.0)

@@ -9,6 +9,7 @@ from rich.table import Table
 from lfq_lightning.callbacks import CALLBACKS
 from lfq_lightning.commands.command_line import parser
 from lfq_lightning.formats import FORMATS
+from lfq_lightning.grids import GRIDS
 from lfq_lightning.objectives import OBJECTIVES
 from lfq_lightning.quantizers import QUANTIZERS, LearnedQuantizer
 from lfq_lightning.registry import Registry
@@ -24,7 +25,7 @@ def main(arguments: list[str]) -> None:
 def print_plugins() -> None:
     """Print one table per registry."""
     console = Console(width=max(100, Console().width))
-    registries: list[Registry[Any]] = [OBJECTIVES, QUANTIZERS, STAGES, CALLBACKS, FORMATS]
+    registries: list[Registry[Any]] = [OBJECTIVES, QUANTIZERS, STAGES, CALLBACKS, GRIDS, FORMATS]
     for registry in registries:
         table = Table(title=f"{registry.kind}s", title_justify="left", show_lines=True)
         for column in ("name", "what", "options", "source"):

@@ -19,14 +19,14 @@ def main(arguments: list[str]) -> None:
     ours.add_argument("--seq-len", type=int, default=256, help="tokens per sequence (256)")
     ours.add_argument("--output", type=Path, help="write the plan to this YAML too")
     options = ours.parse_args(arguments)
+    from lfq_lightning.grids.integer_grid import IntegerGrid
     from lfq_lightning.planning.sensitivity_report import sensitivity_report
-    from lfq_lightning.quant_scheme import QuantScheme
 
     sensitivity_report(
         options.model,
         options.dataset,
         options.average_bits,
-        [QuantScheme(bits, options.group_size, options.symmetric) for bits in sorted(set(options.bits))],
+        [IntegerGrid(bits, options.group_size, options.symmetric) for bits in sorted(set(options.bits))],
         options.num_samples,
         options.seq_len,
         options.output,

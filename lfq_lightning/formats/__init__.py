@@ -1,8 +1,8 @@
 """Formats: one file each. `FORMATS` knows them by name."""
 
-from lfq_lightning.formats.pack_format import PackFormat, Shape, check_layout
+from lfq_lightning.formats.pack_format import Dtypes, PackFormat, Shape, check_layout
 from lfq_lightning.registry import Registry
 
 FORMATS: Registry[PackFormat] = Registry("format", PackFormat)  # type: ignore[type-abstract]
 
-__all__ = ["FORMATS", "PackFormat", "Shape", "check_layout"]
+__all__ = ["FORMATS", "Dtypes", "PackFormat", "Shape", "check_layout"]

@@ -8,8 +8,9 @@ from torch import Tensor
 from lfq_lightning.errors import UserError
 from lfq_lightning.formats import FORMATS, PackFormat, Shape
 from lfq_lightning.formats.half_scale import half_scale
+from lfq_lightning.formats.named import require_grid
+from lfq_lightning.grids import Grid, IntegerGrid
 from lfq_lightning.ops.bitstream import pack, unpack
-from lfq_lightning.quant_scheme import QuantScheme
 from lfq_lightning.quantized_tensor import QuantizedTensor
 
 _ORDER = [0, 2, 4, 6, 1, 3, 5, 7]  # nibble i of a word holds this one of its eight outputs
@@ -23,7 +24,8 @@ class AWQ(PackFormat):
     quant_method = "awq"
     scale_name = "scales"
 
-    def check(self, name: str, scheme: QuantScheme, shape: tuple[int, int]) -> None:
+    def check(self, name: str, scheme: Grid, shape: tuple[int, int]) -> None:
+        require_grid(self, name, scheme)
         if scheme.num_bits != 4:
             raise UserError(
                 f"{name} has {scheme.num_bits} bits, but awq holds 4 only; use gptq_v2 (2, 3, 4, 8) or "
@@ -32,7 +34,7 @@ class AWQ(PackFormat):
         if shape[0] % 8:
             raise UserError(f"{name} has {shape[0]} outputs, but awq needs a multiple of 8; use compressed-tensors.")
 
-    def layout(self, scheme: QuantScheme, shape: tuple[int, int]) -> dict[str, Shape]:
+    def layout(self, scheme: Grid, shape: tuple[int, int]) -> dict[str, Shape]:
         o, i = shape
         groups = i // scheme.group_of(i)
         return {"qweight": (i, o // 8), "qzeros": (groups, o // 8), "scales": (groups, o)}
@@ -44,7 +46,7 @@ class AWQ(PackFormat):
             f"{name}.scales": half_scale(name, quantized.scale[:, :, 0].T).contiguous(),
         }
 
-    def unpack(self, name: str, tensors: dict[str, Tensor], scheme: QuantScheme) -> QuantizedTensor:
+    def unpack(self, name: str, tensors: dict[str, Tensor], scheme: Grid) -> QuantizedTensor:
         return QuantizedTensor(
             _unpack(tensors[f"{name}.qweight"]),
             tensors[f"{name}.scales"].T[:, :, None].contiguous(),
@@ -52,7 +54,7 @@ class AWQ(PackFormat):
             scheme,
         )
 
-    def config(self, schemes: dict[str, QuantScheme], dense: list[str]) -> dict[str, Any]:
+    def config(self, schemes: dict[str, Grid], dense: list[str]) -> dict[str, Any]:
         """Raises UserError for several schemes: the format has one for all layers."""
         kinds = set(schemes.values())
         if len(kinds) > 1:
@@ -67,12 +69,12 @@ class AWQ(PackFormat):
             "modules_to_not_convert": dense,
         }
 
-    def schemes(self, config: dict[str, Any], layers: list[str]) -> dict[str, QuantScheme]:
+    def schemes(self, config: dict[str, Any], layers: list[str]) -> dict[str, Grid]:
         if config.get("version", "gemm").lower() != "gemm":
             raise UserError(f"its awq version is {config['version']!r}, and only gemm is read here; use vLLM.")
-        return dict.fromkeys(layers, QuantScheme(config["bits"], config["group_size"], symmetric=False))
+        return dict.fromkeys(layers, IntegerGrid(config["bits"], config["group_size"], symmetric=False))
 
-    def engines(self, schemes: set[QuantScheme]) -> list[str]:
+    def engines(self, schemes: set[Grid]) -> list[str]:
         return ["vLLM (CUDA and CPU)", "GPTQModel", "transformers (with gptqmodel)"]
 
 

@@ -12,8 +12,9 @@ from lfq_lightning.errors import UserError
 from lfq_lightning.formats import PackFormat, Shape
 from lfq_lightning.formats.fused import fused_parts
 from lfq_lightning.formats.half_scale import half_scale
+from lfq_lightning.formats.named import require_grid
+from lfq_lightning.grids import Grid, IntegerGrid
 from lfq_lightning.ops.bitstream import pack, unpack
-from lfq_lightning.quant_scheme import QuantScheme
 from lfq_lightning.quantized_tensor import QuantizedTensor
 
 _WIDTHS = (2, 3, 4, 8)
@@ -32,7 +33,8 @@ class GPTQLayout(PackFormat, ABC):
     version: ClassVar[str]
     zero_offset: ClassVar[int]
 
-    def check(self, name: str, scheme: QuantScheme, shape: tuple[int, int]) -> None:
+    def check(self, name: str, scheme: Grid, shape: tuple[int, int]) -> None:
+        require_grid(self, name, scheme)
         bits = scheme.num_bits
         if bits not in _WIDTHS:
             raise UserError(f"{name} has {bits} bits, but {self.version} holds 2, 3, 4 and 8; use compressed-tensors.")
@@ -48,7 +50,7 @@ class GPTQLayout(PackFormat, ABC):
                     "needs them; use compressed-tensors."
                 )
 
-    def layout(self, scheme: QuantScheme, shape: tuple[int, int]) -> dict[str, Shape]:
+    def layout(self, scheme: Grid, shape: tuple[int, int]) -> dict[str, Shape]:
         (o, i), bits = shape, scheme.num_bits
         groups = i // scheme.group_of(i)
         return {
@@ -69,7 +71,7 @@ class GPTQLayout(PackFormat, ABC):
             f"{name}.g_idx": (torch.arange(width) // quantized.scheme.group_of(width)).int(),
         }
 
-    def unpack(self, name: str, tensors: dict[str, Tensor], scheme: QuantScheme) -> QuantizedTensor:
+    def unpack(self, name: str, tensors: dict[str, Tensor], scheme: Grid) -> QuantizedTensor:
         bits, order = scheme.num_bits, tensors[f"{name}.g_idx"]
         width, (_, rows) = len(order), tensors[f"{name}.scales"].shape
         if not torch.equal(order.long(), torch.arange(width) // scheme.group_of(width)):
@@ -81,10 +83,10 @@ class GPTQLayout(PackFormat, ABC):
         scale = tensors[f"{name}.scales"].T[:, :, None].contiguous()
         return QuantizedTensor(codes, scale, zero_point.T[:, :, None].contiguous(), scheme)
 
-    def config(self, schemes: dict[str, QuantScheme], dense: list[str]) -> dict[str, Any]:
+    def config(self, schemes: dict[str, Grid], dense: list[str]) -> dict[str, Any]:
         """The commonest scheme stands for all; `dynamic` names what differs (`+:`) and what stays dense (`-:`)."""
         common = Counter(schemes.values()).most_common(1)[0][0]
-        every: dict[str, QuantScheme | None] = {**dict.fromkeys(dense), **schemes}
+        every: dict[str, Grid | None] = {**dict.fromkeys(dense), **schemes}
         every.pop("lm_head", None)
         for fused, parts in fused_parts(list(every)).items():  # under whose name vLLM looks for a rule
             if len({every[part] for part in parts}) == 1:
@@ -101,20 +103,20 @@ class GPTQLayout(PackFormat, ABC):
         }
         return {**found, "dynamic": dynamic} if dynamic else found
 
-    def schemes(self, config: dict[str, Any], layers: list[str]) -> dict[str, QuantScheme]:
+    def schemes(self, config: dict[str, Any], layers: list[str]) -> dict[str, Grid]:
         rules = [
             (rule[2:], {**config, **keys}) for rule, keys in (config.get("dynamic") or {}).items() if rule[0] != "-"
         ]
-        found = {}
+        found: dict[str, Grid] = {}
         for layer in layers:
             keys = next((own for pattern, own in rules if re.match(pattern, layer)), config)
-            found[layer] = QuantScheme(keys["bits"], keys["group_size"], keys["sym"])
+            found[layer] = IntegerGrid(keys["bits"], keys["group_size"], keys["sym"])
         return found
 
-    def engines(self, schemes: set[QuantScheme]) -> list[str]:
+    def engines(self, schemes: set[Grid]) -> list[str]:
         vllm = all(scheme.symmetric and scheme.num_bits in (4, 8) for scheme in schemes)
         return ["GPTQModel", "transformers (with gptqmodel)", *(["vLLM"] if vllm and self.zero_offset else [])]
 
 
-def _keys(scheme: QuantScheme) -> dict[str, Any]:
+def _keys(scheme: Grid) -> dict[str, Any]:
     return {"bits": scheme.num_bits, "group_size": scheme.group_size, "sym": scheme.symmetric}

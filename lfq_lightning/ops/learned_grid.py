@@ -1,5 +1,7 @@
 """What learned quantizers share: rounding with a gradient."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -16,11 +18,16 @@ class _StraightThrough(torch.autograd.Function):
         return grad, None
 
 
+def straight_through(value: Tensor, rounding: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return rounding(value); the gradient passes as if it had not been rounded."""
+    return _StraightThrough.apply(value, rounding(value.detach()))
+
+
 def round_through(value: Tensor) -> Tensor:
     """Round to nearest; the gradient passes as if it had not been rounded."""
-    return _StraightThrough.apply(value, value.detach().round())
+    return straight_through(value, torch.round)
 
 
 def ship_through(value: Tensor, dtype: torch.dtype) -> Tensor:
     """Round a scale or a weight to the dtype that ships and back; the gradient passes as if it had not been rounded."""
-    return _StraightThrough.apply(value, value.detach().to(dtype).to(value.dtype))
+    return straight_through(value, lambda number: number.to(dtype).to(value.dtype))

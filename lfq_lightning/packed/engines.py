@@ -2,11 +2,11 @@
 
 from lfq_lightning.formats import PackFormat
 from lfq_lightning.formats.fused import fused_parts
+from lfq_lightning.grids import Grid
 from lfq_lightning.models.experts import mixture_of
-from lfq_lightning.quant_scheme import QuantScheme
 
 
-def engines(packed: PackFormat, schemes: dict[str, QuantScheme], dense: list[str]) -> list[str]:
+def engines(packed: PackFormat, schemes: dict[str, Grid], dense: list[str]) -> list[str]:
     """Return the engines besides ours; vLLM not where layers that it fuses differ."""
     found = packed.engines(set(schemes.values()))
     if fused_differently(schemes, dense):
@@ -14,9 +14,9 @@ def engines(packed: PackFormat, schemes: dict[str, QuantScheme], dense: list[str
     return found
 
 
-def fused_differently(schemes: dict[str, QuantScheme], dense: list[str]) -> list[str]:
+def fused_differently(schemes: dict[str, Grid], dense: list[str]) -> list[str]:
     """Return the first layers that vLLM fuses and that differ in scheme, or are partly dense; or none."""
-    every: dict[str, QuantScheme | None] = {**dict.fromkeys(dense), **schemes}
+    every: dict[str, Grid | None] = {**dict.fromkeys(dense), **schemes}
     experts: dict[str, str] = {}  # of each layer the first one's: all experts are one module there
     for name in every:
         mixture = mixture_of(name)

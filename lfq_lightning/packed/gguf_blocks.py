@@ -1,4 +1,4 @@
-"""GGUF's blocks of 32 inputs: Q4_0, Q4_1 and Q8_0, where they hold a scheme exactly."""
+"""GGUF's blocks: llama.cpp's own grids as they are; Q4_0, Q4_1 and Q8_0 where they hold integers exactly."""
 
 import numpy as np
 import torch
@@ -6,17 +6,22 @@ from torch import Tensor
 
 from lfq_lightning.errors import UserError
 from lfq_lightning.formats.half_scale import half_scale
-from lfq_lightning.quant_scheme import QuantScheme
+from lfq_lightning.grids import Grid, NamedGrid
+from lfq_lightning.grids.ggml_grid import BLOCKS, GgmlGrid
 from lfq_lightning.quantized_tensor import QuantizedTensor
 
 BLOCK = 32
 
 
-def block_type(name: str, scheme: QuantScheme, in_features: int) -> str:
+def block_type(name: str, scheme: Grid, in_features: int) -> str:
     """Return the type that holds layer `name`: a group of a multiple of 32 inputs repeats its scale in each block.
 
     Up to 4 bits are Q4_0 if symmetric and Q4_1 if not, up to 8 symmetric bits are Q8_0. Raises UserError if none does.
     """
+    if isinstance(scheme, GgmlGrid):
+        return str(scheme).upper()
+    if isinstance(scheme, NamedGrid):
+        raise UserError(f"{name} is on the grid {scheme}, which GGUF does not hold; quantise with one of llama.cpp's.")
     if scheme.group_of(in_features) % BLOCK:
         raise UserError(
             f"{name} has groups of {scheme.group_of(in_features)} inputs, but GGUF's blocks hold {BLOCK}; quantise "
@@ -35,6 +40,8 @@ def blocks(name: str, quantized: QuantizedTensor) -> "np.ndarray[tuple[int, int]
 
     Q4_0 is (q - 8)·d and Q8_0 q·d, exact if fp16 holds the scales; Q4_1 is q·d + m, where m = -z·d is rounded to fp16.
     """
+    if isinstance(quantized.scheme, GgmlGrid):
+        return quantized.scheme.pack(quantized.codes, quantized.scale, quantized.zero_point)[BLOCKS].numpy()
     o, i = quantized.codes.shape
     kind = block_type(name, quantized.scheme, i)
     repeats = quantized.scheme.group_of(i) // BLOCK

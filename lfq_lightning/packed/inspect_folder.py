@@ -3,6 +3,7 @@
 from rich.console import Console
 from rich.table import Table
 
+from lfq_lightning.grids import IntegerGrid
 from lfq_lightning.models.checkpoints.checkpoint import read_generation_config, read_tokenizer
 from lfq_lightning.packed.engines import engines, fused_differently
 from lfq_lightning.packed.packed_folder import PackedFolder
@@ -23,7 +24,8 @@ def inspect_folder(path: str) -> None:
     for name, scheme in folder.schemes.items():
         o, i = folder.shapes[name]
         group = "channel" if scheme.group_size == -1 else str(scheme.group_size)
-        grid = "symmetric" if scheme.symmetric else "asymmetric"
+        integers = "symmetric" if scheme.symmetric else "asymmetric"
+        grid = integers if isinstance(scheme, IntegerGrid) else str(scheme)
         per_weight = 8 * sizes[name] / (o * i)
         table.add_row(
             name, f"{o} × {i}", str(scheme.num_bits), group, grid, f"{per_weight:.2f}", f"{sizes[name] / 1e6:.2f}"

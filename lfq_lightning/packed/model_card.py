@@ -3,7 +3,7 @@
 from collections import Counter
 from typing import Any
 
-from lfq_lightning.quant_scheme import QuantScheme
+from lfq_lightning.grids import Grid
 
 _ROWS = {"full_precision": "full precision", "quantized": "this model"}
 _COLUMNS = {
@@ -16,13 +16,13 @@ _COLUMNS = {
 
 def model_card(
     config: dict[str, Any],
-    schemes: dict[str, QuantScheme],
+    schemes: dict[str, Grid],
     engines: list[str],
     metrics: dict[str, Any] | None,
 ) -> str:
     """Return the card as Markdown; `metrics` is what a run leaves in metrics.json."""
     kinds = Counter(schemes.values()).most_common()
-    listed = "\n".join(f"- {count} linear layers with {_said(scheme)}" for scheme, count in kinds)
+    listed = "\n".join(f"- {count} linear layers with {scheme}" for scheme, count in kinds)
     table = ""
     if metrics is not None:
         lines = [f"| held-out text | {' | '.join(_COLUMNS.values())} |", "|---" * (1 + len(_COLUMNS)) + "|"]
@@ -37,8 +37,3 @@ def model_card(
         f"# {architecture}, quantised\n\nBy lfq_lightning; stored as {method}.\n\n{listed}\n"
         f"{table}\n## Loading\n\n{', '.join(engines)}; or `lfq generate`, `lfq chat` and `lfq_lightning.load`.\n"
     )
-
-
-def _said(scheme: QuantScheme) -> str:
-    groups = "per output channel" if scheme.group_size == -1 else f"groups of {scheme.group_size}"
-    return f"{scheme.num_bits} bits, {groups}, {'symmetric' if scheme.symmetric else 'asymmetric'}"

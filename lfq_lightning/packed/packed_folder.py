@@ -14,6 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from lfq_lightning.errors import UserError, one_line
 from lfq_lightning.file_names import CONFIG, INDEX, SINGLE, user_path
 from lfq_lightning.formats import FORMATS, PackFormat, check_layout
+from lfq_lightning.grids import Grid
 from lfq_lightning.models.checkpoints.checkpoint import read_config
 from lfq_lightning.models.checkpoints.low_precision import in_low_precision
 from lfq_lightning.models.discover import family_of_names
@@ -21,7 +22,6 @@ from lfq_lightning.models.experts import router_names
 from lfq_lightning.models.limits import limits
 from lfq_lightning.models.meta_model import parted_model
 from lfq_lightning.packed.seal import changed_files, sha256
-from lfq_lightning.quant_scheme import QuantScheme
 from lfq_lightning.quantized_tensor import QuantizedTensor
 
 SHARD_CHECKSUMS = "sha256"  # key in the index's metadata: file → digest
@@ -136,8 +136,7 @@ class PackedFolder:
             dense = {name: tensor for name, tensor in tensors.items() if not self._is_part(name, file)}
             for layer in layers:
                 tensors |= self._parts_elsewhere(layer, file)
-                layout = self.format.layout(self.schemes[layer], self.shapes[layer])
-                check_layout(self.format, layout, layer, tensors, self.path)
+                check_layout(self.format, self.schemes[layer], self.shapes[layer], layer, tensors, self.path)
             self._check_dense(dense)
             yield Shard(
                 file,
@@ -165,7 +164,7 @@ class PackedFolder:
         if layer not in self.schemes or not name.endswith(".weight"):
             self._check_dense(tensors)
             return tensors[name]
-        check_layout(self.format, self.format.layout(self.schemes[layer], self.shapes[layer]), layer, tensors, path)
+        check_layout(self.format, self.schemes[layer], self.shapes[layer], layer, tensors, path)
         return self._unpacked(layer, tensors).dequantize()
 
     def _verify(self, file: str) -> None:
@@ -244,7 +243,7 @@ class PackedFolder:
         with safe_open(self.path / SINGLE, "pt") as shard:
             return {SINGLE: list(shard.keys())}, {}
 
-    def _schemes(self) -> dict[str, QuantScheme]:
+    def _schemes(self) -> dict[str, Grid]:
         names = [name for file in self.files.values() for name in file]
         layers = [layer for name in names if (layer := self.format.packed_name(name)) is not None]
         try:
@@ -265,7 +264,7 @@ class PackedFolder:
                 raise UserError(
                     f"{self.path} packs {layer}, but quantization_config has no scheme for it; copy it again."
                 )
-            size, width = schemes[layer].group_size, self.shapes[layer][1]
+            size, width = schemes[layer].unit, self.shapes[layer][1]
             if not schemes[layer].divides(width):
                 raise UserError(
                     f"{self.path}: groups of {size} do not divide the {width} inputs of {layer}; copy it again."

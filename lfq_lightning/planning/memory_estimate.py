@@ -174,7 +174,8 @@ def _parameters(layer: LayerPlan, o: int, i: int) -> tuple[int, int]:
     if key not in _KNOWN:
         with torch.device("meta"):
             grid = torch.empty(o, i // layer.scheme.group_of(i), 1)
-            start = QuantizedTensor(torch.empty(o, i, dtype=torch.uint8), grid, grid.to(torch.uint8), layer.scheme)
+            codes, pair = torch.empty(o, i, dtype=torch.uint8), layer.scheme.stored(grid, grid, torch.float32)
+            start = QuantizedTensor(codes, *pair, layer.scheme)
             parameters = list(layer.learned.build(torch.empty(o, i), start).parameters())
         sizes = [sum(p.numel() for p in parameters if p.requires_grad == trained) for trained in (True, False)]
         _KNOWN[key] = sizes[0], sizes[1]

@@ -10,11 +10,11 @@ import yaml
 from torch import Tensor
 
 from lfq_lightning.errors import UserError
+from lfq_lightning.grids.integer_grid import IntegerGrid
 from lfq_lightning.models.checkpoints import Checkpoint
 from lfq_lightning.models.model_skeleton import ModelSkeleton
 from lfq_lightning.objectives.kl import KL
 from lfq_lightning.plan import check_group
-from lfq_lightning.quant_scheme import QuantScheme
 from lfq_lightning.quantizers.rtn import RTN
 from lfq_lightning.token_set import TokenSet
 
@@ -30,7 +30,7 @@ class LayerSensitivity:
 
 @torch.no_grad()
 def measure_sensitivity(
-    checkpoint: Checkpoint, tokens: TokenSet, schemes: list[QuantScheme]
+    checkpoint: Checkpoint, tokens: TokenSet, schemes: list[IntegerGrid]
 ) -> Iterator[LayerSensitivity]:
     """Yield the sensitivity of every linear layer of the blocks, in the order of the model.
 

@@ -10,9 +10,9 @@ from rich.table import Table
 from lfq_lightning.data import CalibrationData
 from lfq_lightning.errors import UserError
 from lfq_lightning.file_names import user_path
+from lfq_lightning.grids.integer_grid import IntegerGrid
 from lfq_lightning.models.checkpoints import open_checkpoint
 from lfq_lightning.planning.sensitivity import check_average, measure_sensitivity, plan_of, propose_widths
-from lfq_lightning.quant_scheme import QuantScheme
 from lfq_lightning.write_file import write_text
 
 
@@ -20,7 +20,7 @@ def sensitivity_report(
     model: str,
     dataset: str,
     average_bits: float,
-    schemes: list[QuantScheme],
+    schemes: list[IntegerGrid],
     num_samples: int,
     seq_len: int,
     output: Path | None,

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lfq_lightning.errors import UserError
-from lfq_lightning.ops.soft_round import soft_round
-from lfq_lightning.quant_scheme import QuantScheme
+from lfq_lightning.grids import Grid
 from lfq_lightning.quantized_tensor import QuantizedTensor
 from lfq_lightning.quantizers import QUANTIZERS, LearnedQuantizer
 
@@ -36,19 +35,18 @@ class AdaRound(LearnedQuantizer):
         super().__init__(latent, start)
         self.sharpness = sharpness
         self.beta = 1.0
-        ratio = self.latent / self.start_scale
-        low = ratio.floor()
-        nearest_up = ratio.round() > low
-        position = (ratio - low).clamp(_EDGE, 1 - _EDGE).logit()
+        low, gap, between, nearest_up = self.scheme.levels.bracket(self.latent, self.start_scale, self.start_zero)
+        position = between.clamp(_EDGE, 1 - _EDGE).logit()
         # a half may round either way: the sign is that of the rounding
         position = torch.where(nearest_up, position.abs().clamp(min=1e-6), -position.abs())
-        self.low = nn.Parameter(low + self.start_zero, requires_grad=False)
+        self.low = nn.Parameter(low, requires_grad=False)
+        self.gap = None if gap is None else nn.Parameter(gap, requires_grad=False)
         self.position = nn.Parameter(position)
         self.log_scale = nn.Parameter(torch.zeros_like(self.start_scale))
         del self.latent  # low and position say the same
 
     @classmethod
-    def check(cls, scheme: QuantScheme, options: dict[str, Any]) -> None:
+    def check(cls, scheme: Grid, options: dict[str, Any]) -> None:
         if not options["sharpness"] > 1:
             raise UserError(f"quantizer adaround: sharpness {options['sharpness']} must be above 1.")
 
@@ -59,11 +57,13 @@ class AdaRound(LearnedQuantizer):
         return self.scaled_grid(self.log_scale)
 
     def levels(self, scale: Tensor) -> Tensor:
-        return self.low - self.start_zero + (self.position > 0)
+        up = (self.position > 0).float()
+        level = self.low + (up if self.gap is None else up * self.gap)
+        return self.scheme.levels.from_zero(level, *self.grid())
 
     def forward(self) -> Tensor:
         if not self.training:
             return super().forward()
         scale, zero = self.grid()
-        most = self.scheme.max_code
-        return soft_round(self.position, scale, self.low, zero, self.beta, most).flatten(1)
+        soft = self.scheme.levels.soft_round(self.position, scale, zero, self.low, self.gap, self.beta)
+        return soft.flatten(1)

@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lfq_lightning.grids import Grid
+from lfq_lightning.grids.round_to_nearest import round_to_nearest
+from lfq_lightning.grids.search_scale import search_scale
 from lfq_lightning.ops.gram import add_gram
-from lfq_lightning.ops.round_to_nearest import round_to_nearest
-from lfq_lightning.ops.scale_search import search_scale
-from lfq_lightning.quant_scheme import QuantScheme
 from lfq_lightning.quantizers import QUANTIZERS, NearestQuantizer
 
 _SEARCH_RATIOS = 1  # scalings are compared on plain min-max grids
@@ -25,7 +25,7 @@ class AWQ(NearestQuantizer):
     inputs are those of the block in full precision, as in the authors' code: layers do not wait for those before them.
 
     Args:
-        grid: exponents r tried, evenly spaced from 0 to below 1 (and no scaling at all).
+        exponents: exponents r tried, evenly spaced from 0 to below 1 (and no scaling at all).
         clip: ranges tried per group, shrunk by as much as a half; 1 is plain min-max. On an asymmetric grid of 2 bits
             half as many, each with both zero points it lies between. The authors leave q and k unclipped.
     """
@@ -35,10 +35,10 @@ class AWQ(NearestQuantizer):
     scales_inputs = True
 
     def __init__(
-        self, weight: Tensor, scheme: QuantScheme, scale_dtype: torch.dtype, *, grid: int = 20, clip: int = 20
+        self, weight: Tensor, scheme: Grid, scale_dtype: torch.dtype, *, exponents: int = 20, clip: int = 20
     ) -> None:
         super().__init__(weight, scheme, scale_dtype)
-        self.grid = grid
+        self.exponents = exponents
         self.clip = clip
         width = weight.shape[1]
         self.hessian = torch.zeros(width, width, dtype=torch.float32, device=weight.device)
@@ -46,8 +46,8 @@ class AWQ(NearestQuantizer):
         self.tokens = torch.zeros((), dtype=torch.int64, device=weight.device)
 
     @classmethod
-    def check(cls, scheme: QuantScheme, options: dict[str, Any]) -> None:
-        cls.check_counts(options, "grid", "clip")
+    def check(cls, scheme: Grid, options: dict[str, Any]) -> None:
+        cls.check_counts(options, "exponents", "clip")
 
     def observe(self, inputs: Tensor) -> None:
         inputs = inputs.float()
@@ -68,8 +68,8 @@ class AWQ(NearestQuantizer):
         weight, activation = relative.mean(0).flatten() + 1e-4, (self.activation / self.tokens).clamp(min=1e-4)
         best_scale = torch.ones_like(activation)
         best_error = self._error(best_scale)
-        for number in range(self.grid):
-            r = number / self.grid
+        for number in range(self.exponents):
+            r = number / self.exponents
             scale = (activation**r / weight ** (1 - r)).clamp(min=1e-4)
             scale /= (scale.amax() * scale.amin()).sqrt()
             error = self._error(scale)
@@ -106,7 +106,7 @@ class AWQ(NearestQuantizer):
     def _errors(self, weight: Tensor, scale: Tensor, zero: Tensor, input_scale: Tensor | None = None) -> Tensor:
         """Return each row's squared output error, Σ (e x)² = e H eᵀ, of rounding a weight, scaled or not: (O,)."""
         codes = round_to_nearest(weight, scale, zero, self.scheme).view(*scale.shape[:2], -1)
-        errors = ((codes - zero) * scale.float()).flatten(1) - weight
+        errors = self.scheme.levels.value(codes, scale.float(), zero.float()).flatten(1) - weight
         if input_scale is not None:
             errors = errors / input_scale
         with torch.autocast(errors.device.type, enabled=False):

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from lfq_lightning.errors import UserError
+from lfq_lightning.grids import Grid
 from lfq_lightning.ops.fake_quant import LevelTerms
-from lfq_lightning.quant_scheme import QuantScheme
 from lfq_lightning.quantized_tensor import QuantizedTensor
 from lfq_lightning.quantizers import QUANTIZERS, LearnedQuantizer
 
@@ -52,7 +52,7 @@ class FlexRound(LearnedQuantizer):
         self.zero_shift = nn.Parameter(torch.zeros_like(self.start_scale)) if learns_zero else None
 
     @classmethod
-    def check(cls, scheme: QuantScheme, options: dict[str, Any]) -> None:
+    def check(cls, scheme: Grid, options: dict[str, Any]) -> None:
         if options["rank"] < 0:
             raise UserError(f"quantizer flexround: rank {options['rank']} must be positive, or 0 for a full S2.")
 

@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from lfq_lightning.errors import UserError
-from lfq_lightning.quant_scheme import QuantScheme
+from lfq_lightning.grids import Grid, IntegerGrid
 from lfq_lightning.quantizers import QUANTIZERS, DenseQuantizer
 
 
@@ -16,9 +16,9 @@ class FP(DenseQuantizer):
     paper = "the upper bound of every table"
 
     @classmethod
-    def check(cls, scheme: QuantScheme, options: dict[str, Any]) -> None:
-        if scheme != QuantScheme():
-            raise UserError("quantizer fp: it leaves the weight as it is; omit bits, group_size and symmetric.")
+    def check(cls, scheme: Grid, options: dict[str, Any]) -> None:
+        if scheme != IntegerGrid():
+            raise UserError("quantizer fp: it leaves the weight as it is; omit bits, group_size, symmetric and grid.")
 
     def export(self) -> Tensor:
         return self.weight

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from lfq_lightning.errors import UserError
+from lfq_lightning.grids import Grid, IntegerGrid
+from lfq_lightning.grids.search_scale import search_scale
 from lfq_lightning.ops.gptq_solve import round_columns
 from lfq_lightning.ops.gram import add_gram, add_products
-from lfq_lightning.ops.scale_search import search_scale
-from lfq_lightning.quant_scheme import QuantScheme
 from lfq_lightning.quantized_tensor import QuantizedTensor
 from lfq_lightning.quantizers import QUANTIZERS, ClosedFormQuantizer
 
@@ -47,7 +47,7 @@ class GPTQ(ClosedFormQuantizer):
     def __init__(
         self,
         weight: Tensor,
-        scheme: QuantScheme,
+        scheme: Grid,
         scale_dtype: torch.dtype,
         *,
         damp: float = 0.01,
@@ -67,10 +67,15 @@ class GPTQ(ClosedFormQuantizer):
         self.shift = torch.zeros_like(self.hessian) if correct else None  # Σ (x_fp - x) xᵀ
 
     @classmethod
-    def check(cls, scheme: QuantScheme, options: dict[str, Any]) -> None:
+    def check(cls, scheme: Grid, options: dict[str, Any]) -> None:
         cls.check_counts(options, "ratios")
         if not 0 < options["damp"] <= _MOST_DAMPING:
             raise UserError(f"quantizer gptq: damp {options['damp']} must be above 0 and at most {_MOST_DAMPING:g}.")
+        if options["act_order"] == "group" and scheme.unit != scheme.group_size:
+            raise UserError(
+                f"quantizer gptq: act_order group finds the grids of groups one by one, and {scheme} stores several "
+                "together; use static."
+            )
         if not 0 <= options["correct"] <= 1:
             raise UserError(f"quantizer gptq: correct {options['correct']} must be between 0 and 1.")
 
@@ -108,13 +113,16 @@ class GPTQ(ClosedFormQuantizer):
                     part = None if importance is None else importance[order[span]]
                     grid = self._grid(work[span].T.contiguous(), size, part)
                     scale[span], zero[span] = (value.float().view(1, rows) for value in grid)
-                arguments = (work[span], factor[span, span], scale[span], zero[span], self.scheme.max_code)
-                round_columns(*arguments, codes[span], latent[span], errors[span])
+                whole, minimum, book = self.scheme.levels.as_columns(zero[span])
+                if minimum is not None:
+                    work[span] += minimum
+                arguments = (work[span], factor[span, span], scale[span], whole, self.scheme.max_code)
+                round_columns(*arguments, codes[span], latent[span], errors[span], book)
+                if minimum is not None:
+                    latent[span] -= minimum
                 work[low + step :].addmm_(factor[span, low + step :].T, errors[span], alpha=-1)
-        self.scale, self.zero_point = (
-            value[back].view(-1, size, rows)[:, 0].T[:, :, None].to(dtype).contiguous()
-            for value, dtype in ((scale, self.scale_dtype), (zero, torch.uint8))
-        )
+        scale, zero = (value[back].view(-1, size, rows)[:, 0].T[:, :, None].contiguous() for value in (scale, zero))
+        self.scale, self.zero_point = self.scheme.stored(scale, zero, self.scale_dtype)
         self.codes = codes[back].T.contiguous()
         self._latent = latent[back].T.contiguous()
         del self.shift
@@ -132,8 +140,10 @@ class GPTQ(ClosedFormQuantizer):
             return self.weight + self.correct * (self.weight @ self.shift @ inverse)
 
     def _grid(self, weight: Tensor, group_size: int, importance: Tensor | None) -> tuple[Tensor, Tensor]:
-        scheme = replace(self.scheme, group_size=group_size)
-        return search_scale(weight, scheme, self.scale_dtype, self.ratios, hessian=importance)
+        grid = self.scheme
+        if isinstance(grid, IntegerGrid):
+            grid = replace(grid, group_size=group_size)  # also where the weight is one group of a row
+        return search_scale(weight, grid, self.scale_dtype, self.ratios, hessian=importance)
 
     @property
     def latent(self) -> Tensor:

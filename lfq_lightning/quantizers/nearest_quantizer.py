@@ -2,13 +2,13 @@
 
 from torch import Tensor
 
-from lfq_lightning.ops.round_to_nearest import round_to_nearest
+from lfq_lightning.grids.round_to_nearest import round_to_nearest
 from lfq_lightning.quantized_tensor import QuantizedTensor
 from lfq_lightning.quantizers.quantizer import ClosedFormQuantizer
 
 
 class NearestQuantizer(ClosedFormQuantizer):
-    """Base of quantizers whose `solve` sets `scale` (O, G, 1) in `scale_dtype` and `zero_point` (O, G, 1) uint8."""
+    """Base of quantizers whose `solve` sets `scale` and `zero_point` (O, G, 1) as `search_scale` returns them."""
 
     scale: Tensor
     zero_point: Tensor

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lfq_lightning.errors import UserError, require
-from lfq_lightning.quant_scheme import QuantScheme
+from lfq_lightning.grids import Grid, IntegerGrid
 from lfq_lightning.quantizers import QUANTIZERS, DenseQuantizer
 
 _BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)  # what bitsandbytes has kernels for
@@ -22,8 +22,10 @@ class NF4(DenseQuantizer):
     paper = "QLoRA (arXiv 2305.14314), section 3"
 
     @classmethod
-    def check(cls, scheme: QuantScheme, options: dict[str, Any]) -> None:
+    def check(cls, scheme: Grid, options: dict[str, Any]) -> None:
         require("bitsandbytes", "quantizer nf4")
+        if not isinstance(scheme, IntegerGrid):
+            raise UserError("quantizer nf4 has levels of its own; omit grid.")
         if scheme.num_bits != 4:
             raise UserError(f"quantizer nf4 has 4 bits, not {scheme.num_bits}; omit bits.")
         if scheme.group_size not in (-1, *_BLOCK_SIZES):

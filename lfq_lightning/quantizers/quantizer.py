@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from lfq_lightning.errors import UserError
-from lfq_lightning.ops.fake_quant import LevelTerms, codes, fake_quantize
-from lfq_lightning.ops.learned_grid import round_through, ship_through
-from lfq_lightning.quant_scheme import QuantScheme
+from lfq_lightning.grids import Grid
+from lfq_lightning.ops.fake_quant import LevelTerms
+from lfq_lightning.ops.learned_grid import ship_through
 from lfq_lightning.quantized_tensor import QuantizedTensor
 from lfq_lightning.registry import plugin_name
 
@@ -23,7 +23,7 @@ class Quantizer(nn.Module, ABC):
     scales_inputs: ClassVar[bool] = False  # it wants them scaled first
 
     @classmethod
-    def check(cls, scheme: QuantScheme, options: dict[str, Any]) -> None:
+    def check(cls, scheme: Grid, options: dict[str, Any]) -> None:
         """Raise UserError if this quantizer cannot hold the scheme, or an option is out of range."""
 
     @classmethod
@@ -46,7 +46,7 @@ class DenseQuantizer(Quantizer):
         scheme: what the user asked for; `check` has seen it.
     """
 
-    def __init__(self, weight: Tensor, scheme: QuantScheme) -> None:
+    def __init__(self, weight: Tensor, scheme: Grid) -> None:
         super().__init__()
         self.weight = weight
         self.scheme = scheme
@@ -67,7 +67,7 @@ class ClosedFormQuantizer(Quantizer):
         scale_dtype: the dtype in which scales ship.
     """
 
-    def __init__(self, weight: Tensor, scheme: QuantScheme, scale_dtype: torch.dtype) -> None:
+    def __init__(self, weight: Tensor, scheme: Grid, scale_dtype: torch.dtype) -> None:
         super().__init__()
         self.weight = weight
         self.scheme = scheme
@@ -121,7 +121,8 @@ class ClosedFormQuantizer(Quantizer):
         """Return the weight (O, I) fp32 whose rounding to nearest on the solved grid gives the solved codes."""
 
     def quantized(self, codes: Tensor, scale: Tensor, zero_point: Tensor) -> QuantizedTensor:
-        """Wrap integer-valued `codes` (O, I) of any dtype. Raises ValueError if one is NaN or off the grid."""
+        """Wrap integer-valued `codes` (O, I) of any dtype with their pair. Raises ValueError if one is NaN or off the
+        grid."""
         if not bool(((codes >= 0) & (codes <= self.scheme.max_code)).all()):
             raise ValueError(f"some codes are NaN or lie outside 0 … {self.scheme.max_code}")
         return QuantizedTensor(codes.to(torch.uint8).contiguous(), scale, zero_point, self.scheme)
@@ -166,22 +167,14 @@ class LearnedQuantizer(Quantizer):
 
     def scaled_grid(self, log_factor: Tensor, zero_shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return the starting grid with its scale multiplied by exp(log_factor) and its zero point shifted."""
-        scale = ship_through(self.start_scale * log_factor.exp(), self.scale_dtype)
-        if zero_shift is None:
-            return scale, self.start_zero
-        return scale, round_through(self.start_zero + zero_shift).clamp(0, self.scheme.max_code)
+        return self.scheme.scaled(self.start_scale, self.start_zero, self.scale_dtype, log_factor.exp(), zero_shift)
 
     def stretched_grid(self, low: Tensor | None, high: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the start's grid with its ends, -z·s and (2^bits-1-z)·s, multiplied by `low` and `high`.
+        """Return the start's grid with the least and the largest weight of each group multiplied by `low` and `high`.
 
         A symmetric grid has no `low`: its scale is multiplied by `high`.
         """
-        if low is None:
-            return ship_through(self.start_scale * high, self.scale_dtype), self.start_zero
-        zero, most = self.start_zero, self.scheme.max_code
-        factor = (zero * low + (most - zero) * high) / most
-        scale = ship_through(self.start_scale * factor, self.scale_dtype)
-        return scale, round_through(zero * low / factor).clamp(0, most)
+        return self.scheme.stretched(self.start_scale, self.start_zero, self.scale_dtype, low, high)
 
     def anneal(self, progress: float) -> None:
         """Take note of how far training is, from 0 at the first step to 1 after the last; called before each step."""
@@ -198,11 +191,11 @@ class LearnedQuantizer(Quantizer):
         In eval mode its values are those of `export().dequantize()`, rounded to the dtype that ships.
         """
         scale, zero = self.grid()
-        weight = fake_quantize(self.levels(scale), scale, zero, self.scheme.max_code).flatten(1)
+        weight = self.scheme.levels.fake_quantize(self.levels(scale), scale, zero).flatten(1)
         return weight if self.training else ship_through(weight, self.scale_dtype)
 
     def export(self) -> QuantizedTensor:
         with torch.no_grad():
             scale, zero = self.grid()
-            found = codes(self.levels(scale), scale, zero, self.scheme.max_code).flatten(1)
-        return QuantizedTensor(found, scale.to(self.scale_dtype), zero.to(torch.uint8), self.scheme)
+            found = self.scheme.levels.codes(self.levels(scale), scale, zero).flatten(1)
+        return QuantizedTensor(found, *self.scheme.stored(scale, zero, self.scale_dtype), self.scheme)

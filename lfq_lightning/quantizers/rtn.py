@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lfq_lightning.ops.scale_search import search_scale
-from lfq_lightning.quant_scheme import QuantScheme
+from lfq_lightning.grids import Grid
+from lfq_lightning.grids.search_scale import search_scale
 from lfq_lightning.quantizers import QUANTIZERS, NearestQuantizer
 
 
@@ -20,12 +20,12 @@ class RTN(NearestQuantizer):
 
     paper = "the baseline of every PTQ paper; e.g. GPTQ (arXiv 2210.17323), section 4"
 
-    def __init__(self, weight: Tensor, scheme: QuantScheme, scale_dtype: torch.dtype, *, ratios: int = 20) -> None:
+    def __init__(self, weight: Tensor, scheme: Grid, scale_dtype: torch.dtype, *, ratios: int = 20) -> None:
         super().__init__(weight, scheme, scale_dtype)
         self.ratios = ratios
 
     @classmethod
-    def check(cls, scheme: QuantScheme, options: dict[str, Any]) -> None:
+    def check(cls, scheme: Grid, options: dict[str, Any]) -> None:
         cls.check_counts(options, "ratios")
 
     def solve(self) -> None:

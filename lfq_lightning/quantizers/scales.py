@@ -19,12 +19,13 @@ class Scales(LearnedQuantizer):
 
     def __init__(self, latent: Tensor, start: QuantizedTensor) -> None:
         super().__init__(latent, start)
-        self.steps = nn.Parameter(start.codes.view_as(self.latent) - self.start_zero, requires_grad=False)
+        codes = start.codes.view(self.latent.shape)
+        self.level = nn.Parameter(self.scheme.levels.of(codes), requires_grad=False)
         self.log_scale = nn.Parameter(torch.zeros_like(self.start_scale))
-        del self.latent  # steps says all that is needed of it
+        del self.latent  # the level says all that is needed of it
 
     def grid(self) -> tuple[Tensor, Tensor]:
         return self.scaled_grid(self.log_scale)
 
     def levels(self, scale: Tensor) -> Tensor:
-        return self.steps
+        return self.scheme.levels.from_zero(self.level, *self.grid())

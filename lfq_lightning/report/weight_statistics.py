@@ -16,6 +16,6 @@ def weight_statistics(quantized: QuantizedTensor) -> dict[str, float]:
     scales = quantized.scale.abs().float().flatten()
     scales = scales[:: 1 + len(scales) // _MOST]
     low, middle, high = torch.quantile(scales, torch.tensor(_SHARES, device=scales.device)).tolist()
-    codes, top = quantized.codes, 2**quantized.scheme.num_bits - 1
+    codes, top = quantized.codes, quantized.scheme.max_code
     ends = ((codes == 0) | (codes == top)).float().mean().item()
     return {"scale_p05": low, "scale_p50": middle, "scale_p95": high, "at_ends": ends}

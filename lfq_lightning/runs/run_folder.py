@@ -37,7 +37,8 @@ from lfq_lightning.file_names import (
     shard_name,
     user_path,
 )
-from lfq_lightning.formats.compressed_tensors import CompressedTensors
+from lfq_lightning.formats import PackFormat
+from lfq_lightning.grids import Grid
 from lfq_lightning.models.checkpoints import Checkpoint
 from lfq_lightning.models.checkpoints.small_files import write_small_files
 from lfq_lightning.models.families import PLAIN, Family
@@ -45,7 +46,6 @@ from lfq_lightning.packed.engines import engines
 from lfq_lightning.packed.model_card import model_card
 from lfq_lightning.packed.packed_folder import SHARD_CHECKSUMS
 from lfq_lightning.packed.seal import recorded_files, sealed, sha256, unsealed
-from lfq_lightning.quant_scheme import QuantScheme
 from lfq_lightning.token_set import TokenSet
 from lfq_lightning.write_file import append_lines, to_disk, write_tensors, write_text, writing
 
@@ -255,7 +255,8 @@ class RunFolder:
         self,
         checkpoint: Checkpoint,
         architecture: str,
-        schemes: dict[str, QuantScheme],
+        schemes: dict[str, Grid],
+        packed: PackFormat,
         ignore: list[str],
         metrics: dict[str, Any],
     ) -> None:
@@ -267,8 +268,8 @@ class RunFolder:
         schemes = {self.family.stored_layer(layer): scheme for layer, scheme in schemes.items()}
         ignore = self.family.ignored(ignore)
         if schemes:
-            config["quantization_config"] = CompressedTensors().config(schemes, ignore)
-            loads = engines(CompressedTensors(), schemes, ignore)
+            config["quantization_config"] = packed.config(schemes, ignore)
+            loads = engines(packed, schemes, ignore)
             self.write_text(CARD, model_card(config, schemes, loads, metrics))
         text = json.dumps(config, indent=2) + "\n"
         with writing(self.path):

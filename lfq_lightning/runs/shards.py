@@ -9,10 +9,10 @@ from torch import Tensor
 from lfq_lightning.calibration.bench import Bench
 from lfq_lightning.distributed.ranks import Ranks
 from lfq_lightning.errors import UserError
-from lfq_lightning.formats.compressed_tensors import CompressedTensors
+from lfq_lightning.formats import PackFormat
+from lfq_lightning.grids import Grid
 from lfq_lightning.models.decoder_block import DecoderBlock
 from lfq_lightning.precision import cast
-from lfq_lightning.quant_scheme import QuantScheme
 from lfq_lightning.quantized_tensor import QuantizedTensor
 from lfq_lightning.runs.earlier_run import EarlierRun
 from lfq_lightning.runs.fingerprint import block_fingerprint
@@ -28,17 +28,18 @@ class Shards:
         folder: where they lie.
         ranks: of the run.
         dtype: of what stays dense.
+        packed: how layers are packed.
 
     Attributes:
         schemes: of every layer that has shipped packed.
     """
 
-    def __init__(self, folder: RunFolder, ranks: Ranks, dtype: torch.dtype) -> None:
+    def __init__(self, folder: RunFolder, ranks: Ranks, dtype: torch.dtype, packed: PackFormat) -> None:
         self.folder = folder
         self.ranks = ranks
         self.dtype = dtype
-        self.format = CompressedTensors()
-        self.schemes: dict[str, QuantScheme] = {}
+        self.format = packed
+        self.schemes: dict[str, Grid] = {}
 
     def write_outer(self, tensors: dict[str, Tensor]) -> None:
         """Write what is outside the blocks."""

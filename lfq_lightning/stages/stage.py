@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from lfq_lightning.errors import UserError
+from lfq_lightning.grids import Grid
 from lfq_lightning.models.model_skeleton import ModelSkeleton
 from lfq_lightning.objectives import Objective
-from lfq_lightning.quant_scheme import QuantScheme
 from lfq_lightning.quantizers import ClosedFormQuantizer, DenseQuantizer, LearnedQuantizer
 from lfq_lightning.registry import Plugin
 
@@ -49,7 +49,7 @@ class Rule:
 class LayerPlan:
     """What one linear layer gets: a closed-form solution, and maybe training that starts from it."""
 
-    scheme: QuantScheme
+    scheme: Grid
     closed_form: Plugin[ClosedFormQuantizer] | Plugin[DenseQuantizer]
     learned: Plugin[LearnedQuantizer] | None
 

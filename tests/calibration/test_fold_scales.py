@@ -6,11 +6,11 @@ import torch
 from lfq_lightning.calibration.find_folds import Fold, FoundFolds, divide, find_folds
 from lfq_lightning.calibration.fold_scales import _listed, fold_scales
 from lfq_lightning.distributed.ranks import Ranks
+from lfq_lightning.grids.integer_grid import IntegerGrid
 from lfq_lightning.models.checkpoints import open_checkpoint
 from lfq_lightning.models.decoder_block import DecoderBlock
 from lfq_lightning.models.model_skeleton import ModelSkeleton
 from lfq_lightning.plan import Plan, Rule
-from lfq_lightning.quant_scheme import QuantScheme
 from lfq_lightning.quantizers.awq import AWQ
 from lfq_lightning.quantizers.rtn import RTN
 from tests.helpers import save_tiny
@@ -140,7 +140,7 @@ def test_scaling_helps_where_channels_differ():
     torch.manual_seed(0)
     weight = torch.randn(24, 32)
     inputs = torch.randn(400, 32) * torch.logspace(-1.5, 1.5, 32)[torch.randperm(32)]
-    scheme = QuantScheme(3, 16)
+    scheme = IntegerGrid(3, 16)
     quantizer = AWQ(weight, scheme, torch.float32)
     quantizer.observe(inputs)
     scale = quantizer.input_scale()

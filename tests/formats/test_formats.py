@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lfq_lightning.errors import UserError
 from lfq_lightning.formats import FORMATS, check_layout
-from lfq_lightning.quant_scheme import QuantScheme
+from lfq_lightning.grids.integer_grid import IntegerGrid
 from tests.helpers import random_tensor
 
 
@@ -32,7 +32,7 @@ def fits(name, scheme, shape):
     seed=st.integers(0, 99),
 )
 def test_round_trip(name, bits, symmetric, groups, group_size, rows, seed):
-    scheme, shape = QuantScheme(bits, group_size, symmetric), (rows, groups * group_size)
+    scheme, shape = IntegerGrid(bits, group_size, symmetric), (rows, groups * group_size)
     if not fits(name, scheme, shape):
         return
     quantized, found = random_tensor(*shape, scheme, seed), FORMATS.get(name)()
@@ -52,7 +52,7 @@ def bits_of(word, start, count):
 @pytest.mark.parametrize(("name", "offset"), [("gptq", 1), ("gptq_v2", 0)])
 def test_gptq_layout_by_hand(name, offset, bits):
     """qweight[:, o] is one bit stream of the codes of output o; qzeros[g] one of the zero points, less `offset`."""
-    quantized = random_tensor(32, 64, QuantScheme(bits, 32, symmetric=name == "gptq"))
+    quantized = random_tensor(32, 64, IntegerGrid(bits, 32, symmetric=name == "gptq"))
     tensors = FORMATS.get(name)().pack("layer", quantized)
     for o in range(32):
         stream = sum((word & 0xFFFFFFFF) << 32 * n for n, word in enumerate(tensors["layer.qweight"][:, o].tolist()))
@@ -66,13 +66,13 @@ def test_gptq_layout_by_hand(name, offset, bits):
 
 
 def test_symmetric_gptq_nibbles_are_seven():
-    tensors = FORMATS.get("gptq")().pack("layer", random_tensor(8, 32, QuantScheme(4, 32)))
+    tensors = FORMATS.get("gptq")().pack("layer", random_tensor(8, 32, IntegerGrid(4, 32)))
     assert set(tensors["layer.qzeros"].flatten().tolist()) == {0x77777777}
 
 
 def test_awq_layout_by_hand():
     """Bits 4n … 4n+3 of word w belong to output 8w + [0, 2, 4, 6, 1, 3, 5, 7][n]."""
-    quantized = random_tensor(24, 64, QuantScheme(4, 32, symmetric=False))
+    quantized = random_tensor(24, 64, IntegerGrid(4, 32, symmetric=False))
     tensors = FORMATS.get("awq")().pack("layer", quantized)
     for w in range(3):
         for n, output in enumerate([0, 2, 4, 6, 1, 3, 5, 7]):
@@ -87,18 +87,18 @@ def test_awq_layout_by_hand():
 def test_schemes_survive_the_config(name):
     """Layers of one scheme; and, where the format allows it, of several, beside dense ones."""
     found, layers = FORMATS.get(name)(), ["model.layers.0.a", "model.layers.1.a", "model.layers.10.a"]
-    asymmetric = QuantScheme(4, 64, symmetric=False)  # gptq's config can say it, though `check` refuses it
+    asymmetric = IntegerGrid(4, 64, symmetric=False)  # gptq's config can say it, though `check` refuses it
     one = dict.fromkeys(layers, asymmetric)
     assert found.schemes(found.config(one, ["lm_head"]), layers) == one
     if name != "awq":
         several = dict(
-            zip(layers, [QuantScheme(3, 64), QuantScheme(4, -1, symmetric=False), QuantScheme(3, 64)], strict=True)
+            zip(layers, [IntegerGrid(3, 64), IntegerGrid(4, -1, symmetric=False), IntegerGrid(3, 64)], strict=True)
         )
         assert found.schemes(found.config(several, ["model.layers.0.b", "lm_head"]), layers) == several
 
 
 def test_compressed_tensors_config_as_engines_expect_it():
-    config = FORMATS.get("compressed_tensors")().config({"a": QuantScheme(3, 64), "b": QuantScheme(3, 64)}, ["lm_head"])
+    config = FORMATS.get("compressed_tensors")().config({"a": IntegerGrid(3, 64), "b": IntegerGrid(3, 64)}, ["lm_head"])
     assert config["config_groups"]["group_0"]["targets"] == ["Linear"]
     assert config["ignore"] == ["lm_head"]
 
@@ -106,20 +106,20 @@ def test_compressed_tensors_config_as_engines_expect_it():
 def test_targets_by_expression():
     """As llm-compressor may write them."""
     config = FORMATS.get("compressed_tensors")().config(
-        {"m.0.q_proj": QuantScheme(4, 64), "m.0.up": QuantScheme(3)}, []
+        {"m.0.q_proj": IntegerGrid(4, 64), "m.0.up": IntegerGrid(3)}, []
     )
     groups = config["config_groups"]
     groups["group_0"]["targets"], groups["group_1"]["targets"] = (
         ["re:.*q_proj$"] if group["weights"]["num_bits"] == 4 else ["re:.*up", "other"] for group in groups.values()
     )
     found = FORMATS.get("compressed_tensors")().schemes(config, ["m.0.q_proj", "m.1.q_proj", "m.0.up"])
-    four = QuantScheme(4, 64)
-    assert found == {"m.0.q_proj": four, "m.1.q_proj": four, "m.0.up": QuantScheme(3)}
+    four = IntegerGrid(4, 64)
+    assert found == {"m.0.q_proj": four, "m.1.q_proj": four, "m.0.up": IntegerGrid(3)}
 
 
 def test_gptq_config_names_what_differs():
     config = FORMATS.get("gptq")().config(
-        {"m.0.a": QuantScheme(4, 64), "m.0.b": QuantScheme(4, 64), "m.1.a": QuantScheme(3, -1)}, ["m.1.b", "lm_head"]
+        {"m.0.a": IntegerGrid(4, 64), "m.0.b": IntegerGrid(4, 64), "m.1.a": IntegerGrid(3, -1)}, ["m.1.b", "lm_head"]
     )
     assert (config["bits"], config["group_size"], config["sym"]) == (4, 64, True)
     (excluded, _), (different, keys) = config["dynamic"].items()
@@ -133,15 +133,15 @@ def test_gptq_config_names_what_differs():
     [
         (
             "gptq",
-            QuantScheme(5, 32),
+            IntegerGrid(5, 32),
             (32, 32),
             "layer has 5 bits, but gptq holds 2, 3, 4 and 8; use compressed-tensors",
         ),
-        ("gptq", QuantScheme(4, 32, symmetric=False), (32, 32), "cannot store a zero point of 0, .* use gptq_v2"),
-        ("gptq_v2", QuantScheme(4, 8), (8, 36), "36 inputs of 4 bits, which fill no whole 32-bit words"),
-        ("gptq", QuantScheme(3, 32), (8, 32), "8 outputs of 3 bits"),
-        ("awq", QuantScheme(3, 32), (8, 32), "awq holds 4 only; use gptq_v2"),
-        ("awq", QuantScheme(4, 32), (12, 32), "awq needs a multiple of 8"),
+        ("gptq", IntegerGrid(4, 32, symmetric=False), (32, 32), "cannot store a zero point of 0, .* use gptq_v2"),
+        ("gptq_v2", IntegerGrid(4, 8), (8, 36), "36 inputs of 4 bits, which fill no whole 32-bit words"),
+        ("gptq", IntegerGrid(3, 32), (8, 32), "8 outputs of 3 bits"),
+        ("awq", IntegerGrid(3, 32), (8, 32), "awq holds 4 only; use gptq_v2"),
+        ("awq", IntegerGrid(4, 32), (12, 32), "awq needs a multiple of 8"),
     ],
 )
 def test_what_a_format_cannot_hold(name, scheme, shape, message):
@@ -150,17 +150,17 @@ def test_what_a_format_cannot_hold(name, scheme, shape, message):
 
 
 def test_values_that_a_format_cannot_hold():
-    scales = random_tensor(8, 32, QuantScheme(4, 32), dtype=torch.bfloat16)
+    scales = random_tensor(8, 32, IntegerGrid(4, 32), dtype=torch.bfloat16)
     scales.scale[2] = 1e5
     with pytest.raises(UserError, match="layer has a scale beyond what fp16 holds"):
         FORMATS.get("awq")().pack("layer", scales)
     with pytest.raises(UserError, match="one scheme for all layers, but there are 2"):
-        FORMATS.get("awq")().config({"a": QuantScheme(4, 32), "b": QuantScheme(4, 64)}, [])
+        FORMATS.get("awq")().config({"a": IntegerGrid(4, 32), "b": IntegerGrid(4, 64)}, [])
 
 
 @pytest.mark.parametrize("name", ["gptq", "gptq_v2", "awq"])
 def test_a_scale_that_vanishes_in_fp16_makes_its_group_zero(name, caplog):
-    quantized, packed = random_tensor(32, 32, QuantScheme(4, 32), dtype=torch.bfloat16), FORMATS.get(name)()
+    quantized, packed = random_tensor(32, 32, IntegerGrid(4, 32), dtype=torch.bfloat16), FORMATS.get(name)()
     quantized.scale[2] = 1e-9
     back = packed.unpack("layer", packed.pack("layer", quantized), quantized.scheme).exact()
     expected = quantized.exact()
@@ -169,7 +169,7 @@ def test_a_scale_that_vanishes_in_fp16_makes_its_group_zero(name, caplog):
 
 
 def test_bf16_scales_are_exact_in_fp16():
-    quantized = random_tensor(64, 64, QuantScheme(4, 32), dtype=torch.bfloat16)
+    quantized = random_tensor(64, 64, IntegerGrid(4, 32), dtype=torch.bfloat16)
     back = FORMATS.get("awq")()
     scale = back.unpack("layer", back.pack("layer", quantized), quantized.scheme).scale
     assert torch.equal(scale.to(torch.bfloat16), quantized.scale)

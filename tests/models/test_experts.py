@@ -13,6 +13,7 @@ from lfq_lightning.cli import main
 from lfq_lightning.data import CalibrationData
 from lfq_lightning.distributed.ranks import Ranks
 from lfq_lightning.formats.compressed_tensors import CompressedTensors
+from lfq_lightning.grids.integer_grid import IntegerGrid
 from lfq_lightning.models.checkpoints import open_checkpoint
 from lfq_lightning.models.experts import ExpertList
 from lfq_lightning.models.model_skeleton import ModelSkeleton
@@ -22,7 +23,6 @@ from lfq_lightning.packed.packed_folder import PackedFolder
 from lfq_lightning.plan import Plan, Rule
 from lfq_lightning.planning.block_flops import block_flops
 from lfq_lightning.planning.plan_run import parse_machine, plan_run
-from lfq_lightning.quant_scheme import QuantScheme
 from tests.helpers import FLEXROUND, GPTQ, fails, run, save_tiny
 
 MIXTURES = ("mixtral", "qwen3_moe")
@@ -146,7 +146,7 @@ def test_vllm_wants_one_scheme_for_all_experts(mixture):
         layers = [
             f"model.layers.0.mlp.experts.{e}.{m}" for e in range(3) for m in ("gate_proj", "up_proj", "down_proj")
         ]
-        return {name: QuantScheme(bits_of_one if ".2.down" in name else 4, 16, True) for name in layers}
+        return {name: IntegerGrid(bits_of_one if ".2.down" in name else 4, 16, True) for name in layers}
 
     assert any(engine.startswith("vLLM") for engine in engines(CompressedTensors(), schemes(4), []))
     assert not any(engine.startswith("vLLM") for engine in engines(CompressedTensors(), schemes(8), []))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lfq_lightning.quant_scheme import QuantScheme
+from lfq_lightning.grids.integer_grid import IntegerGrid
 from tests.helpers import random_tensor
 
 kernel = pytest.importorskip("lfq_lightning.ops.packed_matmul.triton")
@@ -38,7 +38,7 @@ def test_product(bits, shape, symmetric, rows, kernel_device):
     outputs, inputs, group = shape
     for dtype in dtype_of(kernel_device):
         quantized = random_tensor(
-            outputs, inputs, QuantScheme(bits, group, symmetric), dtype=dtype, device=kernel_device
+            outputs, inputs, IntegerGrid(bits, group, symmetric), dtype=dtype, device=kernel_device
         )
         assert kernel.fits(quantized)
         x = torch.randn(rows, inputs, generator=torch.Generator().manual_seed(rows)).to(kernel_device, dtype)
@@ -51,7 +51,7 @@ def test_product(bits, shape, symmetric, rows, kernel_device):
 
 
 def test_groups_that_are_no_multiple_of_32_do_not_fit():
-    assert not kernel.fits(random_tensor(64, 1500, QuantScheme(4, 300)))
+    assert not kernel.fits(random_tensor(64, 1500, IntegerGrid(4, 300)))
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -63,7 +63,7 @@ def test_groups_that_are_no_multiple_of_32_do_not_fit():
 def test_programs_share_blocks(multiprocessors, most_shared, outputs, rows, kernel_device, monkeypatch):
     monkeypatch.setattr(kernel, "_multiprocessors", lambda _: multiprocessors)
     monkeypatch.setattr(kernel, "_MOST_SHARED", most_shared)
-    quantized = random_tensor(outputs, 960, QuantScheme(4, 320, symmetric=False), device=kernel_device)
+    quantized = random_tensor(outputs, 960, IntegerGrid(4, 320, symmetric=False), device=kernel_device)
     x = torch.randn(rows, 960, device=kernel_device).half()
     weight = kernel.tile(quantized)
     found = kernel.matmul(x, weight)
@@ -74,28 +74,28 @@ def test_programs_share_blocks(multiprocessors, most_shared, outputs, rows, kern
 
 
 def test_other_dtypes_are_computed_in_that_of_the_scales(kernel_device):
-    weight = kernel.tile(random_tensor(20, 64, QuantScheme(3, 32), device=kernel_device))
+    weight = kernel.tile(random_tensor(20, 64, IntegerGrid(3, 32), device=kernel_device))
     x = torch.randn(2, 64, device=kernel_device)
     found = kernel.matmul(x, weight)
     assert found.dtype == torch.float32 and torch.equal(found, kernel.matmul(x.half(), weight).float())
 
 
 def test_no_rows(kernel_device):
-    quantized = random_tensor(20, 64, QuantScheme(3, 32), device=kernel_device)
+    quantized = random_tensor(20, 64, IntegerGrid(3, 32), device=kernel_device)
     nothing = torch.empty(0, 64, dtype=torch.float16, device=kernel_device)
     assert kernel.matmul(nothing, kernel.tile(quantized)).shape == (0, 20)
 
 
 @pytest.mark.parametrize(("bits", "inputs"), [(2, 4096), (3, 4096), (4, 14336), (8, 1024)])
 def test_as_dense_as_the_checkpoint(bits, inputs):
-    quantized = random_tensor(8, inputs, QuantScheme(bits, 128))
+    quantized = random_tensor(8, inputs, IntegerGrid(bits, 128))
     weight = kernel.tile(quantized)
     assert weight.words.nbytes == 8 * inputs * bits // 8
     assert weight.grid.nbytes == 8 * (inputs // 128) * 4
 
 
 def test_operator_is_well_formed(kernel_device):
-    weight = kernel.tile(random_tensor(20, 64, QuantScheme(3, 32), device=kernel_device))
+    weight = kernel.tile(random_tensor(20, 64, IntegerGrid(3, 32), device=kernel_device))
     x = torch.randn(2, 64, device=kernel_device).half()
     torch.library.opcheck(
         kernel._packed_matmul, (x, weight.words, weight.grid, weight.arrivals, weight.bits, weight.group_size, 1)

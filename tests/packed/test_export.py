@@ -15,12 +15,12 @@ from transformers import AutoConfig, AutoTokenizer, pipeline
 import lfq_lightning
 from lfq_lightning.cli import main
 from lfq_lightning.errors import UserError
+from lfq_lightning.grids.integer_grid import IntegerGrid
 from lfq_lightning.packed.engines import fused_differently
 from lfq_lightning.packed.export import export
 from lfq_lightning.packed.load_model import load
 from lfq_lightning.packed.packed_folder import PackedFolder
 from lfq_lightning.packed.packed_linear import PackedLinear
-from lfq_lightning.quant_scheme import QuantScheme
 from tests.helpers import quantizer, save_tiny
 
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
@@ -152,7 +152,7 @@ def test_inspect(packed, capsys):
 
 
 def test_layers_that_vllm_fuses():
-    four, three = QuantScheme(4), QuantScheme(3)
+    four, three = IntegerGrid(4), IntegerGrid(3)
     assert fused_differently({"a.q_proj": four, "a.k_proj": four, "a.v_proj": four, "a.o_proj": three}, []) == []
     assert fused_differently({"a.gate_proj": four, "a.up_proj": three}, []) == ["a.gate_proj", "a.up_proj"]
     assert fused_differently({"a.gate_proj": four}, ["a.up_proj"]) == ["a.gate_proj", "a.up_proj"]

@@ -10,12 +10,12 @@ from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from lfq_lightning.errors import UserError
+from lfq_lightning.grids.integer_grid import IntegerGrid
 from lfq_lightning.models.checkpoints import open_checkpoint
 from lfq_lightning.packed.gguf_blocks import block_type, blocks
 from lfq_lightning.packed.gguf_export import export_gguf, llama3_factors
 from lfq_lightning.packed.gguf_tokenizer import tokenizer_fields
 from lfq_lightning.packed.load_model import load
-from lfq_lightning.quant_scheme import QuantScheme
 from tests.helpers import byte_tokenizer, quantizer, random_tensor
 from tests.packed.test_export import packed  # noqa: F401
 
@@ -31,7 +31,7 @@ from tests.packed.test_export import packed  # noqa: F401
 )
 def test_blocks_are_the_weight(bits, symmetric, blocks_a_group, groups, rows, seed):
     """gguf's own dequantisation gives back (q - z)·s, exactly where no zero point is multiplied out."""
-    scheme = QuantScheme(bits, 32 * blocks_a_group, symmetric)
+    scheme = IntegerGrid(bits, 32 * blocks_a_group, symmetric)
     if bits > 4 and not symmetric:
         return
     quantized = random_tensor(rows, 32 * blocks_a_group * groups, scheme, seed)
@@ -50,9 +50,9 @@ def test_blocks_are_the_weight(bits, symmetric, blocks_a_group, groups, rows, se
 @pytest.mark.parametrize(
     ("scheme", "width", "message"),
     [
-        (QuantScheme(4, 16), 64, "groups of 16 inputs, but GGUF's blocks hold 32"),
-        (QuantScheme(4, -1), 48, "groups of 48 inputs"),
-        (QuantScheme(8, 32, symmetric=False), 64, "8 asymmetric bits"),
+        (IntegerGrid(4, 16), 64, "groups of 16 inputs, but GGUF's blocks hold 32"),
+        (IntegerGrid(4, -1), 48, "groups of 48 inputs"),
+        (IntegerGrid(8, 32, symmetric=False), 64, "8 asymmetric bits"),
     ],
 )
 def test_what_no_block_holds(scheme, width, message):

@@ -4,25 +4,25 @@ import pytest
 import torch
 
 from lfq_lightning.errors import UserError
+from lfq_lightning.grids.integer_grid import IntegerGrid
 from lfq_lightning.ops.packed_matmul import cpu_int4
 from lfq_lightning.packed.packed_linear import PackedLinear
-from lfq_lightning.quant_scheme import QuantScheme
 from tests.helpers import random_tensor
 
 INT4 = [
-    (100, 96, QuantScheme(4, 32)),
-    (130, 192, QuantScheme(3, 96, symmetric=False)),
-    (64, 64, QuantScheme(2, -1, symmetric=False)),
-    (1, 512, QuantScheme(4, 512)),
-    (576, 576, QuantScheme(3, 64)),
-    (33, 64, QuantScheme(8, 32)),
-    (70, 128, QuantScheme(8, 64, symmetric=False)),
-    (40, 96, QuantScheme(5, 32, symmetric=False)),
+    (100, 96, IntegerGrid(4, 32)),
+    (130, 192, IntegerGrid(3, 96, symmetric=False)),
+    (64, 64, IntegerGrid(2, -1, symmetric=False)),
+    (1, 512, IntegerGrid(4, 512)),
+    (576, 576, IntegerGrid(3, 64)),
+    (33, 64, IntegerGrid(8, 32)),
+    (70, 128, IntegerGrid(8, 64, symmetric=False)),
+    (40, 96, IntegerGrid(5, 32, symmetric=False)),
 ]
 OTHERS = [
-    (70, 100, QuantScheme(3, 20, symmetric=False), torch.float32),
-    (5, 63, QuantScheme(5, 9), torch.float16),
-    (64, 48, QuantScheme(4, 16), torch.bfloat16),
+    (70, 100, IntegerGrid(3, 20, symmetric=False), torch.float32),
+    (5, 63, IntegerGrid(5, 9), torch.float16),
+    (64, 48, IntegerGrid(4, 16), torch.bfloat16),
 ]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -74,7 +74,7 @@ def test_int4_weights_are_those_that_ship(case, tile, dtype, monkeypatch):
 
 
 def test_a_model_turned_to_fp32_keeps_its_packed_weights():
-    quantized = random_tensor(64, 64, QuantScheme(4, 32), dtype=torch.bfloat16)
+    quantized = random_tensor(64, 64, IntegerGrid(4, 32), dtype=torch.bfloat16)
     layer = PackedLinear(quantized, torch.randn(64).bfloat16()).float()
     check(layer, quantized, layer.bias, (2,), torch.float32, torch.bfloat16)
 
@@ -91,19 +91,19 @@ def test_dequantising_path(case, rows, monkeypatch, machine):
 
 
 def test_memory_is_that_of_the_codes():
-    quantized = random_tensor(256, 256, QuantScheme(4, 64), dtype=torch.bfloat16)
+    quantized = random_tensor(256, 256, IntegerGrid(4, 64), dtype=torch.bfloat16)
     layer = PackedLinear(quantized, None)
     assert sum(buffer.nbytes for buffer in layer.buffers()) <= 256 * 256 // 2 + 256 * 4 * (3 + 4)
-    quantized = random_tensor(256, 256, QuantScheme(8, 64), dtype=torch.bfloat16)
+    quantized = random_tensor(256, 256, IntegerGrid(8, 64), dtype=torch.bfloat16)
     layer = PackedLinear(quantized, None)
     assert sum(buffer.nbytes for buffer in layer.buffers()) <= 256 * 256 + 256 * 4 * (3 + 8)
-    quantized = random_tensor(256, 192, QuantScheme(3, 48), dtype=torch.float16)
+    quantized = random_tensor(256, 192, IntegerGrid(3, 48), dtype=torch.float16)
     layer = PackedLinear(quantized, None)
     assert sum(buffer.nbytes for buffer in layer.buffers()) == 256 * 192 * 3 // 8 + 256 * 4 * 3
 
 
 def test_moved_to_another_kind_of_device_says_the_cure():
-    layer = PackedLinear(random_tensor(64, 64, QuantScheme(4, 32), dtype=torch.bfloat16), None).to("meta")
+    layer = PackedLinear(random_tensor(64, 64, IntegerGrid(4, 32), dtype=torch.bfloat16), None).to("meta")
     with pytest.raises(UserError, match=r"packed for cpu and moved to meta; load it there: .*device='meta'"):
         layer(torch.zeros(1, 64, dtype=torch.bfloat16, device="meta"))
 

@@ -9,13 +9,13 @@ from transformers import AutoModelForCausalLM
 
 from lfq_lightning.cli import main
 from lfq_lightning.errors import UserError
+from lfq_lightning.grids.integer_grid import IntegerGrid
 from lfq_lightning.models.checkpoints import open_checkpoint
 from lfq_lightning.planning.sensitivity import LayerSensitivity, measure_sensitivity, propose_widths
-from lfq_lightning.quant_scheme import QuantScheme
 from lfq_lightning.quantizers.rtn import RTN
 from lfq_lightning.token_set import TokenSet
 
-SCHEMES = [QuantScheme(2, 16), QuantScheme(4, 16)]
+SCHEMES = [IntegerGrid(2, 16), IntegerGrid(4, 16)]
 
 
 def test_against_a_whole_model(llama):

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from lfq_lightning.errors import UserError
+from lfq_lightning.grids.integer_grid import IntegerGrid
 from lfq_lightning.plan import Plan, Rule
-from lfq_lightning.quant_scheme import QuantScheme
 from lfq_lightning.quantizers.adaround import AdaRound
 from lfq_lightning.quantizers.rtn import RTN
 
@@ -21,7 +21,7 @@ def quantizer(scheme, rows=5, columns=18):
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("progress", [0.0, 0.3, 0.6])
 def test_soft_value_and_gradient(symmetric, progress):
-    scheme = QuantScheme(2, 9, symmetric)
+    scheme = IntegerGrid(2, 9, symmetric)
     learned, weight, start = quantizer(scheme)
     learned.anneal(progress)
     upstream = torch.randn(5, 18)
@@ -41,7 +41,7 @@ def test_soft_value_and_gradient(symmetric, progress):
 
 
 def test_it_starts_between_the_levels_and_ends_on_them():
-    learned, weight, start = quantizer(QuantScheme(8, 9, symmetric=False))
+    learned, weight, start = quantizer(IntegerGrid(8, 9, symmetric=False))
     inside = (start.codes > 0) & (start.codes < 255)
     level = start.scale.max()
     assert (learned() - weight)[inside].abs().max() < 0.03 * level  # before hardening it is the weight itself

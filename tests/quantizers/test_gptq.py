@@ -5,8 +5,8 @@ import logging
 import pytest
 import torch
 
-from lfq_lightning.ops.scale_search import search_scale
-from lfq_lightning.quant_scheme import QuantScheme
+from lfq_lightning.grids.integer_grid import IntegerGrid
+from lfq_lightning.grids.search_scale import search_scale
 from lfq_lightning.quantizers.gptq import GPTQ
 
 ROWS, COLUMNS = 5, 21
@@ -36,7 +36,7 @@ def textbook(weight, x, scheme, act_order, damp):
         c, group = left[0], left[0] // size
         if act_order == "group" and len(left) % size == 0:
             part = work[:, left[:size]].float()
-            found = search_scale(part, QuantScheme(scheme.num_bits, -1, scheme.symmetric), torch.float32, ratios=20)
+            found = search_scale(part, IntegerGrid(scheme.num_bits, -1, scheme.symmetric), torch.float32, ratios=20)
             scale[:, group], zero[:, group] = (value.double()[:, 0] for value in found)
         code = ((work[:, c] / scale[:, group, 0]).round() + zero[:, group, 0]).clamp(0, scheme.max_code)
         error = work[:, c] - (code - zero[:, group, 0]) * scale[:, group, 0]
@@ -48,7 +48,7 @@ def textbook(weight, x, scheme, act_order, damp):
 
 @pytest.mark.parametrize("act_order", ["static", "group", "none"])
 @pytest.mark.parametrize("leaf", [1, 4, 128])
-@pytest.mark.parametrize("scheme", [QuantScheme(3, 7), QuantScheme(2, -1, symmetric=False), QuantScheme(4, 3)], ids=str)
+@pytest.mark.parametrize("scheme", [IntegerGrid(3, 7), IntegerGrid(2, -1, symmetric=False), IntegerGrid(4, 3)], ids=str)
 def test_same_codes_as_the_textbook(scheme, leaf, act_order, monkeypatch):
     monkeypatch.setattr("lfq_lightning.ops.gptq_solve.reference.SPAN", leaf)
     weight, x = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(3)), inputs()
@@ -66,7 +66,7 @@ def test_correction_is_ridge_regression_on_the_reference(correct, act_order):
     """fp64 least squares: min ‖W'x - W(x + correct·(x_fp - x))‖² + λ‖W' - W‖², then the textbook on W'."""
     weight, x = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(3)), inputs()
     reference = x + 0.3 * torch.randn(x.shape, generator=torch.Generator().manual_seed(5))
-    scheme = QuantScheme(3, 7, symmetric=False)
+    scheme = IntegerGrid(3, 7, symmetric=False)
     quantizer = GPTQ(weight, scheme, torch.float32, act_order=act_order, correct=correct)
     for part, wanted in zip(x.split(77), reference.split(77), strict=True):
         quantizer.observe(part)
@@ -84,7 +84,7 @@ def test_an_input_that_is_always_zero_is_rounded_alone():
     x = inputs()
     x[:, 4] = 0
     weight = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(3))
-    quantizer = GPTQ(weight, QuantScheme(4, 7), torch.float32)
+    quantizer = GPTQ(weight, IntegerGrid(4, 7), torch.float32)
     quantizer.observe(x)
     quantizer.solve()
     assert torch.equal(quantizer.latent[:, 4], weight[:, 4])
@@ -92,7 +92,7 @@ def test_an_input_that_is_always_zero_is_rounded_alone():
 
 def test_damping_grows_and_says_so(caplog):
     weight = torch.randn(ROWS, COLUMNS)
-    quantizer = GPTQ(weight, QuantScheme(4, 7), torch.float32, damp=1e-12)
+    quantizer = GPTQ(weight, IntegerGrid(4, 7), torch.float32, damp=1e-12)
     quantizer.observe(torch.randn(3, COLUMNS) * 1e3)  # rank 3 of 21
     with caplog.at_level(logging.WARNING):
         quantizer.solve()
@@ -101,7 +101,7 @@ def test_damping_grows_and_says_so(caplog):
 
 
 def test_broken_inputs_raise():
-    quantizer = GPTQ(torch.randn(ROWS, COLUMNS), QuantScheme(4, 7), torch.float32)
+    quantizer = GPTQ(torch.randn(ROWS, COLUMNS), IntegerGrid(4, 7), torch.float32)
     quantizer.observe(torch.full((4, COLUMNS), float("nan")))
     with pytest.raises(ArithmeticError, match="indefinite"):
         quantizer.solve()
@@ -109,7 +109,7 @@ def test_broken_inputs_raise():
 
 def test_bf16_inputs_are_summed_in_fp32():
     x = inputs(2000).bfloat16()
-    quantizer = GPTQ(torch.randn(ROWS, COLUMNS), QuantScheme(4, 7), torch.float32)
+    quantizer = GPTQ(torch.randn(ROWS, COLUMNS), IntegerGrid(4, 7), torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         quantizer.observe(x)
     exact = x.double().T @ x.double()
@@ -119,7 +119,7 @@ def test_bf16_inputs_are_summed_in_fp32():
 def test_scales_by_the_diagonal():
     """By hand: of the candidates, each group takes the one with the least Σ h·e²."""
     x, weight = inputs() * torch.linspace(0.1, 4, COLUMNS), torch.randn(ROWS, COLUMNS)
-    scheme = QuantScheme(3, 7, symmetric=False)
+    scheme = IntegerGrid(3, 7, symmetric=False)
     quantizer = GPTQ(weight, scheme, torch.float32, scale_by="diagonal")
     quantizer.observe(x)
     h = (x.double() ** 2).sum(0)

@@ -5,8 +5,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lfq_lightning.errors import UserError
+from lfq_lightning.grids.integer_grid import IntegerGrid
 from lfq_lightning.optimizers import OPTIMIZERS
-from lfq_lightning.quant_scheme import QuantScheme
 from lfq_lightning.quantizers import QUANTIZERS, ClosedFormQuantizer, LearnedQuantizer
 
 CLOSED = [name for name in QUANTIZERS.names() if issubclass(QUANTIZERS.get(name), ClosedFormQuantizer)]
@@ -18,11 +18,11 @@ VARIANTS = [
     {"name": "flexround", "rank": 1000},
 ]
 SCHEMES = [
-    QuantScheme(bits, group, symmetric) for bits in (2, 3, 4, 8) for group in (-1, 9, 63) for symmetric in (True, False)
+    IntegerGrid(bits, group, symmetric) for bits in (2, 3, 4, 8) for group in (-1, 9, 63) for symmetric in (True, False)
 ]
 
 
-WIDE = [QuantScheme(bits, group, False) for bits, group in ((3, 32), (4, 64), (2, 96), (8, 128))]  # of 384
+WIDE = [IntegerGrid(bits, group, False) for bits, group in ((3, 32), (4, 64), (2, 96), (8, 128))]  # of 384
 
 
 def problem(rows=7, columns=63):
@@ -76,7 +76,7 @@ def test_closed_form(name, scheme):
 @pytest.mark.parametrize("name", CLOSED)
 def test_solving_stacked_rows_is_solving_each(name):
     weight, _ = problem()
-    scheme = QuantScheme(3, 9)
+    scheme = IntegerGrid(3, 9)
     parts = solved(name, scheme).export().split([3, 4])
     for part, rows in zip(parts, weight.split([3, 4]), strict=True):
         alone = solved(name, scheme, weight=rows).export()
@@ -88,7 +88,7 @@ def test_solving_stacked_rows_is_solving_each(name):
 def test_zero_weights_survive(name):
     weight, _ = problem()
     weight[2] = 0
-    quantized = solved(name, QuantScheme(4, 9), weight=weight).export()
+    quantized = solved(name, IntegerGrid(4, 9), weight=weight).export()
     assert bool((quantized.dequantize()[2] == 0).all())
 
 
@@ -146,7 +146,7 @@ def trained(name, scheme, steps=60):
 @pytest.mark.parametrize("name", VARIANTS, ids=str)
 def test_the_best_step_beats_the_start_and_rounding_to_nearest(name, symmetric):
     """OmniQuant and SignRound begin at plain min-max as their papers do, so that is theirs; the others' is searched."""
-    scheme = QuantScheme(3, 9, symmetric)
+    scheme = IntegerGrid(3, 9, symmetric)
     _, _, errors = trained(name, scheme, steps=300)
     assert min(errors[1:]) < errors[0]
     weight, inputs = problem()
@@ -158,7 +158,7 @@ def test_the_best_step_beats_the_start_and_rounding_to_nearest(name, symmetric):
 @pytest.mark.parametrize("name", ["omniquant", "signround"])
 def test_the_ends_of_a_stretched_grid(name):
     """Each end moves by its own factor, but for the half level by which a whole zero point may miss it."""
-    start = solved({"name": "rtn", "ratios": 1}, QuantScheme(3, 9, symmetric=False))
+    start = solved({"name": "rtn", "ratios": 1}, IntegerGrid(3, 9, symmetric=False))
     quantizer = QUANTIZERS.parse(name).build(start.latent, start.export())
     low, high = torch.rand(2, 7, 7, 1, generator=torch.Generator().manual_seed(0)) * 0.5 + 0.5
     scale, zero = quantizer.stretched_grid(low, high)
@@ -170,7 +170,7 @@ def test_the_ends_of_a_stretched_grid(name):
 
 @pytest.mark.parametrize("name", ["signround", {"name": "flexround", "offset": True}], ids=str)
 def test_what_has_left_its_range_comes_back(name):
-    start = solved("rtn", QuantScheme(3, 9, symmetric=False))
+    start = solved("rtn", IntegerGrid(3, 9, symmetric=False))
     quantizer = QUANTIZERS.parse(name).build(start.latent, start.export())
     bounded = [p for n, p in quantizer.named_parameters() if n in {"offset", "high", "low"}]
     with torch.no_grad():
@@ -186,7 +186,7 @@ def test_what_has_left_its_range_comes_back(name):
     [
         {"name": "rtn", "ratios": 0},
         {"name": "awq", "clip": -1},
-        {"name": "awq", "grid": 0},
+        {"name": "awq", "exponents": 0},
         {"name": "gptq", "ratios": 0},
         {"name": "gptq", "damp": 0.0},
         {"name": "gptq", "damp": 2.0},
@@ -199,11 +199,11 @@ def test_what_has_left_its_range_comes_back(name):
 def test_options_out_of_range(wrong):
     plugin, option = QUANTIZERS.parse(wrong), list(wrong)[1]
     with pytest.raises(UserError, match=f"quantizer {wrong['name']}: {option} .* must be"):
-        plugin.cls.check(QuantScheme(4), plugin.options)
+        plugin.cls.check(IntegerGrid(4), plugin.options)
 
 
 def test_codes_off_the_grid_are_refused():
-    quantizer = solved("rtn", QuantScheme(3, 9))
+    quantizer = solved("rtn", IntegerGrid(3, 9))
     for code in (8.0, -1.0, float("nan")):
         codes = torch.zeros(7, 63)
         codes[2, 3] = code
@@ -215,7 +215,7 @@ def test_codes_off_the_grid_are_refused():
 
 @pytest.mark.parametrize("name", VARIANTS, ids=str)
 def test_same_start_same_bytes_and_state_survives(name, tmp_path):
-    scheme = QuantScheme(3, 9, symmetric=False)
+    scheme = IntegerGrid(3, 9, symmetric=False)
     first, start, _ = trained(name, scheme, steps=5)
     second, _, _ = trained(name, scheme, steps=5)
     save_file(first.state_dict(), tmp_path / "state.safetensors")
@@ -230,7 +230,7 @@ def test_same_start_same_bytes_and_state_survives(name, tmp_path):
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_the_gradient_of_flexround(symmetric):
     """Against autograd of the paper's equation in fp64, with the round written as detached."""
-    scheme = QuantScheme(2, 9, symmetric)
+    scheme = IntegerGrid(2, 9, symmetric)
     start = solved("rtn", scheme)
     name = {"name": "flexround", "offset": True, "zero_point": True}
     quantizer = QUANTIZERS.parse(name).build(start.latent, start.export())
@@ -257,7 +257,7 @@ def test_the_gradient_of_flexround(symmetric):
             assert error <= 1e-4 * exact[label].grad.norm() + 1e-6, label
 
 
-@pytest.mark.parametrize("scheme", [QuantScheme(2, 9), QuantScheme(3, -1, False)], ids=str)
+@pytest.mark.parametrize("scheme", [IntegerGrid(2, 9), IntegerGrid(3, -1, False)], ids=str)
 def test_the_gradient_of_flexround_by_hand(scheme):
     """With n = W / (s1 S2 s3): straight through the round, and nothing through the clip."""
     start = solved("rtn", scheme)
@@ -287,7 +287,7 @@ def test_the_gradient_of_flexround_by_hand(scheme):
 
 def test_an_offset_lifts_weights_that_round_to_zero():
     """A divisor cannot: 0 over anything is 0. The offset can, within half a level."""
-    scheme = QuantScheme(4, 9)
+    scheme = IntegerGrid(4, 9)
     start = solved("rtn", scheme)
     small = start.latent.clone()
     small[:, ::9] *= 1e-3
@@ -310,7 +310,7 @@ def test_nf4_by_hand(shape):
     levels = [-1.0, -0.6961928, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.09105004, 0.0]
     levels += [0.0795803, 0.1609302, 0.24611230, 0.33791524, 0.44070983, 0.5626170, 0.72295684, 1.0]
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    ours = QUANTIZERS.parse("nf4").build(weight, QuantScheme(4)).export()
+    ours = QUANTIZERS.parse("nf4").build(weight, IntegerGrid(4)).export()
     assert ours.shape == weight.shape
     for block, quantised in zip(weight.flatten().split(64), ours.flatten().split(64), strict=True):
         largest = block.abs().max()
@@ -319,7 +319,7 @@ def test_nf4_by_hand(shape):
 
 
 def test_dequantize_rounds_once():
-    quantized = solved("rtn", QuantScheme(4, 9, symmetric=False), torch.bfloat16).export()
+    quantized = solved("rtn", IntegerGrid(4, 9, symmetric=False), torch.bfloat16).export()
     for o in range(7):
         for i in range(63):
             steps = int(quantized.codes[o, i]) - int(quantized.zero_point[o, i // 9, 0])

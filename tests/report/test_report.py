@@ -11,7 +11,7 @@ import torch
 from lfq_lightning.cli import main
 from lfq_lightning.distributed.ranks import Ranks
 from lfq_lightning.evaluation.token_profile import TokenProfile
-from lfq_lightning.quant_scheme import QuantScheme
+from lfq_lightning.grids.integer_grid import IntegerGrid
 from lfq_lightning.quantized_tensor import QuantizedTensor
 from lfq_lightning.report.chart import Line, bar_chart, line_chart, ticks
 from lfq_lightning.report.weight_statistics import weight_statistics
@@ -128,7 +128,7 @@ def test_weight_statistics_by_hand():
     codes = torch.tensor([[0, 1, 2, 3], [3, 3, 1, 1]], dtype=torch.uint8)
     scale = torch.tensor([[[1.0], [-2.0]], [[3.0], [4.0]]])
     zero = torch.full_like(scale, 2, dtype=torch.uint8)
-    found = weight_statistics(QuantizedTensor(codes, scale, zero, QuantScheme(2, 2, True)))
+    found = weight_statistics(QuantizedTensor(codes, scale, zero, IntegerGrid(2, 2, True)))
     assert found["at_ends"] == 0.5 and found["scale_p50"] == 2.5
     assert found["scale_p05"] == pytest.approx(1.15) and found["scale_p95"] == pytest.approx(3.85)
 

@@ -6,7 +6,7 @@ from lfq_lightning.ops.fake_quant import reference
 from lfq_lightning.ops.fake_quant.level_terms import LevelTerms
 from lfq_lightning.ops.path import runs_triton
 
-__all__ = ["LevelTerms", "codes", "fake_quantize"]
+__all__ = ["LevelTerms", "codes", "fake_quantize", "level_tensor"]
 
 
 def fake_quantize(levels: Tensor | LevelTerms, scale: Tensor, zero: Tensor, max_code: int) -> Tensor:
@@ -24,7 +24,7 @@ def fake_quantize(levels: Tensor | LevelTerms, scale: Tensor, zero: Tensor, max_
         from lfq_lightning.ops.fake_quant import triton
 
         return triton.fake_quantize(levels, scale, zero, max_code)
-    return reference.fake_quantize(_tensor(levels, scale), scale, zero, max_code)
+    return reference.fake_quantize(level_tensor(levels, scale), scale, zero, max_code)
 
 
 def codes(levels: Tensor | LevelTerms, scale: Tensor, zero: Tensor, max_code: int) -> Tensor:
@@ -33,8 +33,9 @@ def codes(levels: Tensor | LevelTerms, scale: Tensor, zero: Tensor, max_code: in
         from lfq_lightning.ops.fake_quant import triton
 
         return triton.codes(levels, scale, zero, max_code)
-    return reference.codes(_tensor(levels, scale), zero, max_code)
+    return reference.codes(level_tensor(levels, scale), zero, max_code)
 
 
-def _tensor(levels: Tensor | LevelTerms, scale: Tensor) -> Tensor:
+def level_tensor(levels: Tensor | LevelTerms, scale: Tensor) -> Tensor:
+    """Return levels (O, G, K) as a tensor, on any device: the sum of their terms."""
     return reference.level_tensor(levels, scale) if isinstance(levels, LevelTerms) else levels

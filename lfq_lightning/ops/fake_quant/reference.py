@@ -25,6 +25,16 @@ def codes(levels: Tensor, zero: Tensor, max_code: int) -> Tensor:
     return levels.round().add_(zero).clamp_(0, max_code).to(torch.uint8)
 
 
+def nearest(book: Tensor, levels: Tensor) -> Tensor:
+    """Return which of the rising numbers in `book` is next to each level: int64 of any shape; the lower one of two."""
+    return torch.bucketize(levels, (book[1:] + book[:-1]) / 2)
+
+
+def fake_quantize_to(book: Tensor, levels: Tensor, scale: Tensor) -> Tensor:
+    """Return the numbers in `book` next to levels (O, G, K), times scale (O, G, 1); gradient as of `fake_quantize`."""
+    return _FakeQuantizeTo.apply(book, levels, scale)
+
+
 def level_tensor(terms: LevelTerms, scale: Tensor) -> Tensor:
     """Return the sum of the terms, fp32 (O, G, K), differentiable in all but `latent` and `unit`."""
     if terms.log_divisor is not None:
@@ -56,6 +66,20 @@ class _FakeQuantize(torch.autograd.Function):
         by_levels = whole * inside
         by_zero = (by_levels - whole).sum(-1, keepdim=True) if wants_zero else None
         return by_levels, by_scale, by_zero, None
+
+
+class _FakeQuantizeTo(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, book: Tensor, levels: Tensor, scale: Tensor) -> Tensor:
+        steps = book[nearest(book, levels)]
+        inside = (levels >= book[0]) & (levels <= book[-1])
+        ctx.save_for_backward(steps, inside, scale)
+        return steps * scale
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[None, Tensor, Tensor]:
+        steps, inside, scale = ctx.saved_tensors
+        return None, (grad * scale).mul_(inside), (grad * steps).sum(-1, keepdim=True)
 
 
 class _Divide(torch.autograd.Function):

@@ -1,5 +1,7 @@
 """Round columns one by one, each error spread over those to come."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -16,13 +18,16 @@ def round_columns(
     codes: Tensor,
     latent: Tensor,
     errors: Tensor,
+    book: Tensor | None = None,
 ) -> None:
     """Write codes, latent and errors (C, O) fp32 of all columns of `work`; `reference.round_span` has the arguments.
 
     Spans larger than the inner loop takes are halved, and the halves meet in a matrix product. `work` is changed.
     """
     limit, inner_loop = reference.SPAN, reference.round_span
-    if runs_triton(work.device):
+    if book is not None:
+        inner_loop = partial(reference.round_span, book=book)
+    elif runs_triton(work.device):
         from lfq_lightning.ops.gptq_solve import triton
 
         limit, inner_loop = triton.SPAN, triton.round_span

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lfq_lightning.grids import IntegerGrid
 from lfq_lightning.precision import product_dtype
 from lfq_lightning.quantized_tensor import QuantizedTensor
 
@@ -29,7 +30,8 @@ _WEIGHTS_AT_ONCE = 2**19  # dequantised: they and what they are made of stay in 
 def fits(quantized: QuantizedTensor) -> bool:
     """Tell whether the kernel can hold this weight, and is there."""
     group = quantized.scheme.group_of(quantized.codes.shape[1])
-    return quantized.codes.device.type == "cpu" and group % _GROUPS[-1] == 0 and tile_outputs() is not None
+    on_cpu = quantized.codes.device.type == "cpu" and isinstance(quantized.scheme, IntegerGrid)
+    return on_cpu and group % _GROUPS[-1] == 0 and tile_outputs() is not None
 
 
 class Int4Weight(nn.Module):

@@ -4,15 +4,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lfq_lightning.grids import Grid
 from lfq_lightning.ops.bitstream import unpack
-from lfq_lightning.quant_scheme import QuantScheme
 from lfq_lightning.quantized_tensor import QuantizedTensor
 
 TILE_WEIGHTS = 2**21  # dequantised at a time: a tile and its integers stay in the cache
 TILE_WEIGHTS_ON_GPU = 2**26  # there launches must be few
 
 
-def packed_matmul(x: Tensor, words: Tensor, scale: Tensor, zero_point: Tensor, scheme: QuantScheme) -> Tensor:
+def packed_matmul(x: Tensor, words: Tensor, scale: Tensor, zero_point: Tensor, scheme: Grid) -> Tensor:
     """Return x Ŵᵀ, (M, O) in the dtype of x, with Ŵ = (codes - zero_point) · scale rounded to the dtype of the scales.
 
     Args:

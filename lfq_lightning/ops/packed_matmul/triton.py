@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lfq_lightning.grids import IntegerGrid
 from lfq_lightning.ops.triton_launch import launch
 from lfq_lightning.quantized_tensor import QuantizedTensor
 
@@ -52,7 +53,8 @@ def fits(quantized: QuantizedTensor) -> bool:
     """Tell whether the kernel can hold this weight; if not it is dequantised."""
     group = quantized.scheme.group_of(quantized.codes.shape[1])
     return (
-        quantized.scheme.num_bits in WIDTHS
+        isinstance(quantized.scheme, IntegerGrid)
+        and quantized.scheme.num_bits in WIDTHS
         and quantized.scale.dtype in _DTYPES
         and (group % _LEAST_GROUP == 0 or quantized.scale.shape[1] == 1)
     )

@@ -20,6 +20,14 @@ def soft_round(position: Tensor, scale: Tensor, low: Tensor, zero: Tensor, sharp
     return _SoftRound.apply(position, scale, low, zero, sharpness, max_code)
 
 
+def soft_round_between(position: Tensor, scale: Tensor, low: Tensor, gap: Tensor, sharpness: float) -> Tensor:
+    """Return (low + gap·sigmoid(sharpness·position))·scale, differentiable in position and scale.
+
+    Args as of `soft_round`, but for `low`, the lower level itself, and `gap` (O, G, K), how far it is to the upper one.
+    """
+    return _SoftRoundBetween.apply(position, scale, low, gap, sharpness)
+
+
 class _SoftRound(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -39,3 +47,20 @@ class _SoftRound(torch.autograd.Function):
         steps, slope, scale = ctx.saved_tensors
         by_scale = (grad * steps).sum(-1, keepdim=True)
         return (grad * slope).mul_(scale * ctx.sharpness), by_scale, None, None, None, None
+
+
+class _SoftRoundBetween(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, position: Tensor, scale: Tensor, low: Tensor, gap: Tensor, sharpness: float) -> Tensor:
+        up = (position * sharpness).sigmoid_()
+        steps = torch.addcmul(low, up, gap)
+        slope = (1 - up).mul_(up).mul_(gap)
+        ctx.save_for_backward(steps, slope, scale)
+        ctx.sharpness = sharpness
+        return steps * scale
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Any, ...]:
+        steps, slope, scale = ctx.saved_tensors
+        by_scale = (grad * steps).sum(-1, keepdim=True)
+        return (grad * slope).mul_(scale * ctx.sharpness), by_scale, None, None, None

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from lfq_lightning.ops.scale_search import search_scale
-from lfq_lightning.quant_scheme import QuantScheme
+from lfq_lightning.grids.integer_grid import IntegerGrid
+from lfq_lightning.grids.search_scale import search_scale
 from lfq_lightning.quantizers.awq import AWQ
 
 
@@ -19,7 +19,7 @@ def error_of(group, scale, zero, scheme, hessian):
 @pytest.mark.parametrize("both_zeros", [False, True])
 @pytest.mark.parametrize("measure", ["plain", "diagonal", "blocks"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("scheme", [QuantScheme(3, 10), QuantScheme(2, 10, False), QuantScheme(4, -1)], ids=str)
+@pytest.mark.parametrize("scheme", [IntegerGrid(3, 10), IntegerGrid(2, 10, False), IntegerGrid(4, -1)], ids=str)
 def test_no_candidate_is_better(scheme, dtype, measure, both_zeros):
     weight = torch.randn(6, 50, generator=torch.Generator().manual_seed(0))
     width = scheme.group_of(50)
@@ -57,7 +57,7 @@ def test_no_candidate_is_better(scheme, dtype, measure, both_zeros):
 def test_awq_at_two_bits_tries_both_zeros():
     """With inputs that weigh alike its grid is the search's: half the ranges and both zeros, but not if symmetric."""
     weight = torch.randn(16, 32, generator=torch.Generator().manual_seed(2))
-    for scheme, ratios, both in ((QuantScheme(2, 16, False), 10, True), (QuantScheme(2, 16), 20, False)):
+    for scheme, ratios, both in ((IntegerGrid(2, 16, False), 10, True), (IntegerGrid(2, 16), 20, False)):
         awq = AWQ(weight, scheme, torch.float32)
         awq.observe(torch.eye(32))
         awq.solve()
@@ -69,6 +69,6 @@ def test_awq_at_two_bits_tries_both_zeros():
 def test_the_range_is_used():
     """A grid that holds the weights exactly is found."""
     weight = torch.tensor([[-4.0, -2, 0, 1, 3, 2, -1, -3]])
-    scale, zero = search_scale(weight / 4 * 3.5, QuantScheme(3), torch.float32, ratios=41)
+    scale, zero = search_scale(weight / 4 * 3.5, IntegerGrid(3), torch.float32, ratios=41)
     codes = (weight / 4 * 3.5 / scale[0] + zero[0]).clamp(0, 7).round()
     assert torch.allclose((codes - zero[0]) * scale[0], weight / 4 * 3.5, atol=1e-2)
