@@ -78,7 +78,7 @@ class Matrix:
     def __init__(self, given: argparse.Namespace) -> None:
         self.given = given
         self.name, _, self.checkpoint = given.model.partition("=")
-        self.calibration, self.held_out = _split(given.calibration, given.held_out_share, given.work)
+        self.calibration, self.held_out = split_text(given.calibration, given.held_out_share, given.work)
 
     @cached_property
     def reference(self) -> Reference:
@@ -140,7 +140,7 @@ def _setting(label: str, given: argparse.Namespace) -> Setting:
     return Setting(int(bits), size, False, given.steps, given.batch_size, tuple(given.recipe))
 
 
-def _split(text: Path, share: float, work: Path) -> tuple[Path, Path]:
+def split_text(text: Path, share: float, work: Path) -> tuple[Path, Path]:
     """Write the text as documents of many windows, its last `share` apart; return both files."""
     stories = [story.strip() for story in text.read_text(encoding="utf-8").split("<|endoftext|>") if story.strip()]
     if len(stories) == 1:  # no separators: paragraphs

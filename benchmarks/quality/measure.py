@@ -29,7 +29,7 @@ def full_precision(checkpoint: str) -> PreTrainedModel:
 
 def quantised(folder: Path) -> PreTrainedModel:
     """Return the model in `folder` in fp32: one of our runs, or a peer's dequantised weights."""
-    if (folder / "journal.jsonl").exists() and "weight_packed" in (folder / "model.safetensors.index.json").read_text():
+    if (folder / "journal.jsonl").exists() and "weight_" in (folder / "model.safetensors.index.json").read_text():
         return load(folder, dequantize=True)[0].float()
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
@@ -40,16 +40,17 @@ class Reference:
     Args:
         checkpoint: the model.
         domains: name → tokens; the first is that of the calibration.
+        texts: also compare greedy texts, which takes most of the time.
     """
 
-    def __init__(self, checkpoint: str, domains: dict[str, TokenSet]) -> None:
+    def __init__(self, checkpoint: str, domains: dict[str, TokenSet], texts: bool = True) -> None:
         self.head = ModelSkeleton(open_checkpoint(checkpoint)).head(torch.float32)
         self.head.norm = torch.nn.Identity()  # the decoder's own output is normed already
         self.domains = domains
         self.prompts = next(iter(domains.values())).input_ids
         model = full_precision(checkpoint)
         self.hidden = {name: _hidden(model, tokens) for name, tokens in domains.items()}
-        self.texts = self._greedy(model)
+        self.texts = self._greedy(model) if texts else None
 
     def measure(self, model: PreTrainedModel) -> dict[str, Any]:
         """Return the columns of the table; `kl_per_sequence` (first domain) is for paired tests."""
@@ -62,6 +63,8 @@ class Reference:
             row |= {f"{metric}{suffix}": value for metric, value in values.items() if metric != "perplexity_fp"}
             if number == 0:
                 row["kl_per_sequence"] = per_sequence["kl"]
+        if self.texts is None:
+            return row
         texts = self._greedy(model)
         same = (texts == self.texts).long().cumprod(1).sum(1)
         return row | {"tokens_before_difference": float(same.float().mean())}

@@ -14,6 +14,7 @@ from lfq_lightning.models.widen import widen
 from lfq_lightning.packed.packed_folder import PackedFolder
 from lfq_lightning.packed.packed_linear import PackedLinear
 from lfq_lightning.peak_memory import return_freed_memory
+from lfq_lightning.precision import product_dtype
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +26,8 @@ def load(
 
     What is not packed is in the dtype that ships, or in fp32 on a CPU that multiplies faster so (`product_dtype`).
 
-    Its linear layers stay packed (PackedLinear); with `dequantize` they are dense, bit for bit the weights that ship.
+    Its linear layers stay packed (PackedLinear); with `dequantize` they are dense, bit for bit the weights that ship,
+    but for named grids' in a model of 16 bits, which are rounded to it.
     On a GPU (`device="cuda"`) packed layers run as Triton kernels.
 
     Raises UserError if the folder is no packed model, or its files are damaged.
@@ -44,7 +46,10 @@ def load(
         for name, quantized in shard.layers.items():
             here = quantized.to(device)
             if dequantize:
-                dense[f"{name}.weight"] = here.dequantize()
+                stored = model.get_parameter(f"{name}.weight").dtype
+                weight = here.dequantize()
+                is_own = weight.dtype == stored
+                dense[f"{name}.weight"] = weight if is_own else weight.to(product_dtype(stored, weight.device))
             else:
                 layer = PackedLinear(here, dense.pop(f"{name}.bias", None))
                 model.set_submodule(name, layer)

@@ -22,6 +22,16 @@ PLANS = {
         {"match": 1, "quantizer": quantizer(4, -1)},
         {"match": "model.layers.0.*", "quantizer": quantizer(2, 8)},
     ],
+    "nvfp4": [{"match": "all", "quantizer": {"name": "rtn", "grid": "nvfp4"}}],
+    "mxfp4": [
+        {"match": "*.down_proj", "quantizer": "fp"},
+        {"match": "all", "quantizer": {"name": "gptq", "grid": "mxfp4"}},
+    ],
+    "integers, nvfp4 and mxfp4": [
+        {"match": "*.down_proj", "quantizer": {"name": "rtn", "grid": "nvfp4"}},
+        {"match": 1, "quantizer": {"name": "rtn", "grid": "mxfp4"}},
+        {"match": "all", "quantizer": quantizer(4, 16)},
+    ],
 }
 
 
@@ -32,6 +42,8 @@ def test_same_weights(plan, config, tmp_path):
     asymmetric = "asymmetric" in plan
     settings = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if asymmetric else {}
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "run", **settings)
+    if "fp4" in plan:
+        theirs.float()  # compressed-tensors makes these bf16, which holds them
     input_ids = torch.arange(20)[None]
     with torch.no_grad():
         assert torch.equal(ours(input_ids).logits, theirs(input_ids).logits)

@@ -1,0 +1,216 @@
+"""KL on the grids that people run: ours against llama.cpp's own quantisers, and against rounding to nearest.
+
+    npm pack @node-llama-cpp/linux-x64@3.21.1 && tar xzf node-llama-cpp-linux-x64-3.21.1.tgz
+    python -m benchmarks.formats --model tiny256=TINY --calibration unseen.txt --other wikitext2-valid.txt \\
+        --ggml package/bins/linux-x64/libggml-base.so --work runs/formats
+
+One row of a CSV each; a row that is there is not made again. All methods see the same calibration tokens. llama.cpp's
+importance matrix is the mean square of each input over them, as llama-imatrix has it. Where a grid's blocks do not
+divide a layer's width, the layer gets the type that llama.cpp falls back to, in ours too; so bytes are equal.
+"""
+
+import argparse
+import csv
+import ctypes
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from benchmarks.quality.__main__ import split_text
+from benchmarks.quality.measure import Reference, full_precision, quantised, tokens_of
+from benchmarks.quality.methods import ANCHORED, NORMALISED
+from lfq_lightning.data import CalibrationData
+from lfq_lightning.grids import GRIDS
+from lfq_lightning.models.checkpoints import open_checkpoint
+
+RESULTS = Path(__file__).parent / "results" / "formats.csv"
+# ggml's enum ggml_type
+TYPES = {
+    "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "q2_k": 10, "q3_k": 11, "q4_k": 12, "q5_k": 13, "q6_k": 14,
+    "iq4_nl": 20, "iq3_s": 21, "iq2_s": 22, "iq4_xs": 23, "iq3_xxs": 18,
+}  # fmt: skip
+FALL_BACK = {"q2_k": "iq4_nl", "q3_k": "iq4_nl", "iq4_xs": "iq4_nl", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
+SEQUENCES, SELECTION, HELD_OUT, LENGTH = 136, 2, 32, 256
+PEERS = ("llama.cpp", "llama.cpp imatrix")
+OURS: dict[str, dict[str, Any]] = {
+    "nearest": {"quantizer": {"name": "rtn", "ratios": 1}},
+    "gptq": {"quantizer": {"name": "gptq"}},
+    "recipe": {"quantizer": {"name": "adaround", "init": "awq"}, "objective": NORMALISED, "steps": 120},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="NAME=CHECKPOINT")
+    parser.add_argument("--calibration", type=Path, required=True, help="a .txt; its last tenth is held out")
+    parser.add_argument("--other", type=Path, required=True, help="a .txt of another domain")
+    parser.add_argument("--grids", nargs="+", default=GRIDS.names())
+    parser.add_argument("--methods", nargs="+", choices=[*PEERS, *OURS], default=[*PEERS, *OURS])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1])
+    parser.add_argument("--ggml", help="llama.cpp's libggml-base.so; without it peers are left out")
+    parser.add_argument("--work", type=Path, required=True, help="a folder for what lies between")
+    given = parser.parse_args()
+    given.work.mkdir(parents=True, exist_ok=True)
+    name, _, checkpoint = given.model.partition("=")
+    calibration, held_out = split_text(given.calibration, 0.1, given.work)
+    tokenizer = open_checkpoint(checkpoint).tokenizer()
+    domains = {"held_out": held_out, "other": given.other}
+    sets = {domain: tokens_of(text, tokenizer, HELD_OUT, LENGTH) for domain, text in domains.items()}
+    reference = Reference(checkpoint, sets, texts=False)
+    for seed in given.seeds:
+        data = {"dataset": str(calibration), "seq_len": LENGTH, "seed": seed}
+        data |= {"num_samples": SEQUENCES - SELECTION, "num_held_out": SELECTION}
+        for grid in given.grids:
+            for method in given.methods:
+                cell = {"model": name, "grid": grid, "method": method, "seed": str(seed)}
+                if finished(cell):
+                    continue
+                started = cpu_seconds()
+                if method in OURS:
+                    if grid not in GRIDS.names():
+                        continue
+                    folder = given.work / "-".join(cell.values())
+                    model, bits = ours(checkpoint, grid, OURS[method], data, seed, folder)
+                elif given.ggml and grid in TYPES:
+                    model, bits = theirs(checkpoint, grid, data if "imatrix" in method else None, given.ggml)
+                else:
+                    continue
+                seconds = cpu_seconds() - started
+                measured = reference.measure(model)
+                row = cell | {"bits": f"{bits:.4f}", "cpu_seconds": f"{seconds:.0f}"}
+                names = ("kl", "top1_agreement", "perplexity", "kl_other", "top1_agreement_other")
+                append(row | {key: f"{measured[key]:.6g}" for key in names})
+                print(*row.values(), f"{measured['kl']:.5f}", f"{measured['kl_other']:.5f}", flush=True)
+
+
+def grid_for(grid: str, width: int) -> str:
+    """Return the grid of a layer: this one, or what llama.cpp falls back to."""
+    known = grid not in GRIDS.names() or GRIDS.get(grid)().divides(width)
+    return grid if known and (grid not in FALL_BACK or width % 256 == 0) else FALL_BACK[grid]
+
+
+def ours(
+    checkpoint: str, grid: str, rule: dict[str, Any], data: dict[str, Any], seed: int, folder: Path
+) -> tuple[nn.Module, float]:
+    """Run `lfq run` on the grid; return the model as it ships, fp32, and its bits per weight of the packed layers."""
+    model = full_precision(checkpoint)
+    layers = linears(model)
+    kinds = {name: grid_for(grid, layer.in_features) for name, layer in layers.items()}
+    last = f".{model.config.num_hidden_layers - 1}."
+    plan = []
+    for kind in sorted(set(kinds.values())):
+        rest = {**rule, "quantizer": rule["quantizer"] | {"grid": kind}}
+        final = {**rest, "objective": ANCHORED, "steps": 85} if "objective" in rule else rest
+        for one, inside in ((final, True), (rest, False)):
+            plan.append({**one, "match": [n for n, found in kinds.items() if found == kind and (last in n) == inside]})
+    config = {"seed_everything": seed, "model": {"checkpoint": checkpoint}, "data": data, "plan": plan}
+    config["trainer"] = {"val_check_interval": 1.0}
+    file = folder.with_suffix(".json")
+    file.write_text(json.dumps({**config, "output": str(folder)}))
+    command = [sys.executable, "-m", "lfq_lightning", "run", "--config", str(file), "--overwrite", "true"]
+    with folder.with_suffix(".log").open("w") as log:
+        subprocess.run(command, check=True, stdout=log, stderr=log)
+    weights = sum(layer.weight.numel() for layer in layers.values())
+    bits = sum(
+        GRIDS.get(kinds[name])().bits_per_weight(layer.in_features) * layer.weight.numel()
+        for name, layer in layers.items()
+    )
+    return quantised(folder), bits / weights
+
+
+def theirs(checkpoint: str, grid: str, data: dict[str, Any] | None, library: str) -> tuple[nn.Module, float]:
+    """Quantise by ggml; `data` for an importance matrix."""
+    model = full_precision(checkpoint)
+    squares = {} if data is None else input_squares(model, checkpoint, data)
+    ggml, bits, weights = Ggml(library), 0.0, 0
+    for name, layer in linears(model).items():
+        kind = grid_for(grid, layer.in_features)
+        weight, per_weight = ggml.round_trip(layer.weight.data, kind, squares.get(name))
+        layer.weight.data.copy_(weight)
+        bits, weights = bits + per_weight * weight.numel(), weights + weight.numel()
+    return model, bits / weights
+
+
+def linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """Return the linear layers of the decoder's blocks."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and ".layers." in n}
+
+
+@torch.no_grad()
+def input_squares(model: nn.Module, checkpoint: str, data: dict[str, Any]) -> dict[str, Tensor]:
+    """Return the mean square of each input of each linear layer over the calibration tokens."""
+    tokens, _ = CalibrationData(**data).token_sets(open_checkpoint(checkpoint), torch.device("cpu"))
+    sums: dict[str, Tensor] = {}
+
+    def watch(name: str) -> Any:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            squares = inputs[0].float().square().flatten(0, -2).sum(0)
+            sums[name] = sums[name] + squares if name in sums else squares
+
+        return hook
+
+    handles = [layer.register_forward_pre_hook(watch(name)) for name, layer in linears(model).items()]
+    for batch in tokens.input_ids.split(8):
+        model(batch)
+    for handle in handles:
+        handle.remove()
+    return {name: total / tokens.input_ids.numel() for name, total in sums.items()}
+
+
+class Ggml:
+    """What is needed of libggml-base."""
+
+    def __init__(self, path: str) -> None:
+        self.library = ctypes.CDLL(path)
+        self.library.ggml_row_size.restype = self.library.ggml_quantize_chunk.restype = ctypes.c_size_t
+        self.library.ggml_row_size.argtypes = [ctypes.c_int, ctypes.c_int64]
+        numbers = [ctypes.c_int64] * 3
+        self.library.ggml_quantize_chunk.argtypes = [ctypes.c_int, *[ctypes.c_void_p] * 2, *numbers, ctypes.c_void_p]
+
+    def round_trip(self, weight: Tensor, kind: str, importance: Tensor | None) -> tuple[Tensor, float]:
+        """Return the weight (O, I) fp32 as it is after quantising, and bits per weight."""
+        rows, columns = weight.shape
+        number, source = TYPES[kind], np.ascontiguousarray(weight.float().numpy())
+        stored = np.zeros(self.library.ggml_row_size(number, columns) * rows, np.uint8)
+        back = np.zeros((rows, columns), np.float32)
+        by = None if importance is None else np.ascontiguousarray(importance.numpy())
+        self.library.ggml_quantize_init(number)
+        pointers = source.ctypes.data, stored.ctypes.data
+        self.library.ggml_quantize_chunk(number, *pointers, 0, rows, columns, None if by is None else by.ctypes.data)
+        read = getattr(self.library, f"dequantize_row_{kind.replace('_k', '_K')}")
+        read.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
+        read.restype = None
+        read(stored.ctypes.data, back.ctypes.data, rows * columns)
+        return torch.from_numpy(back), 8 * stored.size / back.size
+
+
+def cpu_seconds() -> float:
+    """Return the processor time of this process and of those it has waited for."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(each.ru_utime + each.ru_stime for each in used)
+
+
+def finished(cell: dict[str, str]) -> bool:
+    if not RESULTS.exists():
+        return False
+    with RESULTS.open(newline="") as file:
+        return any(all(row[key] == value for key, value in cell.items()) for row in csv.DictReader(file))
+
+
+def append(row: dict[str, str]) -> None:
+    with RESULTS.open("a", newline="") as file:
+        writer = csv.DictWriter(file, list(row))
+        if file.tell() == 0:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+if __name__ == "__main__":
+    main()
