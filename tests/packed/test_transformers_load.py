@@ -1,11 +1,14 @@
 """Packed folders of every scheme, read back by transformers with compressed-tensors: bit-equal weights."""
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 from lfq_lightning.cli import main
 from lfq_lightning.packed.load_model import load
+from tests.helpers import save_tiny
 
 
 def quantizer(bits, group_size, symmetric=True):
@@ -37,13 +40,17 @@ PLANS = {
 
 @pytest.mark.parametrize("plan", PLANS)
 def test_same_weights(plan, config, tmp_path):
-    main(["run", "--config", str(config(plan=PLANS[plan]))])
+    asymmetric, floating = "asymmetric" in plan, "fp4" in plan
+    model = save_tiny(tmp_path / "model", dtype=torch.bfloat16 if floating else torch.float32)
+    main(["run", "--config", str(config(plan=PLANS[plan], model={"checkpoint": str(model)}))])
     ours, _ = load(tmp_path / "run", dequantize=True)
-    asymmetric = "asymmetric" in plan
-    settings = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if asymmetric else {}
+    settings: dict[str, Any] = {}
+    if asymmetric:
+        settings["quantization_config"] = CompressedTensorsConfig(dequantize=True)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "run", **settings)
-    if "fp4" in plan:
-        theirs.float()  # compressed-tensors makes these bf16, which holds them
+    if floating:  # compressed-tensors makes these bf16 whatever the model is in
+        for parameter in ours.parameters():
+            parameter.data = parameter.data.bfloat16()
     input_ids = torch.arange(20)[None]
     with torch.no_grad():
         assert torch.equal(ours(input_ids).logits, theirs(input_ids).logits)
