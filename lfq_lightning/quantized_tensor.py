@@ -14,9 +14,9 @@ class QuantizedTensor:
 
     Args:
         codes: uint8 (O, I), each in 0 … the grid's largest.
-        scale: (O, G, 1); of integers in the dtype that ships (the checkpoint's), of named grids fp32. May be negative.
-        zero_point: (O, G, 1); of integers uint8, the constant 2^(bits-1) if symmetric; of named grids fp32, what their
-            levels subtract.
+        scale: (O, G, 1) in the dtype that ships; of grids that code it, fp32. May be negative.
+        zero_point: (O, G, 1); of integers uint8, the constant 2^(bits-1) if symmetric; of named grids in the dtype
+            of the scale, what their levels subtract.
         scheme: the grid, with I = G·K.
 
     Raises ValueError for other dtypes or shapes.
@@ -29,7 +29,7 @@ class QuantizedTensor:
 
     def __post_init__(self) -> None:
         o, i = self.codes.shape
-        wanted = torch.uint8 if isinstance(self.scheme, IntegerGrid) else torch.float32
+        wanted = torch.uint8 if isinstance(self.scheme, IntegerGrid) else self.scale.dtype
         if self.codes.dtype != torch.uint8 or self.zero_point.dtype != wanted:
             found = f"{self.codes.dtype} and {self.zero_point.dtype}"
             raise ValueError(f"codes and zero point are {found}, but must be uint8 and {wanted}")

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from lfq_lightning.errors import UserError
-from lfq_lightning.formats.pack_format import Dtypes, PackFormat
+from lfq_lightning.formats.pack_format import FLOATS, Dtypes, PackFormat
 from lfq_lightning.grids import GRIDS, Grid, IntegerGrid, NamedGrid
 from lfq_lightning.quantized_tensor import QuantizedTensor
 from lfq_lightning.registry import plugin_name
@@ -24,8 +24,9 @@ def require_grid(packed: PackFormat, name: str, scheme: Grid) -> None:
 
 
 def grid_dtypes(scheme: NamedGrid, last: str) -> Dtypes:
-    """Return the dtype of a stored tensor."""
-    return (scheme.layout((256, 256))[last][0],)
+    """Return the dtypes that a stored tensor may have."""
+    dtype = scheme.layout((256, 256))[last][0]
+    return FLOATS if dtype is None else (dtype,)
 
 
 def pack_named(name: str, quantized: QuantizedTensor, grid: NamedGrid) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from lfq_lightning.quantized_tensor import QuantizedTensor
 
 Shape = tuple[int, ...]
 Dtypes = tuple[torch.dtype, ...]
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _INTEGERS = (torch.int32, torch.int64)
 
 
@@ -49,6 +49,10 @@ class PackFormat(ABC):
     def config(self, schemes: dict[str, Grid], dense: list[str]) -> dict[str, Any]:
         """Return the `quantization_config` of config.json; linear layers in `dense` stay as they are."""
 
+    def settings(self, quantization: dict[str, Any]) -> dict[str, Any]:
+        """Return what config.json says of quantisation, given what `config` has returned."""
+        return {"quantization_config": quantization}
+
     @abstractmethod
     def schemes(self, config: dict[str, Any], layers: list[str]) -> dict[str, Grid]:
         """Read back the scheme of each of `layers`, those with packed tensors, from a `quantization_config`.
@@ -67,7 +71,7 @@ class PackFormat(ABC):
 
     def dtypes(self, scheme: Grid, last: str) -> Dtypes:
         """Return in which dtypes a tensor of `layout` may be stored."""
-        return _FLOATS if last == self.scale_name else _INTEGERS
+        return FLOATS if last == self.scale_name else _INTEGERS
 
     def dequantize(self, tensors: dict[str, Tensor], schemes: dict[str, Grid]) -> dict[str, Tensor]:
         """Return the weights that stored tensors stand for; packed layers in the dtype of their scales.

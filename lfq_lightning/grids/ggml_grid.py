@@ -5,7 +5,7 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from lfq_lightning.grids.named_grid import NamedGrid
+from lfq_lightning.grids.named_grid import Layout, NamedGrid
 
 BLOCKS = "weight_blocks"
 
@@ -29,7 +29,7 @@ class GgmlGrid(NamedGrid):
     def unblock(self, blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Invert `blocks`: return codes uint8 (O, B, unit), and scale and zero fp32, one for each group (O, G, 1)."""
 
-    def layout(self, shape: tuple[int, int]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    def layout(self, shape: tuple[int, int]) -> Layout:
         rows, columns = shape
         return {BLOCKS: (torch.uint8, (rows, columns // self.unit * self.block_bytes))}
 

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from lfq_lightning.grids import GRIDS
 from lfq_lightning.grids.code_book import CodeBook
+from lfq_lightning.grids.floats import Floats
 from lfq_lightning.grids.ggml_grid import GgmlGrid, from_half_bytes, from_nibbles, half_bytes, nibbles
-from lfq_lightning.grids.half import Half
 
 NON_LINEAR = CodeBook((-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113))
 
@@ -25,7 +25,7 @@ class IQ4_NL(GgmlGrid):  # noqa: N801
     group_size = 32
     block_bytes = 18
     levels = NON_LINEAR
-    scales = Half()
+    scales = Floats()
 
     def blocks(self, codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         return torch.cat([half_bytes(scale), nibbles(codes)], -1)

@@ -9,7 +9,7 @@ from torch import Tensor
 from lfq_lightning.grids import GRIDS
 from lfq_lightning.grids.e2m1 import E2M1, from_bytes, to_bytes
 from lfq_lightning.grids.e8m0 import BIAS, E8M0
-from lfq_lightning.grids.named_grid import NamedGrid
+from lfq_lightning.grids.named_grid import Layout, NamedGrid
 
 
 @final
@@ -25,7 +25,7 @@ class MXFP4(NamedGrid):
     levels = E2M1
     scales = E8M0()
 
-    def layout(self, shape: tuple[int, int]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    def layout(self, shape: tuple[int, int]) -> Layout:
         o, i = shape
         return {
             "weight_packed": (torch.uint8, (o, i // 2)),

@@ -10,11 +10,13 @@ from lfq_lightning.grids.scale_codec import ScaleCodec
 from lfq_lightning.ops.learned_grid import straight_through
 from lfq_lightning.registry import plugin_name
 
+Layout = dict[str, tuple[torch.dtype | None, tuple[int, ...]]]
+
 
 class NamedGrid(Grid):
     """Base of registered grids; a constructor without arguments makes one.
 
-    Its scales do not depend on the checkpoint's dtype, and a QuantizedTensor holds them, and its minima, in fp32.
+    A QuantizedTensor holds its scales and minima in fp32, unless it stores them in the checkpoint's dtype.
 
     Attributes:
         paper: where the grid is specified.
@@ -42,12 +44,16 @@ class NamedGrid(Grid):
         return self.minima is None
 
     def bits_per_weight(self, in_features: int, scale_bits: int = 16) -> float:
-        codecs = [codec for codec in (self.scales, self.minima) if codec is not None]
+        dtype = torch.bfloat16 if scale_bits == 16 else torch.float32
+        codecs = [codec for codec in self.codecs(dtype) if codec is not None]
         return self.num_bits + sum(codec.bits(self.group_size) for codec in codecs)
 
     @abstractmethod
-    def layout(self, shape: tuple[int, int]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """Return the tensors that store a weight (O, I): last part of the name → dtype and shape; the codes first."""
+    def layout(self, shape: tuple[int, int]) -> Layout:
+        """Return the tensors that store a weight (O, I): last part of the name → dtype and shape; the codes first.
+
+        No dtype is that of the checkpoint.
+        """
 
     @abstractmethod
     def pack(self, codes: Tensor, scale: Tensor, zero: Tensor) -> dict[str, Tensor]:
@@ -57,19 +63,25 @@ class NamedGrid(Grid):
     def unpack(self, tensors: dict[str, Tensor]) -> tuple["NamedGrid", Tensor, Tensor, Tensor]:
         """Invert `pack`: return the grid as `fitted` to this weight, its codes (O, I), scale and zero (O, G, 1)."""
 
+    def codecs(self, dtype: torch.dtype) -> tuple[ScaleCodec, ScaleCodec | None]:
+        """Return how scales and minima are stored, for a checkpoint's dtype."""
+        return self.scales, self.minima
+
     def stored(self, scale: Tensor, zero: Tensor, dtype: torch.dtype) -> Pair:
         return scale.float(), zero.float()
 
     def candidates(self, low: Tensor, high: Tensor, dtype: torch.dtype, ratio: float, both_zeros: bool) -> list[Pair]:
-        if self.minima is None:
+        scales, minima = self.codecs(dtype)
+        if minima is None:
             scale, zero = torch.maximum(-low, high) * (ratio / self.levels.reach), torch.full_like(low, self.zero)
-            pairs = [(each, zero) for each in ((scale, -scale) if self.scales.signed else (scale,))]
+            pairs = [(each, zero) for each in ((scale, -scale) if scales.signed else (scale,))]
         else:
             pairs = [((high - low) * (ratio / self.max_code), -low * ratio)]
-        return [self.ship(*pair, dtype) for pair in pairs] if self.scales.alone else pairs
+        return [self.ship(*pair, dtype) for pair in pairs] if scales.alone else pairs
 
     def ship(self, scale: Tensor, zero: Tensor, dtype: torch.dtype) -> Pair:
-        return self.scales.ship(scale), zero if self.minima is None else self.minima.ship(zero)
+        scales, minima = self.codecs(dtype)
+        return scales.ship(scale), zero if minima is None else minima.ship(zero)
 
     def neighbours(self, scale: Tensor, zero: Tensor) -> list[Pair]:
         scales = [scale, *self.scales.neighbours(scale)]
@@ -79,14 +91,16 @@ class NamedGrid(Grid):
     def scaled(
         self, scale: Tensor, zero: Tensor, dtype: torch.dtype, factor: Tensor, shift: Tensor | None = None
     ) -> Pair:
-        if self.minima is None:
-            return straight_through(scale * factor, self.scales.ship), zero
+        scales, minima = self.codecs(dtype)
+        if minima is None:
+            return straight_through(scale * factor, scales.ship), zero
         minimum = zero * factor if shift is None else zero * factor + shift * scale
-        return straight_through(scale * factor, self.scales.ship), straight_through(minimum, self.minima.ship)
+        return straight_through(scale * factor, scales.ship), straight_through(minimum, minima.ship)
 
     def stretched(self, scale: Tensor, zero: Tensor, dtype: torch.dtype, low: Tensor | None, high: Tensor) -> Pair:
-        if self.minima is None or low is None:
-            return straight_through(scale * high, self.scales.ship), zero
+        scales, minima = self.codecs(dtype)
+        if minima is None or low is None:
+            return straight_through(scale * high, scales.ship), zero
         minimum, most = zero * low, self.max_code
         wide = (minimum + (most * scale - zero) * high) / most
-        return straight_through(wide, self.scales.ship), straight_through(minimum, self.minima.ship)
+        return straight_through(wide, scales.ship), straight_through(minimum, minima.ship)

@@ -9,7 +9,7 @@ from torch import Tensor
 from lfq_lightning.grids import GRIDS
 from lfq_lightning.grids.e2m1 import E2M1, from_bytes, to_bytes
 from lfq_lightning.grids.e4m3 import E4M3
-from lfq_lightning.grids.named_grid import NamedGrid
+from lfq_lightning.grids.named_grid import Layout, NamedGrid
 
 
 @final
@@ -38,7 +38,7 @@ class NVFP4(NamedGrid):
     def fitted(self, weight: Tensor) -> "NVFP4":
         return replace(self, unit_scale=E4M3.unit_for(float(weight.abs().max()) / E2M1.reach))
 
-    def layout(self, shape: tuple[int, int]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    def layout(self, shape: tuple[int, int]) -> Layout:
         o, i = shape
         return {
             "weight_packed": (torch.uint8, (o, i // 2)),

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from lfq_lightning.grids import GRIDS
 from lfq_lightning.grids.above_minimum import AboveMinimum
+from lfq_lightning.grids.floats import Floats
 from lfq_lightning.grids.ggml_grid import GgmlGrid, from_half_bytes, from_nibbles, half_bytes, nibbles
-from lfq_lightning.grids.half import Half
 
 
 @final
@@ -23,8 +23,8 @@ class Q4_1(GgmlGrid):  # noqa: N801
     group_size = 32
     block_bytes = 20
     levels = AboveMinimum(15)
-    scales = Half()
-    minima = Half(least=0)
+    scales = Floats()
+    minima = Floats(least=0)
 
     def blocks(self, codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         return torch.cat([half_bytes(scale), half_bytes(-zero), nibbles(codes)], -1)

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from lfq_lightning.grids import GRIDS
 from lfq_lightning.grids.fifth_bit import join_fifth_bit, split_fifth_bit
+from lfq_lightning.grids.floats import Floats
 from lfq_lightning.grids.ggml_grid import GgmlGrid, from_half_bytes, half_bytes
-from lfq_lightning.grids.half import Half
 from lfq_lightning.grids.integers import Integers
 
 
@@ -24,7 +24,7 @@ class Q5_0(GgmlGrid):  # noqa: N801
     group_size = 32
     block_bytes = 22
     levels = Integers(31)
-    scales = Half()
+    scales = Floats()
     zero = 16.0
 
     def blocks(self, codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ from torch import Tensor
 from lfq_lightning.grids import GRIDS
 from lfq_lightning.grids.above_minimum import AboveMinimum
 from lfq_lightning.grids.fifth_bit import join_fifth_bit, split_fifth_bit
+from lfq_lightning.grids.floats import Floats
 from lfq_lightning.grids.ggml_grid import GgmlGrid, from_half_bytes, half_bytes
-from lfq_lightning.grids.half import Half
 
 
 @final
@@ -24,8 +24,8 @@ class Q5_1(GgmlGrid):  # noqa: N801
     group_size = 32
     block_bytes = 24
     levels = AboveMinimum(31)
-    scales = Half()
-    minima = Half(least=0)
+    scales = Floats()
+    minima = Floats(least=0)
 
     def blocks(self, codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         return torch.cat([half_bytes(scale), half_bytes(-zero), split_fifth_bit(codes)], -1)

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from lfq_lightning.grids import GRIDS
+from lfq_lightning.grids.floats import Floats
 from lfq_lightning.grids.ggml_grid import GgmlGrid, from_half_bytes, half_bytes
-from lfq_lightning.grids.half import Half
 from lfq_lightning.grids.integers import Integers
 
 
@@ -23,7 +23,7 @@ class Q8_0(GgmlGrid):  # noqa: N801
     group_size = 32
     block_bytes = 34
     levels = Integers(255)
-    scales = Half()
+    scales = Floats()
     zero = 128.0
 
     def blocks(self, codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ def export(source: str, format_name: str, output: str) -> Path:
             index["metadata"]["total_size"] += sum(tensor.nbytes for tensor in tensors.values())
             index["metadata"][SHARD_CHECKSUMS][shard.file] = sha256(partial / shard.file)
             index["weight_map"] |= dict.fromkeys(tensors, shard.file)
-        settings = {**folder.settings, "quantization_config": quantization}
+        settings = {**folder.settings, **to.settings(quantization)}
         _write_json(partial / INDEX, {**index, "weight_map": dict(sorted(index["weight_map"].items()))})
         _write_json(partial / CONFIG, settings)
         metrics = partial / METRICS

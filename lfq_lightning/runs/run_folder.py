@@ -268,7 +268,7 @@ class RunFolder:
         schemes = {self.family.stored_layer(layer): scheme for layer, scheme in schemes.items()}
         ignore = self.family.ignored(ignore)
         if schemes:
-            config["quantization_config"] = packed.config(schemes, ignore)
+            config |= packed.settings(packed.config(schemes, ignore))
             loads = engines(packed, schemes, ignore)
             self.write_text(CARD, model_card(config, schemes, loads, metrics))
         text = json.dumps(config, indent=2) + "\n"

@@ -10,6 +10,7 @@ The reference are our own weights as they ship, computed in fp32.
 - gptqmodel: logits within 1e-4 of ours (relative, fp32).
 - vLLM (in fp16: its 4-bit kernels know no fp32): the mean difference of log-probabilities over the licence's text is at
   most that of the same model in bf16 in transformers.
+- MLX: mean difference of log-probabilities, beside bf16's.
 - llama.cpp rounds activations to 8 bits: mean difference of log-probabilities, beside bf16's; it also has to cut the
   text into the same tokens.
 """
@@ -46,7 +47,7 @@ LLAMA_CPP_BOUND = 0.05, 5.0  # nats, or times bf16's difference: activations are
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prepared", type=Path)
-    for engine in ("transformers", "gptqmodel", "vllm", "llama-cpp"):
+    for engine in ("transformers", "gptqmodel", "vllm", "mlx", "llama-cpp"):
         parser.add_argument(f"--{engine}")
     given = parser.parse_args()
     failed = 0
@@ -60,7 +61,7 @@ def main() -> None:
 def checks(model: Path, given: argparse.Namespace) -> Iterator[tuple[str, str, str, bool]]:
     """Yield (engine, format, what was measured, whether it is good) for all that applies to one prepared model."""
     ours = Reference(model / "run")
-    if given.transformers:
+    if given.transformers and (model / "compressed_tensors").exists():
         script = ENGINES / "with_transformers.py"
         found = run([given.transformers, "-I", script, model / "compressed_tensors", ours.ids])
         equal = sum(found["weights"][name] == digest for name, digest in ours.digests.items())
@@ -83,6 +84,11 @@ def checks(model: Path, given: argparse.Namespace) -> Iterator[tuple[str, str, s
             wanted, bound = ours.long
             error = _distance(torch.tensor(found["logprobs"]), wanted)
             yield "vLLM", name, f"mean |Δ log p| {error:.4f}, bf16 {bound:.4f}", error <= bound
+    if given.mlx and (model / "mlx").exists():
+        found = run([given.mlx, ENGINES / "with_mlx.py", model / "mlx", json.dumps(ours.windows)])
+        wanted, bound = ours.long
+        error = _distance(torch.tensor(found["logprobs"]), wanted)
+        yield "MLX", "mlx", f"mean |Δ log p| {error:.4f}, bf16 {bound:.4f}", error <= 2 * bound
     if given.llama_cpp and (model / "model.gguf").exists():
         script = Path(given.llama_cpp) / "with_llama_cpp.mjs"
         script.write_text((ENGINES / "with_llama_cpp.mjs").read_text())

@@ -15,6 +15,7 @@ import torch
 from lfq_lightning.cli import main as lfq
 from lfq_lightning.errors import UserError
 from lfq_lightning.formats import FORMATS
+from lfq_lightning.grids import GRIDS
 from lfq_lightning.packed.export import export
 from lfq_lightning.packed.gguf_export import export_gguf
 from tests.helpers import byte_tokenizer, save_tiny
@@ -23,7 +24,8 @@ ROOT = Path(__file__).parents[2]
 SCHEMES = {f"w{bits}": {"bits": bits, "group_size": 32} for bits in (2, 3, 4, 8)} | {
     f"w{bits}-asymmetric": {"bits": bits, "group_size": 32, "symmetric": False} for bits in (2, 3, 4)
 }
-TINY = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "max_position_embeddings": 512}
+GRIDS_OF_256 = {name: {"grid": name} for name in GRIDS.names()}  # for models whose widths 256 divides
+TINY = {"vocab_size": 512, "hidden_size": 256, "intermediate_size": 512, "head_dim": 32, "max_position_embeddings": 512}
 LLAMA_3 = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,
@@ -45,7 +47,8 @@ def main() -> None:
                 save_tiny(Path(checkpoint), tied=name == "tied", dtype=torch.float16, **TINY, **more)
                 text = (ROOT / "README.md").read_text(encoding="utf-8")
                 byte_tokenizer(False).train_new_from_iterator([text], TINY["vocab_size"]).save_pretrained(checkpoint)
-        for label, scheme in SCHEMES.items():
+        schemes = SCHEMES | (GRIDS_OF_256 if name == "tied" else {})
+        for label, scheme in schemes.items():
             prepare(output / f"{name}-{label}", checkpoint, scheme)
 
 

@@ -46,6 +46,7 @@ CASES = {
     "awq": ("awq", quantizer(4, symmetric=False)),
     "awq symmetric": ("awq", quantizer(4, 16)),
     "awq, folded by awq": ("awq", {**quantizer(4, symmetric=False), "name": "awq"}),
+    **{f"mlx w{bits}": ("mlx", quantizer(bits)) for bits in (2, 3, 4, 5, 6, 8)},
     "compressed-tensors": ("compressed-tensors", quantizer(5)),
 }
 
@@ -66,6 +67,8 @@ def test_export_keeps_every_weight(case, packed, tmp_path, capsys):
     text = "a few words"
     tokenizers = [AutoTokenizer.from_pretrained(folder) for folder in (run, tmp_path / "new")]
     assert tokenizers[0](text)["input_ids"] == tokenizers[1](text)["input_ids"]
+    if name == "mlx":  # its minima are of no integer grid
+        return
     main(["export", str(tmp_path / "new"), "--format", "compressed-tensors", "--output", str(tmp_path / "back")])
     back = load(tmp_path / "back", dequantize=True)[0].state_dict()
     assert all(torch.equal(value, back[key]) for key, value in before.items())

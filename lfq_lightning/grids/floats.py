@@ -1,4 +1,4 @@
-"""Half: a number per group in fp16."""
+"""Floats: a number per group in a floating-point dtype."""
 
 from dataclasses import dataclass
 from typing import final
@@ -8,25 +8,27 @@ from torch import Tensor
 
 from lfq_lightning.grids.scale_codec import ScaleCodec
 
-_LEAST = 2.0**-24  # the smallest number above 0
+_LEAST = 2.0**-24  # the smallest fp16 above 0
 
 
 @final
 @dataclass(frozen=True)
-class Half(ScaleCodec):
-    """fp16.
+class Floats(ScaleCodec):
+    """fp16, or another dtype.
 
     Args:
         least: what smaller numbers, of either sign, become: a scale is never 0.
+        dtype: the dtype.
     """
 
     least: float = _LEAST
+    dtype: torch.dtype = torch.float16
     signed = True
 
     def ship(self, value: Tensor) -> Tensor:
-        rounded = value.half().float()
+        rounded = value.to(self.dtype).float()
         floor = torch.where(rounded < 0, -self.least, self.least)
         return torch.where(rounded.abs() < self.least, floor, rounded)
 
     def bits(self, group_size: int) -> float:
-        return 16 / group_size
+        return 8 * self.dtype.itemsize / group_size
