@@ -60,7 +60,7 @@ interop: interop-fast $(MODEL)
 	$(PYTHON) -m venv $(INTEROP)/mlx
 	$(INTEROP)/mlx/bin/pip install --quiet 'mlx[cpu]' mlx-lm
 	npm install --silent --prefix $(INTEROP)/llama.cpp node-llama-cpp
-	$(BIN)/python -m tests.interop.prepare runs/interop tied untied smollm2=$(MODEL)
+	$(BIN)/python -m tests.interop.prepare runs/interop tied untied grids smollm2=$(MODEL)
 	$(BIN)/python -m tests.interop.check runs/interop --transformers $(INTEROP)/transformers/bin/python \
 		--gptqmodel $(INTEROP)/gptqmodel/bin/python --vllm $(INTEROP)/vllm/bin/python --mlx $(INTEROP)/mlx/bin/python --llama-cpp $(INTEROP)/llama.cpp
 

@@ -49,7 +49,8 @@ OURS: dict[str, dict[str, Any]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="NAME=CHECKPOINT")
-    parser.add_argument("--calibration", type=Path, required=True, help="a .txt; its last tenth is held out")
+    parser.add_argument("--calibration", type=Path, required=True, help="a .txt; its last part is held out")
+    parser.add_argument("--held-out-share", type=float, default=0.1, help="how much of it (0.1)")
     parser.add_argument("--other", type=Path, required=True, help="a .txt of another domain")
     parser.add_argument("--grids", nargs="+", default=GRIDS.names())
     parser.add_argument("--methods", nargs="+", choices=[*PEERS, *OURS], default=[*PEERS, *OURS])
@@ -59,7 +60,7 @@ def main() -> None:
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
     name, _, checkpoint = given.model.partition("=")
-    calibration, held_out = split_text(given.calibration, 0.1, given.work)
+    calibration, held_out = split_text(given.calibration, given.held_out_share, given.work)
     tokenizer = open_checkpoint(checkpoint).tokenizer()
     domains = {"held_out": held_out, "other": given.other}
     sets = {domain: tokens_of(text, tokenizer, HELD_OUT, LENGTH) for domain, text in domains.items()}

@@ -16,12 +16,13 @@ from lfq_lightning.objectives import OBJECTIVES, Objective
 from lfq_lightning.objectives.weighted_sum import WeightedSum
 from lfq_lightning.optimizers import OPTIMIZERS
 from lfq_lightning.quantizers import QUANTIZERS, ClosedFormQuantizer, DenseQuantizer, LearnedQuantizer
-from lfq_lightning.registry import Plugin, did_you_mean
+from lfq_lightning.registry import Plugin, did_you_mean, plugin_name
 from lfq_lightning.stages import STAGES, BlockPlan, LaterStage, LayerPlan, ParsedRule, Rule
 from lfq_lightning.stages.block_by_block import BlockByBlock
 
 log = logging.getLogger(__name__)
 
+_OUTER = ("embeddings", "head")
 _SMALL = 0.05  # of a block's weights in linear layers
 _INTEGER_KEYS = {"bits": int, "group_size": int, "symmetric": bool}
 _SCHEME_KEYS = {*_INTEGER_KEYS, "grid"}
@@ -48,14 +49,18 @@ class Plan:
             raise UserError("plan: it has no rule; give at least `- {match: all, quantizer: …}`.")
         parsed = [_parse(rule, f"plan[{i}]") for i, rule in enumerate(rules)]
         self._rules = [each for each in parsed if not isinstance(each.stage, LaterStage)]
+        self._outer = [each for each in self._rules if each.rule.match in _OUTER]
+        self._rules = [each for each in self._rules if each.rule.match not in _OUTER]
         self._later = [each for each in parsed if isinstance(each.stage, LaterStage)]
         if len(self._later) > 1:
             raise UserError(
                 f"{self._later[1].where}: match {self._later[1].rule.match} comes after match "
                 f"{self._later[0].rule.match}; one such stage ends a run."
             )
-        packed = (each for each in self._rules if not issubclass(each.layer.closed_form.cls, DenseQuantizer))
-        self.format = FORMATS.get(format_of({each.where: each.layer.scheme for each in packed}))()
+        on_grids = [each for each in [*self._rules, *self._outer] if not _dense(each)]
+        self.format = FORMATS.get(format_of({each.where: each.layer.scheme for each in on_grids}))()
+        for each in self._outer:
+            self._check_outer(each)
         self._final_blocks = max((rule.final_blocks for rule in rules), default=1)
 
     def resolve(self, skeleton: ModelSkeleton) -> list[BlockPlan]:
@@ -89,6 +94,38 @@ class Plan:
             assert isinstance(parsed.stage, LaterStage)
             plans.append(parsed.stage.plan(parsed, skeleton, plans))
         return plans
+
+    def outer(self, skeleton: ModelSkeleton) -> dict[str, LayerPlan]:
+        """Return the plan of embeddings and head by full name, if they have one. Raises UserError."""
+        found: dict[str, ParsedRule] = {}
+        for parsed in self._outer:
+            name = skeleton.outer_layers[str(parsed.rule.match)]
+            kind = "embeddings" if name == skeleton.outer_layers["embeddings"] else "head"
+            if kind not in self.format.outer:
+                raise UserError(
+                    f"{parsed.where}: {plugin_name(type(self.format))} holds no quantised {kind}"
+                    f"{', which is the head as well' if skeleton.checkpoint.tied else ''}; take a grid of "
+                    f"{' or '.join(n for n in FORMATS.names() if kind in FORMATS.get(n).outer)}."
+                )
+            other = found.setdefault(name, parsed)
+            if other.layer != parsed.layer:
+                raise UserError(f"{other.where} and {parsed.where}: embeddings and head are one tensor; give one rule.")
+            width = skeleton.outer_shape(name)[1]
+            if not parsed.layer.scheme.divides(width):
+                fitting = [grid for grid in GRIDS.names() if GRIDS.get(grid)().divides(width)]
+                raise UserError(
+                    f"{parsed.where}: {parsed.layer.scheme} does not divide the {width} inputs of {name}; what fits: "
+                    f"{', '.join(fitting)}."
+                )
+        return {name: parsed.layer for name, parsed in found.items()}
+
+    def _check_outer(self, parsed: ParsedRule) -> None:
+        closed_form = parsed.layer.closed_form
+        if parsed.layer.learned or closed_form.cls.needs_inputs or _dense(parsed):
+            raise UserError(
+                f"{parsed.where}: match {parsed.rule.match} takes a data-free quantizer such as rtn: it is rounded "
+                "first, and the blocks are calibrated with it."
+            )
 
     def _resolve_block(self, skeleton: ModelSkeleton, indices: range, outcome: "_Outcome") -> BlockPlan:
         layers: dict[str, LayerPlan] = {}
@@ -133,6 +170,10 @@ class Plan:
                 "is not the last; use `match: last` for it, with `final_blocks: k` to train the last k blocks together."
             )
         return plan
+
+
+def _dense(parsed: ParsedRule) -> bool:
+    return issubclass(parsed.layer.closed_form.cls, DenseQuantizer)
 
 
 def _matches(match: int | str | list[str], layer: str, index: int, last: bool) -> bool:

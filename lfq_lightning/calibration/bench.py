@@ -68,6 +68,12 @@ class Bench(nn.Module):
             )
         )
 
+    def ship_outer(self, weights: dict[str, Tensor]) -> None:
+        """Let the student have the embeddings and the head that ship, from its first block on."""
+        self.skeleton.ship(weights)
+        for split, tokens in zip(self.splits.each(), self.tokens, strict=True):
+            split.restart_student(self._embed(tokens, shipped=True))
+
     # ---- the block ---------------------------------------------------------------------------------------------------
 
     @property
@@ -126,7 +132,7 @@ class Bench(nn.Module):
     def restore(self, weights: dict[str, Tensor], codes: dict[str, QuantizedTensor]) -> dict[str, Solution]:
         """Give the block the weights that are on disk, and the student stream what enters the first of its layers."""
         for split, tokens in zip(self.splits.each(), self.tokens, strict=True):
-            split.restart_student(self._embed(tokens))
+            split.restart_student(self._embed(tokens, shipped=True))
         self.current.block.load(weights)
         return {
             name: Solution(quantized.to(self.device), quantized.exact().to(self.device))
@@ -195,14 +201,15 @@ class Bench(nn.Module):
         with torch.no_grad(), self.trainer.precision_plugin.forward_context():
             yield
 
-    def _embed(self, tokens: TokenSet) -> Iterator[Tensor]:
+    def _embed(self, tokens: TokenSet, shipped: bool = False) -> Iterator[Tensor]:
         """Yield what enters the first block, (1, T, D), for each of this rank's sequences."""
         dtype = stream_dtype(self.trainer.precision)
         for ids in tokens.input_ids[self.ranks.share(len(tokens))]:
-            yield self.skeleton.embed(ids[None]).to(dtype)
+            yield self.skeleton.embed(ids[None], shipped).to(dtype)
 
     def _target(self, hidden: Tensor) -> dict[str, Tensor]:
         objective, head = self.current.objective, self.current.head
+        head = None if head is None else head.teacher()
         hidden = self.current.block.hidden_states(hidden)
         return objective.checked_target(objective.view(hidden, head), head)
 

@@ -28,7 +28,7 @@ class Lens:
         self.mask = held_out.mask[self.some]
         self.ranks = ranks
         self.device = device
-        self.target = KL().target(self._readout(held_out.teacher, head), head) if self.mask.any() else {}
+        self.target = KL().target(self._readout(held_out.teacher, head.teacher()), head) if self.mask.any() else {}
 
     def kl(self, outputs: Tensor, head: Head) -> float:
         """Return KL(teacher ‖ student), nats per token, of the block's outputs (N, T, D) for the held-out sequences."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lfq_lightning.calibration.bench import Bench
 from lfq_lightning.calibration.lens import Lens
+from lfq_lightning.calibration.solve_outer import solve_outer
 from lfq_lightning.calibration.stream_store import StreamStore
 from lfq_lightning.calibration.weighted_mean import WeightedMean
 from lfq_lightning.callbacks import CALLBACKS, BlockCallback
@@ -23,7 +24,7 @@ from lfq_lightning.plan import Plan
 from lfq_lightning.planning.block_flops import seconds_left
 from lfq_lightning.planning.preflight import check_same_precision
 from lfq_lightning.runs.block_state import BlockState
-from lfq_lightning.runs.fingerprint import block_fingerprint
+from lfq_lightning.runs.fingerprint import block_fingerprint, outer_fingerprint
 from lfq_lightning.runs.open_run import open_run
 from lfq_lightning.runs.prepare import PreparedRun, prepare
 from lfq_lightning.runs.saving import Saving
@@ -192,9 +193,12 @@ class BlockScheduler(BlockCallback):
         bench = Bench(trainer, before.skeleton, opened.tokens, ranks, store, before.data.seed)
         before.module.bench = bench
         shards = Shards(before.folder, ranks, checkpoint.dtype, self.plan.format)
-        shards.write_outer(checkpoint.tensors(before.skeleton.outer_names()) | checkpoint.extra())
+        shipped = solve_outer(checkpoint, before.outer)
+        shards.write_outer(checkpoint.tensors(before.skeleton.outer_names()) | checkpoint.extra(), shipped)
+        if shipped:
+            bench.ship_outer({name: quantized.dequantize() for name, quantized in shipped.items()})
         before.meter.keep(peak_bytes(device))  # the whole model may have been there, to write the data
-        fit = self._fit = Fit(bench, shards, frequency, 0, "", 0.0)
+        fit = self._fit = Fit(bench, shards, frequency, 0, outer_fingerprint(before.outer), 0.0)
         for listener in listeners(fit.bench.trainer):
             listener.on_run_start(trainer, before.plans)
         for earlier in opened.sources:

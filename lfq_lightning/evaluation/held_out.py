@@ -156,7 +156,8 @@ def final_metrics(
         ranks: who has the other sequences.
     """
     device = head.weight.device
-    h = {name: head.readout(hidden.float().to(device)) for name, hidden in streams.items()}
+    heads = dict.fromkeys(streams, head) | {"full_precision": head.teacher()}
+    h = {name: heads[name].readout(hidden.float().to(device)) for name, hidden in streams.items()}
     profile = TokenProfile(frequency)
     found = evaluate(h, h["full_precision"], head, tokens, ranks, {"quantized": profile})
     metrics = {name: {"held_out": whole, "per_sequence": each} for name, (whole, each) in found.items()}

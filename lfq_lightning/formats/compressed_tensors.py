@@ -23,6 +23,7 @@ class CompressedTensors(PackFormat):
     """Integers of 2 … 8 bits, any group, symmetric and asymmetric, scales in the model's dtype; NVFP4 and MXFP4."""
 
     paper = "compressed-tensors 0.18 and newer (dense 3-bit), compressors/pack_quantized"
+    outer = frozenset({"head"})
     quant_method = "compressed-tensors"
     scale_name = _SCALE
 

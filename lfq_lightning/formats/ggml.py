@@ -17,6 +17,7 @@ class Ggml(PackFormat):
     """The grids of llama.cpp, each layer the bytes that a GGUF file holds of it."""
 
     paper = "llama.cpp, ggml-common.h"
+    outer = frozenset({"embeddings", "head"})
     quant_method = "ggml"
     scale_name = BLOCKS
     codes_name = BLOCKS

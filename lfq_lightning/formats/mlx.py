@@ -25,6 +25,7 @@ class MLX(PackFormat):
     """
 
     paper = "MLX, mx.quantize, mode affine; mlx-lm, `quantization` in config.json"
+    outer = frozenset({"embeddings", "head"})
     quant_method = "mlx"
     scale_name = "scales"
     codes_name = "scales"  # what only packed layers have: the codes' own name is `weight`

@@ -22,12 +22,14 @@ class PackFormat(ABC):
     Attributes:
         paper: where the format is specified.
         quant_method: its name in `quantization_config`.
+        outer: which of `embeddings` and `head` it can hold quantised.
         scale_name: last part of the name of the tensor that holds a layer's scales; all others hold integers.
     """
 
     paper: ClassVar[str]
     quant_method: ClassVar[str]
     scale_name: ClassVar[str]
+    outer: ClassVar[frozenset[str]] = frozenset()
 
     @abstractmethod
     def check(self, name: str, scheme: Grid, shape: tuple[int, int]) -> None:

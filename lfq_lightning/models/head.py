@@ -1,5 +1,6 @@
 """Head: the frozen final norm and LM head as one linear map of the normed hidden state."""
 
+import copy
 from functools import cached_property
 
 import torch
@@ -41,6 +42,9 @@ class Head(nn.Module):
         logit_scale: factor on the logits; kept on the hidden state.
         softcap: bound c on the logits, c·tanh(z / c); None without one.
         width: columns of hidden states that `norm` reads; D if not said.
+        shipped: (V, D), the head that ships, if it is quantised. One weight then serves both, [weight, shipped]: the
+            teacher's rows stand before zeros (`teacher().readout`), the student's behind (`readout`), and any loss of
+            logits z = W h is that of the two heads.
     """
 
     def __init__(
@@ -51,16 +55,30 @@ class Head(nn.Module):
         logit_scale: float = 1.0,
         softcap: float | None = None,
         width: int | None = None,
+        shipped: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.norm = norm.requires_grad_(False)
         self.width = width or weight.shape[1]
         self.has_bias = bias is not None
         if bias is not None:
-            weight = torch.cat([weight, bias[:, None].to(weight.dtype) / logit_scale], dim=1)
+            column = bias[:, None].to(weight.dtype) / logit_scale
+            weight = torch.cat([weight, column], 1)
+            shipped = None if shipped is None else torch.cat([shipped, column], 1)
+        self.side = None if shipped is None else 1
+        if shipped is not None:
+            weight = torch.cat([weight, shipped], 1)
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.logit_scale = logit_scale
         self.softcap = softcap
+
+    def teacher(self) -> "Head":
+        """Return the head that makes the teacher's rows; itself if one head serves both."""
+        if self.side is None:
+            return self
+        twin = copy.copy(self)
+        twin.side = 0
+        return twin
 
     def logits(self, readout: Tensor) -> Tensor:
         """Return the model's logits (…, V) of hidden states that went through `readout`."""
@@ -80,9 +98,16 @@ class Head(nn.Module):
     def readout(self, hidden: Tensor) -> Tensor:
         """Return h with z = weight @ h, from hidden states before the final norm: (…, D) → (…, D or D + 1).
 
+        Twice as many columns, half of them 0, where another head ships.
+
         Columns behind D, which travel with hidden states, are left out.
         """
         h = self.norm(hidden[..., : self.width])
         if self.has_bias:
             h = torch.cat([h, torch.ones_like(h[..., :1])], dim=-1)
-        return h * self.logit_scale if self.logit_scale != 1.0 else h
+        if self.logit_scale != 1.0:
+            h = h * self.logit_scale
+        if self.side is None:
+            return h
+        nothing = torch.zeros_like(h)
+        return torch.cat([nothing, h] if self.side else [h, nothing], dim=-1)

@@ -84,6 +84,7 @@ class ModelSkeleton:
         self._ready = False
         self._passage: Passage | None = None
         self._tail: list[str] = []
+        self._shipped: dict[str, Tensor] = {}
 
     def __len__(self) -> int:
         return len(self._meta_blocks)
@@ -138,12 +139,37 @@ class ModelSkeleton:
         """Return the stored tensors of one block, full names."""
         return [name for name in self.checkpoint.names() if name.startswith(self._block_prefixes[index])]
 
-    def embed(self, input_ids: Tensor) -> Tensor:
+    @property
+    def outer_layers(self) -> dict[str, str]:
+        """Return what can be quantised outside the blocks: the full names of `embeddings` and `head`, one if tied."""
+        family = self.checkpoint.family
+        return {"embeddings": family.embeddings, "head": family.embeddings if self.checkpoint.tied else family.head}
+
+    def outer_shape(self, name: str) -> tuple[int, int]:
+        """Return the shape (V, D) of embeddings or head by full name."""
+        rows, columns = self._model.get_parameter(f"{name}.weight").shape
+        return rows, columns
+
+    def ship(self, weights: dict[str, Tensor]) -> None:
+        """Take note of the weights (V, D) that ship of embeddings and head, by full name, where they are quantised."""
+        self._shipped = weights
+
+    def embed(self, input_ids: Tensor, shipped: bool = False) -> Tensor:
         """Return the first block's input (B, T, D) for tokens (B, T), and capture how each block is called.
 
-        What travels to the block beside hidden states stands in columns behind D.
+        What travels to the block beside hidden states stands in columns behind D. With `shipped`, by the embeddings
+        that ship.
         """
-        return self._found().begin(self._record(input_ids), input_ids)
+        passage, name = self._found(), self.checkpoint.family.embeddings
+        if not shipped or name not in self._shipped:
+            return passage.begin(self._record(input_ids), input_ids)
+        module = self._model.get_submodule(name)
+        kept = self._model.get_parameter(f"{name}.weight")
+        module.weight = nn.Parameter(self._shipped[name].to(kept.dtype), requires_grad=False)
+        try:
+            return passage.begin(self._record(input_ids), input_ids)
+        finally:
+            module.weight = kept
 
     @property
     def width(self) -> int:
@@ -276,7 +302,7 @@ class ModelSkeleton:
         return self.checkpoint.family.logit_terms(self.checkpoint.config.to_dict())
 
     def head(self, dtype: torch.dtype) -> Head:
-        """Return the frozen final norm (fp32) and LM head, its weight in `dtype`."""
+        """Return the frozen final norm (fp32) and LM head, its weight in `dtype`, beside the one that ships, if any."""
         self._materialise_outer()
         family = self.checkpoint.family
         linear = self._model.get_submodule(family.head)
@@ -285,7 +311,10 @@ class ModelSkeleton:
         passage = self._found()
         parts = [copy.deepcopy(self._model.get_submodule(name)).float() for name in self._tail]
         norm = parts[0] if len(parts) == 1 and len(passage.shape) == 1 else Tail(parts, passage.shape)
-        return Head(norm, linear.weight.detach().to(dtype), bias, *self.logit_terms, width=passage.width)
+        shipped = self._shipped.get(self.outer_layers["head"])
+        shipped = None if shipped is None else shipped.to(dtype)
+        weight = linear.weight.detach().to(dtype)
+        return Head(norm, weight, bias, *self.logit_terms, width=passage.width, shipped=shipped)
 
     def _materialise_outer(self) -> None:
         if self._ready:

@@ -30,6 +30,12 @@ def export(source: str, format_name: str, output: str) -> Path:
     to = FORMATS.get(format_name.replace("-", "_"))()
     if target.exists():
         raise UserError(f"output: {target} exists; give a new folder.")
+    outer = {name: "head" if name in folder.linears else "embeddings" for name in folder.outer}
+    for name, kind in outer.items():
+        if name in folder.schemes and kind not in to.outer:
+            raise UserError(
+                f"{name} is quantised, and {format_name} holds no quantised {kind}; export to another format."
+            )
     for name, scheme in folder.schemes.items():
         to.check(name, scheme, folder.shapes[name])
     family = folder.family

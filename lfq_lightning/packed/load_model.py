@@ -5,7 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lfq_lightning.models.checkpoints.checkpoint import read_generation_config, read_tokenizer
@@ -45,7 +45,7 @@ def load(
         dense = {name: shard.dense[name].to(device, copy=True) for name in own}
         for name, quantized in shard.layers.items():
             here = quantized.to(device)
-            if dequantize:
+            if dequantize or isinstance(model.get_submodule(name), nn.Embedding):
                 stored = model.get_parameter(f"{name}.weight").dtype
                 weight = here.dequantize()
                 is_own = weight.dtype == stored

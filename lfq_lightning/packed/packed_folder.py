@@ -87,6 +87,9 @@ class PackedFolder:
 
     Attributes:
         changed: small files, such as config.json, that are not what was written beside the weights.
+        shapes: full name → (O, I) of the linear layers, and of the embeddings.
+        linears: those of the linear layers alone.
+        outer: the names of embeddings and head.
         weight_shapes: name → shape of every weight that `weight` reads.
     """
 
@@ -114,7 +117,9 @@ class PackedFolder:
         self.changed = changed_files(self.path)
         model, names = parted_model(self.config, self.path)
         self.family = family_of_names(self.config, names)
-        self.shapes, self.routers = _linear_shapes(model), router_names(model)
+        self.linears, self.routers = _linear_shapes(model), router_names(model)
+        self.shapes = self.linears | _embedding_shape(model)
+        self.outer = [*_embedding_shape(model), self.family.head]
         self.schemes = self._schemes()
         stored = [(self.family.model_name(name), name, file) for file, names in self.files.items() for name in names]
         self._places = {name: file for name, _, file in stored}
@@ -224,7 +229,7 @@ class PackedFolder:
     @property
     def dense(self) -> list[str]:
         """Linear layers that are not packed, the head included."""
-        return [name for name in self.shapes if name not in self.schemes]
+        return [name for name in self.linears if name not in self.schemes]
 
     def extra_layers(self) -> list[str]:
         """Return what may be a linear layer among the tensors that are none of the model's."""
@@ -302,3 +307,10 @@ def _linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
     }
+
+
+def _embedding_shape(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
+    embeddings = model.get_input_embeddings()
+    name = next(name for name, module in model.named_modules() if module is embeddings)
+    rows, columns = model.get_parameter(f"{name}.weight").shape
+    return {name: (rows, columns)}

@@ -136,7 +136,8 @@ def plan_run(model: str, rules: list[Rule], data: CalibrationData, precision: st
     precision = _planned(precision, machine.on_gpu)
     checkpoint = open_checkpoint(model) if model.endswith(".gguf") else ShapeCheckpoint(model)
     skeleton = ModelSkeleton(checkpoint)
-    plans = Plan(rules).resolve(skeleton)
+    parsed = Plan(rules)
+    plans = parsed.resolve(skeleton)
     data.check_sizes(checkpoint)
     check_shares(machine.ranks, data)
     check_training(machine.ranks, plans)
@@ -167,7 +168,7 @@ def plan_run(model: str, rules: list[Rule], data: CalibrationData, precision: st
         outer=outer_bytes(skeleton),
         streams=streams,
         streams_on_device=min(streams, data.budgets(machine.devices)[0]) if machine.on_gpu else 0,
-        output=output_bytes(skeleton, plans),
+        output=output_bytes(skeleton, plans, parsed.outer(skeleton)),
         state=max(state_bytes(same[0], skeleton) for same in different.values()),
         flop=flop,
         seconds=flop / (machine.rate * machine.ranks),

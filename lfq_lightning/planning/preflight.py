@@ -22,7 +22,7 @@ from lfq_lightning.optimizers import OPTIMIZERS
 from lfq_lightning.planning.memory_estimate import outer_bytes
 from lfq_lightning.precision import compute_dtype
 from lfq_lightning.quantizers import DenseQuantizer
-from lfq_lightning.stages import BlockPlan
+from lfq_lightning.stages import BlockPlan, LayerPlan
 
 # Lightning's callbacks that change, average or tune the parameters of one model over a whole fit
 _OF_ONE_MODEL = (
@@ -115,9 +115,12 @@ def check_training(ranks: int, plans: list[BlockPlan]) -> None:
             )
 
 
-def output_bytes(skeleton: ModelSkeleton, plans: list[BlockPlan]) -> int:
-    """Return about how many bytes the packed model takes on disk."""
+def output_bytes(skeleton: ModelSkeleton, plans: list[BlockPlan], outer: dict[str, LayerPlan]) -> int:
+    """Return about how many bytes the packed model takes on disk; `outer` is the plan of embeddings and head."""
     width, total = skeleton.checkpoint.dtype.itemsize, outer_bytes(skeleton)
+    for name, planned in outer.items():
+        rows, columns = skeleton.outer_shape(name)
+        total -= int(rows * columns * (width - planned.scheme.bits_per_weight(columns, scale_bits=8 * width) / 8))
     for plan in plans:
         if plan.stage.replaces_shards:
             continue

@@ -13,7 +13,7 @@ from lfq_lightning.data import CalibrationData
 from lfq_lightning.models.checkpoints import Checkpoint
 from lfq_lightning.registry import Plugin, plugin_name
 from lfq_lightning.runs.plugin_sources import sources, with_terms
-from lfq_lightning.stages import BlockPlan
+from lfq_lightning.stages import BlockPlan, LayerPlan
 from lfq_lightning.token_set import TokenSet
 
 _VERSIONS = ("lfq-lightning", "torch", "transformers", "lightning")
@@ -53,6 +53,11 @@ def own_facts(plans: list[BlockPlan], data: CalibrationData, checkpoint: Checkpo
         facts |= {f"{what} of {name}": repr(layer) for name, layer in plan.layers.items()}
         facts |= {f"source of {plugin.name}": digest([], sources(plugin)) for plugin in _plugins(plan)}
     return facts
+
+
+def outer_fingerprint(layers: dict[str, LayerPlan]) -> str:
+    """Return what precedes the first block's fingerprint: the plan of embeddings and head, if they have one."""
+    return digest([], repr(layers)) if layers else ""
 
 
 def block_fingerprint(before: str, plan: BlockPlan, tensors: dict[str, Tensor]) -> str:

@@ -19,7 +19,7 @@ from lfq_lightning.planning.preflight import check_trainer, check_training, outp
 from lfq_lightning.runs.earlier_run import EarlierRun
 from lfq_lightning.runs.run_folder import RunFolder
 from lfq_lightning.runs.spent import Meter
-from lfq_lightning.stages import BlockPlan
+from lfq_lightning.stages import BlockPlan, LayerPlan
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +34,7 @@ class PreparedRun:
     data: CalibrationData
     skeleton: ModelSkeleton
     plans: list[BlockPlan]
+    outer: dict[str, LayerPlan]
     folder: RunFolder
     reused: EarlierRun | None
     meter: Meter
@@ -53,7 +54,7 @@ def prepare(
     calibrated, tokens = check_trainer(trainer, module, data)
     checkpoint = calibrated.checkpoint
     skeleton = ModelSkeleton(checkpoint)
-    plans = plan.resolve(skeleton)
+    plans, outer = plan.resolve(skeleton), plan.outer(skeleton)
     if launched_rank() == 0 and (covered := coverage(skeleton)).share < _MOST:
         log.warning(
             "%s: %.0f %% of its layers' weights stay in full precision, since transformers loads no packed %s",
@@ -66,7 +67,7 @@ def prepare(
     if launched_rank() == 0:
         check_small_files(checkpoint)
         twice = any(plan.stage.replaces_shards for plan in plans)  # then shards are written beside the first ones
-        folder.check((1 + twice) * output_bytes(skeleton, plans))
+        folder.check((1 + twice) * output_bytes(skeleton, plans, outer))
     reused = EarlierRun(reuse, resumes=False) if reuse else None
     if reused is not None and reused.path.resolve() == folder.path.resolve():
         raise UserError("reuse: it is the output itself; give another output.")
@@ -79,4 +80,4 @@ def prepare(
         except UserError:
             folder.unlock()
             raise
-    return PreparedRun(calibrated, tokens, skeleton, plans, folder, reused, meter)
+    return PreparedRun(calibrated, tokens, skeleton, plans, outer, folder, reused, meter)

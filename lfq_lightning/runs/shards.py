@@ -41,9 +41,14 @@ class Shards:
         self.format = packed
         self.schemes: dict[str, Grid] = {}
 
-    def write_outer(self, tensors: dict[str, Tensor]) -> None:
-        """Write what is outside the blocks."""
-        self._write(0, tensors)
+    def write_outer(self, tensors: dict[str, Tensor], shipped: dict[str, QuantizedTensor]) -> None:
+        """Write what is outside the blocks: the `shipped` layers packed, everything else as it is."""
+        replaced = {f"{name}.weight" for name in shipped}
+        kept = {name: tensor for name, tensor in tensors.items() if name not in replaced}
+        for name, quantized in shipped.items():
+            kept |= self.format.pack(name, quantized)
+            self.schemes[name] = quantized.scheme
+        self._write(0, kept)
 
     def write_block(self, plan: BlockPlan, block: DecoderBlock, shipped: dict[str, QuantizedTensor]) -> None:
         """Write a block: the `shipped` layers packed, everything else as it is."""

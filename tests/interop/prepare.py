@@ -3,7 +3,8 @@
     python tests/interop/prepare.py OUTPUT NAME=CHECKPOINT …
 
 Writes OUTPUT/NAME-SCHEME/FORMAT, and OUTPUT/NAME-SCHEME/run, from which they come; what is there is kept. The plain
-names `tied` and `untied` stand for random tiny models, the latter with Llama 3.1's rotary scaling.
+names `tied`, `untied` and `grids` stand for random tiny models, `untied` with Llama 3.1's rotary scaling, `grids` on
+every named grid.
 """
 
 import json
@@ -24,8 +25,8 @@ ROOT = Path(__file__).parents[2]
 SCHEMES = {f"w{bits}": {"bits": bits, "group_size": 32} for bits in (2, 3, 4, 8)} | {
     f"w{bits}-asymmetric": {"bits": bits, "group_size": 32, "symmetric": False} for bits in (2, 3, 4)
 }
-GRIDS_OF_256 = {name: {"grid": name} for name in GRIDS.names()}  # for models whose widths 256 divides
-TINY = {"vocab_size": 512, "hidden_size": 256, "intermediate_size": 512, "head_dim": 32, "max_position_embeddings": 512}
+NAMED = {name: {"grid": name} for name in GRIDS.names()}
+TINY = {"vocab_size": 512, "hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "max_position_embeddings": 512}
 LLAMA_3 = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,
@@ -43,12 +44,11 @@ def main() -> None:
         if not checkpoint:
             checkpoint = str(output / name)
             if not Path(checkpoint).exists():
-                more = {} if name == "tied" else {"rope_parameters": LLAMA_3}
-                save_tiny(Path(checkpoint), tied=name == "tied", dtype=torch.float16, **TINY, **more)
+                more = {"rope_parameters": LLAMA_3} if name == "untied" else {}
+                save_tiny(Path(checkpoint), tied=name != "untied", dtype=torch.float16, **TINY, **more)
                 text = (ROOT / "README.md").read_text(encoding="utf-8")
                 byte_tokenizer(False).train_new_from_iterator([text], TINY["vocab_size"]).save_pretrained(checkpoint)
-        schemes = SCHEMES | (GRIDS_OF_256 if name == "tied" else {})
-        for label, scheme in schemes.items():
+        for label, scheme in (NAMED if name == "grids" else SCHEMES).items():
             prepare(output / f"{name}-{label}", checkpoint, scheme)
 
 
