@@ -22,7 +22,7 @@ from lfq_lightning.stages.block_by_block import BlockByBlock
 
 log = logging.getLogger(__name__)
 
-_OUTER = ("embeddings", "head")
+OUTER = ("embeddings", "head")
 _SMALL = 0.05  # of a block's weights in linear layers
 _INTEGER_KEYS = {"bits": int, "group_size": int, "symmetric": bool}
 _SCHEME_KEYS = {*_INTEGER_KEYS, "grid"}
@@ -49,8 +49,8 @@ class Plan:
             raise UserError("plan: it has no rule; give at least `- {match: all, quantizer: …}`.")
         parsed = [_parse(rule, f"plan[{i}]") for i, rule in enumerate(rules)]
         self._rules = [each for each in parsed if not isinstance(each.stage, LaterStage)]
-        self._outer = [each for each in self._rules if each.rule.match in _OUTER]
-        self._rules = [each for each in self._rules if each.rule.match not in _OUTER]
+        self._outer = [each for each in self._rules if each.rule.match in OUTER]
+        self._rules = [each for each in self._rules if each.rule.match not in OUTER]
         self._later = [each for each in parsed if isinstance(each.stage, LaterStage)]
         if len(self._later) > 1:
             raise UserError(
@@ -133,7 +133,7 @@ class Plan:
         last = len(skeleton) - 1 in indices
         for index in indices:
             for name in skeleton.linear_shapes(index):
-                matching = [parsed for parsed in self._rules if _matches(parsed.rule.match, name, index, last)]
+                matching = [parsed for parsed in self._rules if matches(parsed.rule.match, name, index, last)]
                 outcome.matched.update(parsed.where for parsed in matching)
                 if not matching:
                     continue
@@ -176,7 +176,8 @@ def _dense(parsed: ParsedRule) -> bool:
     return issubclass(parsed.layer.closed_form.cls, DenseQuantizer)
 
 
-def _matches(match: int | str | list[str], layer: str, index: int, last: bool) -> bool:
+def matches(match: int | str | list[str], layer: str, index: int, last: bool) -> bool:
+    """Tell whether a rule's `match` means a layer of block `index`."""
     if isinstance(match, int):
         return match == index
     if isinstance(match, list):
@@ -230,7 +231,7 @@ def _parse_objective(value: str | dict[str, Any] | list[dict[str, Any]]) -> Plug
 
 def _parse_quantizer(value: str | dict[str, Any], known_grid: bool) -> LayerPlan:
     options = {"name": value} if isinstance(value, str) else dict(value)
-    scheme = _parse_grid({key: options.pop(key) for key in sorted(_SCHEME_KEYS) if key in options})
+    scheme = parse_grid({key: options.pop(key) for key in sorted(_SCHEME_KEYS) if key in options})
     cls = QUANTIZERS.get(options["name"]) if isinstance(options.get("name"), str) else None
     if cls is None or not issubclass(cls, LearnedQuantizer):
         plugin: Plugin[Any] = QUANTIZERS.parse(options, _SCHEME_KEYS)
@@ -251,7 +252,11 @@ def _parse_quantizer(value: str | dict[str, Any], known_grid: bool) -> LayerPlan
     return LayerPlan(scheme, closed_form, learned)
 
 
-def _parse_grid(keys: dict[str, Any]) -> Grid:
+def parse_grid(keys: dict[str, Any]) -> Grid:
+    """Return the grid that a quantizer's keys name: `grid`, or `bits`, `group_size`, `symmetric`. Raises UserError."""
+    several = next((key for key, value in keys.items() if isinstance(value, list)), None)
+    if several is not None:
+        raise UserError(f"quantizer: {several} {keys[several]} is a choice, which needs `size` or `average_bits`.")
     named = keys.pop("grid", None)
     if named is not None:
         if keys:

@@ -32,6 +32,7 @@ from lfq_lightning.data import CalibrationData  # noqa: E402
 from lfq_lightning.distributed.ranks import launched_rank  # noqa: E402
 from lfq_lightning.file_names import LOGS  # noqa: E402
 from lfq_lightning.planning.check_config import check_config  # noqa: E402
+from lfq_lightning.planning.chosen_plan import chosen_plan  # noqa: E402
 from lfq_lightning.planning.read_yaml import read_yaml, read_yaml_file  # noqa: E402
 from lfq_lightning.precision import choose_precision  # noqa: E402
 from lfq_lightning.runs.earlier_run import begun_precision  # noqa: E402
@@ -72,6 +73,10 @@ class CommandLine(LightningCLI):
         parser.add_argument("--output", type=str, required=True, help="new folder for the packed model")
         parser.add_argument("--overwrite", type=bool, default=False, help="replace an earlier run in that folder")
         parser.add_argument("--reuse", type=str | None, default=None, help="a run whose first blocks are taken over")
+        sized = "bytes of all weights, such as 60MB; each layer gets one of several grids"
+        parser.add_argument("--size", type=str | None, default=None, help=sized)
+        average = "the same by bits per weight of the layers that the plan quantises"
+        parser.add_argument("--average_bits", type=float | None, default=None, help=average)
         parser.add_argument("--save_seconds", type=float, default=300.0, help="how often a block's training is saved")
         parser.add_argument("--plugins", type=list[str] | str, default=[], help="Python files with plugins of your own")
         parser.add_argument("--callbacks", type=list[str | dict[str, Any]], default=[], help="registered callbacks")
@@ -87,6 +92,14 @@ class CommandLine(LightningCLI):
         if "run" in self.config:
             sections = {"data": CalibrationData, "model": CalibrationModule, "plan": Rule}
             check_config(self.config.run.as_dict(), sections)
+
+    def before_instantiate_classes(self) -> None:
+        """Choose the grids, if a size is asked for; the YAML that is kept has the plan, and asks for none."""
+        config = self.config.run if "run" in self.config else None
+        if config is None or (config.size is None and config.average_bits is None):
+            return
+        config.plan = [Namespace(vars(rule)) for rule in chosen_plan(config)]
+        config.size = config.average_bits = None
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         config: Namespace = self.config_init.run

@@ -5,17 +5,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import yaml
-from torch import Tensor
 
 from lfq_lightning.errors import UserError
 from lfq_lightning.grids.integer_grid import IntegerGrid
 from lfq_lightning.models.checkpoints import Checkpoint
 from lfq_lightning.models.model_skeleton import ModelSkeleton
-from lfq_lightning.objectives.kl import KL
 from lfq_lightning.plan import check_group
-from lfq_lightning.quantizers.rtn import RTN
+from lfq_lightning.planning.spend import spend
+from lfq_lightning.planning.swapped_model import SwappedModel
 from lfq_lightning.token_set import TokenSet
 
 
@@ -28,7 +26,6 @@ class LayerSensitivity:
     kl: dict[int, float]
 
 
-@torch.no_grad()
 def measure_sensitivity(
     checkpoint: Checkpoint, tokens: TokenSet, schemes: list[IntegerGrid]
 ) -> Iterator[LayerSensitivity]:
@@ -40,34 +37,13 @@ def measure_sensitivity(
         schemes: the grids to try, one per width.
     """
     skeleton = ModelSkeleton(checkpoint)
-    checkpoint.check_finite()
     for scheme in schemes:
         for index in range(len(skeleton)):
             for name in skeleton.linear_shapes(index):
                 check_group(scheme, name, skeleton, index, "sensitivity")
-    inputs = [torch.cat([skeleton.embed(row[None]) for row in tokens.input_ids])]
-    blocks = [skeleton.block(range(index, index + 1)) for index in range(len(skeleton))]
-    for block in blocks:
-        inputs.append(torch.cat([block(part) for part in inputs[-1].split(1)]))
-    head, objective = skeleton.head(torch.float32), KL()
-    target = objective.target(head.readout(inputs[-1][tokens.mask]), head)
-
-    def kl_from(start: int) -> float:
-        hidden: Tensor = inputs[start]
-        for later in blocks[start:]:
-            hidden = torch.cat([later(part) for part in hidden.split(1)])
-        return float(objective.token_loss(head.readout(hidden[tokens.mask]), target, head).mean())
-
-    for index, block in enumerate(blocks):
-        for name, linear in block.linears().items():
-            weight, kl = linear.weight.clone(), {}
-            for scheme in schemes:
-                rtn = RTN(weight, scheme, checkpoint.dtype)
-                rtn.solve()
-                linear.weight.copy_(rtn.export().dequantize())
-                kl[scheme.num_bits] = kl_from(index)
-            linear.weight.copy_(weight)
-            yield LayerSensitivity(name, weight.numel(), kl)
+    model = SwappedModel(checkpoint, tokens)
+    for name, weight in model.layers().items():
+        yield LayerSensitivity(name, weight.numel(), {s.num_bits: model.kl({name: s}) for s in schemes})
 
 
 def check_average(average_bits: float, widths: list[int]) -> None:
@@ -86,21 +62,11 @@ def propose_widths(layers: list[LayerSensitivity], average_bits: float) -> dict[
     """
     widths = sorted(layers[0].kl)
     check_average(average_bits, widths)
-    chosen = {layer.name: widths[0] for layer in layers}
-    room = math.floor((average_bits - widths[0]) * sum(layer.num_weights for layer in layers) + 1e-6)
-    while True:
-        steps = []
-        for layer in layers:
-            now = chosen[layer.name]
-            for wider in (width for width in widths if width > now):
-                cost = (wider - now) * layer.num_weights
-                if cost <= room and layer.kl[wider] < layer.kl[now]:
-                    steps.append(((layer.kl[now] - layer.kl[wider]) / cost, layer.name, wider, cost))
-        if not steps:
-            return chosen
-        _, name, wider, cost = max(steps)
-        chosen[name] = wider
-        room -= cost
+    budget = math.floor(average_bits * sum(layer.num_weights for layer in layers) + 1e-6)
+    costs = [[width * layer.num_weights for width in widths] for layer in layers]
+    chosen = spend(costs, [[layer.kl[width] for width in widths] for layer in layers], budget)
+    assert chosen is not None, "the average is no less than the smallest width"
+    return {layer.name: widths[number] for layer, number in zip(layers, chosen, strict=True)}
 
 
 def plan_of(chosen: dict[str, int], group_size: int, symmetric: bool) -> str:

@@ -63,6 +63,19 @@ def test_a_file_of_every_type(run, tmp_path, capsys):
         export(str(folder), "compressed-tensors", str(tmp_path / "other"))
 
 
+def test_embeddings_and_head_in_the_file(run, tmp_path):
+    plan = [
+        {"match": "embeddings", "quantizer": {"name": "rtn", "grid": "q6_k"}},
+        {"match": "all", "quantizer": {"name": "rtn", "grid": "q4_k"}},
+    ]
+    folder = run(plan)
+    main(["export", str(folder), "--format", "gguf", "--output", str(tmp_path / "model.gguf")])
+    kind, values = tensors(tmp_path / "model.gguf")["token_embd.weight"]
+    weight = load(folder)[0].get_input_embeddings().weight
+    assert kind == "Q6_K"
+    assert torch.equal(values, weight) or torch.equal(values.bfloat16().float(), weight)
+
+
 def test_trained_on_k_quants(run, tmp_path):
     """Learned rounding on the file's own grid beats rounding to nearest, and a second run gives the same bytes."""
 

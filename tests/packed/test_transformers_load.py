@@ -25,6 +25,10 @@ PLANS = {
         {"match": 1, "quantizer": quantizer(4, -1)},
         {"match": "model.layers.0.*", "quantizer": quantizer(2, 8)},
     ],
+    "a head": [
+        {"match": "head", "quantizer": quantizer(8, 16)},
+        {"match": "all", "quantizer": quantizer(4, 16)},
+    ],
     "nvfp4": [{"match": "all", "quantizer": {"name": "rtn", "grid": "nvfp4"}}],
     "mxfp4": [
         {"match": "*.down_proj", "quantizer": "fp"},
@@ -41,7 +45,7 @@ PLANS = {
 @pytest.mark.parametrize("plan", PLANS)
 def test_same_weights(plan, config, tmp_path):
     asymmetric, floating = "asymmetric" in plan, "fp4" in plan
-    model = save_tiny(tmp_path / "model", dtype=torch.bfloat16 if floating else torch.float32)
+    model = save_tiny(tmp_path / "model", tied=plan != "a head", dtype=torch.bfloat16 if floating else torch.float32)
     main(["run", "--config", str(config(plan=PLANS[plan], model={"checkpoint": str(model)}))])
     ours, _ = load(tmp_path / "run", dequantize=True)
     settings: dict[str, Any] = {}

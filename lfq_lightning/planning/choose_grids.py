@@ -1,0 +1,215 @@
+"""A size, not a plan: which of several grids each layer gets, by what its own error does to the model."""
+
+import copy
+import logging
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+from rich.console import Console
+from rich.progress import track
+
+from lfq_lightning.errors import UserError
+from lfq_lightning.formats.fused import fused_parts
+from lfq_lightning.grids import GRIDS, Grid, NamedGrid
+from lfq_lightning.models.checkpoints import Checkpoint
+from lfq_lightning.models.model_skeleton import ModelSkeleton
+from lfq_lightning.plan import OUTER, matches, parse_grid
+from lfq_lightning.planning.spend import spend
+from lfq_lightning.planning.swapped_model import SwappedModel
+from lfq_lightning.stages import STAGES, Rule
+from lfq_lightning.token_set import TokenSet
+
+log = logging.getLogger(__name__)
+
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+_LISTS = ("bits", "grid")
+_INTEGERS = (2, 3, 4, 5, 6, 8)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Layers that get one grid, since engines compute them as one or since there is one; and the grids to choose from.
+
+    Args:
+        rule: which rule of the plan they come from.
+        names: full names.
+        grids: key and value of the quantizer in YAML → the grid.
+        weights: how many there are.
+        costs: bytes on each grid.
+    """
+
+    rule: int
+    names: tuple[str, ...]
+    grids: dict[tuple[str, Any], Grid]
+    weights: int
+    costs: tuple[int, ...]
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes of `60MB`, `1.5GB`, `900KB`. Raises UserError."""
+    number, unit = text[:-2].strip(), text[-2:].upper()
+    try:
+        size = float(number) * _UNITS[unit]
+    except (KeyError, ValueError):
+        raise UserError(f"size: {text!r} is no size; write it like 60MB, 1.5GB or 900KB.") from None
+    if not 0 < size < float("inf"):
+        raise UserError(f"size: {text!r} must be above 0.")
+    return int(size)
+
+
+def choose_grids(
+    rules: list[Rule],
+    checkpoint: Checkpoint,
+    tokens: tuple[TokenSet, TokenSet],
+    size: int | None,
+    average_bits: float | None,
+) -> list[Rule]:
+    """Return the rules with one grid for each layer, so that the model takes at most this much and loses little.
+
+    `bits` or `grid` of a quantizer may be a list to choose from; if none is, all widths of its kind are. Each layer's
+    grids are measured by the KL to full precision with that layer alone rounded to nearest. The choice is kept if, on
+    other tokens and all layers together, it loses less than one grid for all within the same size; else that is taken.
+
+    Args:
+        tokens: to measure layers on, and to compare the two on.
+        size: bytes of all weights, what stays in full precision included; or None.
+        average_bits: bits per weight of the layers that rules quantise, scales included; or None.
+
+    Raises UserError if nothing is to be chosen, or nothing is small enough.
+    """
+    if (size is None) == (average_bits is None):
+        raise UserError("size and average_bits: give one of them, not both.")
+    skeleton = ModelSkeleton(checkpoint)
+    choices = _choices(rules, skeleton)
+    weights = sum(choice.weights for choice in choices)
+    if average_bits is not None:
+        budget = int(average_bits * weights / 8)
+    else:
+        assert size is not None
+        budget = size - (_full_bytes(checkpoint) - checkpoint.dtype.itemsize * weights)
+    least = sum(min(choice.costs) for choice in choices)
+    if budget < least:
+        room = f"{(size or 0) + least - budget:,} bytes" if size else f"{8 * least / weights:.3f} bits per weight"
+        raise UserError(f"size: the smallest this plan can be is {room}; give more, or smaller bits or grid.")
+    model, console = SwappedModel(checkpoint, tokens[0]), Console(highlight=False, markup=False)
+    losses = [
+        [model.kl(dict.fromkeys(choice.names, grid)) for grid in choice.grids.values()]
+        for choice in track(choices, "measuring layers", console=console, transient=True)
+    ]
+    chosen = spend([choice.costs for choice in choices], losses, budget)
+    assert chosen is not None, "the smallest fit"
+    alike = _uniform(choices, budget)
+    if alike is not None and alike != chosen:
+        del model  # before there is another
+        model = SwappedModel(checkpoint, tokens[1])
+        mixed = _joint(model, choices, chosen)
+        uniform = _joint(model, choices, alike)
+        log.info("rounded to nearest: KL %.4f with chosen grids, %.4f with one for all", mixed, uniform)
+        if uniform < mixed:
+            chosen = alike
+    used = sum(choice.costs[number] for choice, number in zip(choices, chosen, strict=True))
+    log.info("chosen: %.3f bits per weight, %s bytes of %s", 8 * used / weights, f"{used:,}", f"{budget:,}")
+    return _rules(rules, choices, chosen)
+
+
+def _joint(model: SwappedModel, choices: list[Choice], chosen: list[int]) -> float:
+    """Return the KL with every layer on its chosen grid."""
+    pairs = zip(choices, chosen, strict=True)
+    return model.kl({name: [*choice.grids.values()][n] for choice, n in pairs for name in choice.names})
+
+
+def _uniform(choices: list[Choice], budget: int) -> list[int] | None:
+    """Return for each choice the same grid as for all others of its rule, as wide as the budget lets all be."""
+    best: tuple[int, list[int]] | None = None
+    for number in range(max(len(choice.grids) for choice in choices)):
+        chosen = [min(number, len(choice.grids) - 1) for choice in choices]
+        cost = sum(choice.costs[n] for choice, n in zip(choices, chosen, strict=True))
+        if cost <= budget and (best is None or cost > best[0]):
+            best = cost, chosen
+    return None if best is None else best[1]
+
+
+def _options(rule: Rule, asked: bool) -> dict[tuple[str, Any], Grid]:
+    """Return the grids that a rule leaves to choose from, from the smallest on; none if it is left as it is."""
+    quantizer = {"name": rule.quantizer} if isinstance(rule.quantizer, str) else rule.quantizer
+    rest = {key: quantizer[key] for key in ("group_size", "symmetric") if key in quantizer}
+    key = next((key for key in _LISTS if isinstance(quantizer.get(key), list)), None)
+    if key is not None:
+        values = quantizer[key]
+    elif asked or quantizer["name"] == "fp":
+        return {}
+    elif "grid" in quantizer:
+        key, home = "grid", parse_grid({"grid": quantizer["grid"]})
+        assert isinstance(home, NamedGrid)
+        values = [name for name in GRIDS.names() if GRIDS.get(name).format == home.format]
+    else:
+        key, values = "bits", _INTEGERS
+    grids = {(key, value): parse_grid({key: value, **rest}) for value in values}
+    return dict(sorted(grids.items(), key=lambda item: item[1].bits_per_weight(_WIDE)))
+
+
+_WIDE = 2**16  # inputs, which every group and block divides
+
+
+def _choices(rules: list[Rule], skeleton: ModelSkeleton) -> list[Choice]:
+    quantizers = [rule.quantizer for rule in rules if isinstance(rule.quantizer, dict)]
+    asked = any(isinstance(quantizer.get(key), list) for quantizer in quantizers for key in _LISTS)
+    options = [{} if rule.match in STAGES.names() else _options(rule, asked) for rule in rules]
+    taken: dict[int, dict[str, tuple[int, int]]] = {number: {} for number in range(len(rules))}
+    for number, rule in enumerate(rules):
+        if rule.match in OUTER:
+            name = skeleton.outer_layers[str(rule.match)]
+            if all(name not in names for names in taken.values()):
+                taken[number][name] = skeleton.outer_shape(name)
+    for index in range(len(skeleton)):
+        for name, shape in skeleton.linear_shapes(index).items():
+            last = index == len(skeleton) - 1
+            first = (n for n, r in enumerate(rules) if r.match not in OUTER and matches(r.match, name, index, last))
+            winner = next(first, None)
+            if winner is not None:
+                taken[winner][name] = shape
+    found = []
+    for number, shapes in taken.items():
+        if not options[number]:
+            continue
+        if rules[number].final_blocks > 1:
+            raise UserError(f"plan[{number}]: final_blocks trains several as one, whose grids are not chosen; omit it.")
+        together = {name: parts for parts in fused_parts(list(shapes)).values() for name in parts}
+        for parts in dict.fromkeys(tuple(together.get(name, [name])) for name in shapes):
+            fitting = {k: g for k, g in options[number].items() if all(g.divides(shapes[name][1]) for name in parts)}
+            if not fitting:
+                raise UserError(f"plan[{number}]: none of its grids divides the inputs of {parts[0]}; add one.")
+            bits = 8 * skeleton.checkpoint.dtype.itemsize
+            costs = tuple(
+                sum(int(prod(shapes[name]) * grid.bits_per_weight(shapes[name][1], bits) / 8) for name in parts)
+                for grid in fitting.values()
+            )
+            found.append(Choice(number, parts, fitting, sum(prod(shapes[name]) for name in parts), costs))
+    if not found:
+        raise UserError("size: no rule of the plan leaves a grid to choose; give bits as a list, such as [2, 3, 4].")
+    return found
+
+
+def _full_bytes(checkpoint: Checkpoint) -> int:
+    """Return the bytes of all tensors in the dtype that ships."""
+    return checkpoint.dtype.itemsize * sum(prod(shape) for shape in checkpoint.shapes().values())
+
+
+def _rules(rules: list[Rule], choices: list[Choice], chosen: list[int]) -> list[Rule]:
+    """Return the plan: a rule for each grid that one of its layers takes, before the other rules' own."""
+    found: list[Rule] = []
+    for number, rule in enumerate(rules):
+        own = [(c, [*c.grids][n]) for c, n in zip(choices, chosen, strict=True) if c.rule == number]
+        if not own:
+            found.append(rule)
+            continue
+        base = {"name": rule.quantizer} if isinstance(rule.quantizer, str) else copy.deepcopy(rule.quantizer)
+        for grid in sorted({grid for _, grid in own}, key=repr):
+            names = [name for choice, taken in own if taken == grid for name in choice.names]
+            kept = {key: value for key, value in base.items() if key not in _LISTS}
+            if grid[0] == "grid":
+                kept = {key: value for key, value in kept.items() if key not in ("group_size", "symmetric")}
+            match = rule.match if rule.match in OUTER else names
+            found.append(replace(rule, match=match, quantizer=kept | dict([grid])))
+    return found
