@@ -1,7 +1,7 @@
 """Affine: levels above a minimum, scale and minimum in the checkpoint's dtype, as MLX has them."""
 
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -51,6 +51,9 @@ class Affine(NamedGrid):
     @property
     def levels(self) -> AboveMinimum:  # type: ignore[override]
         return AboveMinimum(2**self.bits - 1)
+
+    def others(self) -> list[dict[str, Any]]:
+        return [{"name": "affine", "bits": bits, "group_size": self.group_size} for bits in _BITS]
 
     def codecs(self, dtype: torch.dtype) -> tuple[ScaleCodec, ScaleCodec | None]:
         return Floats(2.0**-24 if dtype == torch.float16 else 1e-30, dtype), Floats(0, dtype)

@@ -1,6 +1,7 @@
 """NamedGrid: a grid that a format defines, whole: its levels, how scales are stored, and in which tensors."""
 
 from abc import abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,6 +43,10 @@ class NamedGrid(Grid):
     @property
     def symmetric(self) -> bool:  # type: ignore[override]
         return self.minima is None
+
+    def others(self) -> list[dict[str, Any]]:
+        """Return how YAML says this grid with other options, from few bits to many; nothing if it has none."""
+        return []
 
     def bits_per_weight(self, in_features: int, scale_bits: int = 16) -> float:
         dtype = torch.bfloat16 if scale_bits == 16 else torch.float32

@@ -27,6 +27,9 @@ _LISTS = ("bits", "grid")
 _INTEGERS = (2, 3, 4, 5, 6, 8)
 
 
+Setting = tuple[str, Any]
+
+
 @dataclass(frozen=True)
 class Choice:
     """Layers that get one grid, since engines compute them as one or since there is one; and the grids to choose from.
@@ -34,14 +37,16 @@ class Choice:
     Args:
         rule: which rule of the plan they come from.
         names: full names.
-        grids: key and value of the quantizer in YAML → the grid.
+        settings: key and value of the quantizer in YAML for each grid.
+        grids: likewise.
         weights: how many there are.
         costs: bytes on each grid.
     """
 
     rule: int
     names: tuple[str, ...]
-    grids: dict[tuple[str, Any], Grid]
+    settings: tuple[Setting, ...]
+    grids: tuple[Grid, ...]
     weights: int
     costs: tuple[int, ...]
 
@@ -68,7 +73,7 @@ def choose_grids(
     """Return the rules with one grid for each layer, so that the model takes at most this much and loses little.
 
     `bits` or `grid` of a quantizer may be a list to choose from; if none is, all widths of its kind are. Each layer's
-    grids are measured by the KL to full precision with that layer alone rounded to nearest. The choice is kept if, on
+    grids are weighed by the KL to full precision with that layer alone rounded to nearest. The choice is kept if, on
     other tokens and all layers together, it loses less than one grid for all within the same size; else that is taken.
 
     Args:
@@ -93,10 +98,8 @@ def choose_grids(
         room = f"{(size or 0) + least - budget:,} bytes" if size else f"{8 * least / weights:.3f} bits per weight"
         raise UserError(f"size: the smallest this plan can be is {room}; give more, or smaller bits or grid.")
     model, console = SwappedModel(checkpoint, tokens[0]), Console(highlight=False, markup=False)
-    losses = [
-        [model.kl(dict.fromkeys(choice.names, grid)) for grid in choice.grids.values()]
-        for choice in track(choices, "measuring layers", console=console, transient=True)
-    ]
+    tracked = track(choices, "measuring layers", console=console, transient=True)
+    losses = [_losses(model, choice) for choice in tracked]
     chosen = spend([choice.costs for choice in choices], losses, budget)
     assert chosen is not None, "the smallest fit"
     alike = _uniform(choices, budget)
@@ -113,10 +116,23 @@ def choose_grids(
     return _rules(rules, choices, chosen)
 
 
+def _losses(model: SwappedModel, choice: Choice) -> list[float]:
+    """Return the KL of a choice's layers alone on each of its grids.
+
+    The smallest and the middle one are measured. The others follow from the nearer of these by the ratio of squared
+    rounding errors, to which KL is proportional where it is small.
+    """
+    middle = len(choice.grids) // 2
+    measured = {n: model.kl(dict.fromkeys(choice.names, choice.grids[n])) for n in {0, middle}}
+    errors = [sum(model.squared_error(name, grid) for name in choice.names) for grid in choice.grids]
+    nearer = (0 if number < (middle + 1) // 2 else middle for number in range(len(choice.grids)))
+    return [measured[near] * error / max(errors[near], 1e-30) for near, error in zip(nearer, errors, strict=True)]
+
+
 def _joint(model: SwappedModel, choices: list[Choice], chosen: list[int]) -> float:
     """Return the KL with every layer on its chosen grid."""
     pairs = zip(choices, chosen, strict=True)
-    return model.kl({name: [*choice.grids.values()][n] for choice, n in pairs for name in choice.names})
+    return model.kl({name: choice.grids[n] for choice, n in pairs for name in choice.names})
 
 
 def _uniform(choices: list[Choice], budget: int) -> list[int] | None:
@@ -130,23 +146,23 @@ def _uniform(choices: list[Choice], budget: int) -> list[int] | None:
     return None if best is None else best[1]
 
 
-def _options(rule: Rule, asked: bool) -> dict[tuple[str, Any], Grid]:
+def _options(rule: Rule, asked: bool) -> list[tuple[Setting, Grid]]:
     """Return the grids that a rule leaves to choose from, from the smallest on; none if it is left as it is."""
     quantizer = {"name": rule.quantizer} if isinstance(rule.quantizer, str) else rule.quantizer
     rest = {key: quantizer[key] for key in ("group_size", "symmetric") if key in quantizer}
-    key = next((key for key in _LISTS if isinstance(quantizer.get(key), list)), None)
-    if key is not None:
-        values = quantizer[key]
-    elif asked or quantizer["name"] == "fp":
-        return {}
+    listed = next((key for key in _LISTS if isinstance(quantizer.get(key), list)), None)
+    if listed is None and (asked or quantizer["name"] == "fp"):
+        return []
+    key, values = listed or "bits", list[Any](_INTEGERS)
+    if listed is not None:
+        values = quantizer[listed]
     elif "grid" in quantizer:
         key, home = "grid", parse_grid({"grid": quantizer["grid"]})
         assert isinstance(home, NamedGrid)
-        values = [name for name in GRIDS.names() if GRIDS.get(name).format == home.format]
-    else:
-        key, values = "bits", _INTEGERS
-    grids = {(key, value): parse_grid({key: value, **rest}) for value in values}
-    return dict(sorted(grids.items(), key=lambda item: item[1].bits_per_weight(_WIDE)))
+        named = [name for name in GRIDS.names() if GRIDS.get(name).format == home.format]
+        values = home.others() or named
+    grids: list[tuple[Setting, Grid]] = [((key, value), parse_grid({key: value, **rest})) for value in values]
+    return sorted(grids, key=lambda option: option[1].bits_per_weight(_WIDE))
 
 
 _WIDE = 2**16  # inputs, which every group and block divides
@@ -155,7 +171,7 @@ _WIDE = 2**16  # inputs, which every group and block divides
 def _choices(rules: list[Rule], skeleton: ModelSkeleton) -> list[Choice]:
     quantizers = [rule.quantizer for rule in rules if isinstance(rule.quantizer, dict)]
     asked = any(isinstance(quantizer.get(key), list) for quantizer in quantizers for key in _LISTS)
-    options = [{} if rule.match in STAGES.names() else _options(rule, asked) for rule in rules]
+    options = [[] if rule.match in STAGES.names() else _options(rule, asked) for rule in rules]
     taken: dict[int, dict[str, tuple[int, int]]] = {number: {} for number in range(len(rules))}
     for number, rule in enumerate(rules):
         if rule.match in OUTER:
@@ -177,15 +193,16 @@ def _choices(rules: list[Rule], skeleton: ModelSkeleton) -> list[Choice]:
             raise UserError(f"plan[{number}]: final_blocks trains several as one, whose grids are not chosen; omit it.")
         together = {name: parts for parts in fused_parts(list(shapes)).values() for name in parts}
         for parts in dict.fromkeys(tuple(together.get(name, [name])) for name in shapes):
-            fitting = {k: g for k, g in options[number].items() if all(g.divides(shapes[name][1]) for name in parts)}
+            fitting = [(k, g) for k, g in options[number] if all(g.divides(shapes[name][1]) for name in parts)]
             if not fitting:
                 raise UserError(f"plan[{number}]: none of its grids divides the inputs of {parts[0]}; add one.")
             bits = 8 * skeleton.checkpoint.dtype.itemsize
             costs = tuple(
                 sum(int(prod(shapes[name]) * grid.bits_per_weight(shapes[name][1], bits) / 8) for name in parts)
-                for grid in fitting.values()
+                for _, grid in fitting
             )
-            found.append(Choice(number, parts, fitting, sum(prod(shapes[name]) for name in parts), costs))
+            settings, grids = zip(*fitting, strict=True)
+            found.append(Choice(number, parts, settings, grids, sum(prod(shapes[name]) for name in parts), costs))
     if not found:
         raise UserError("size: no rule of the plan leaves a grid to choose; give bits as a list, such as [2, 3, 4].")
     return found
@@ -200,16 +217,15 @@ def _rules(rules: list[Rule], choices: list[Choice], chosen: list[int]) -> list[
     """Return the plan: a rule for each grid that one of its layers takes, before the other rules' own."""
     found: list[Rule] = []
     for number, rule in enumerate(rules):
-        own = [(c, [*c.grids][n]) for c, n in zip(choices, chosen, strict=True) if c.rule == number]
+        own = [(c.names, c.settings[n]) for c, n in zip(choices, chosen, strict=True) if c.rule == number]
         if not own:
             found.append(rule)
             continue
         base = {"name": rule.quantizer} if isinstance(rule.quantizer, str) else copy.deepcopy(rule.quantizer)
-        for grid in sorted({grid for _, grid in own}, key=repr):
-            names = [name for choice, taken in own if taken == grid for name in choice.names]
-            kept = {key: value for key, value in base.items() if key not in _LISTS}
-            if grid[0] == "grid":
-                kept = {key: value for key, value in kept.items() if key not in ("group_size", "symmetric")}
+        for key, value in sorted({repr(setting): setting for _, setting in own}.values(), key=repr):
+            names = [name for layers, setting in own if setting == (key, value) for name in layers]
+            dropped = {*_LISTS, "group_size", "symmetric"} if key == "grid" else set(_LISTS)
+            kept = {option: given for option, given in base.items() if option not in dropped}
             match = rule.match if rule.match in OUTER else names
-            found.append(replace(rule, match=match, quantizer=kept | dict([grid])))
+            found.append(replace(rule, match=match, quantizer={**kept, key: value}))
     return found

@@ -49,13 +49,23 @@ class SwappedModel:
                 kept[name] = self._linears[name].weight.clone()
                 self._linears[name].weight.copy_(self._rounded(kept[name], grid))
             else:
-                stored = self._checkpoint.tensors([f"{name}.weight"])[f"{name}.weight"]
-                shipped[name] = self._rounded(stored.float(), grid)
+                shipped[name] = self._rounded(self._weight(name), grid)
         try:
             return self._kl_from(min((self._block_of[name] for name in kept), default=len(self._blocks)), shipped)
         finally:
             for name, weight in kept.items():
                 self._linears[name].weight.copy_(weight)
+
+    @torch.no_grad()
+    def squared_error(self, name: str, grid: Grid) -> float:
+        """Return the sum of squares of what rounding to nearest does to a layer's weights."""
+        weight = self._weight(name)
+        return float((self._rounded(weight, grid) - weight).square().sum())
+
+    def _weight(self, name: str) -> Tensor:
+        if name in self._linears:
+            return self._linears[name].weight
+        return self._checkpoint.tensors([f"{name}.weight"])[f"{name}.weight"].float()
 
     def _kl_from(self, start: int, shipped: dict[str, Tensor]) -> float:
         self._skeleton.ship(shipped)

@@ -62,6 +62,20 @@ def test_what_is_chosen_fits_and_engines_can_fuse_it(wanted, llama):
         assert len({of[f"model.layers.{layer}.mlp.{part}_proj"] for part in ("gate", "up")}) == 1
 
 
+def test_widths_of_a_format(llama):
+    """Without a list the grids of the rule's own format are there to choose from; in MLX's, the bits."""
+    checkpoint = open_checkpoint(str(llama))
+    for grid, allowed in (
+        ("q8_0", {"q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "iq4_nl"}),
+        ({"name": "affine", "group_size": 32}, {2, 3, 4, 5, 6, 8}),
+    ):
+        plan = [Rule("*.down_proj", "fp"), Rule("all", {"name": "rtn", "grid": grid})]
+        rules = choose_grids(plan, checkpoint, TOKENS, None, 6.0)
+        chosen = [rule.quantizer["grid"] for rule in rules if rule.quantizer != "fp"]
+        assert {grid["bits"] if isinstance(grid, dict) else grid for grid in chosen} <= allowed
+        assert len(chosen) > 1
+
+
 def test_a_fragile_layer_gets_more_bits(llama, tmp_path):
     model = save_tiny(tmp_path / "model")
     checkpoint = open_checkpoint(str(model))
