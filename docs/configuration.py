@@ -11,6 +11,7 @@ from lfq_lightning.callbacks import CALLBACKS
 from lfq_lightning.callbacks.block_scheduler import BlockScheduler
 from lfq_lightning.data import CalibrationData
 from lfq_lightning.data.source import Source
+from lfq_lightning.grids import GRIDS
 from lfq_lightning.objectives import OBJECTIVES
 from lfq_lightning.quantizers import QUANTIZERS, LearnedQuantizer
 from lfq_lightning.registry import Registry
@@ -47,6 +48,9 @@ def page() -> str:
         "## The run\n",
         _keys(BlockScheduler, omit=("plan", "resolved_config")),
         "- `seed_everything`: of shuffling, sampling and training. 0\n"
+        "- `size`: bytes of all weights, such as `60MB`: each layer gets one of several grids, by what its error does "
+        "to the model; the plan is written to `OUTPUT.plan.yaml`. `bits` or `grid` of a quantizer may then be a list. none\n"
+        "- `average_bits`: the same by bits per weight of the layers that the plan quantises, scales included. none\n"
         "- `plugins`: Python files with plugins of your own. none\n"
         "- `callbacks`: registered callbacks, each a name or `{name: …, option: …}`. none\n",
         *(_plugins(title, registry) for title, registry in _REGISTRIES.items()),
@@ -59,6 +63,7 @@ _REGISTRIES: dict[str, Registry[Any]] = {
     "Objectives": OBJECTIVES,
     "Stages": STAGES,
     "Callbacks": CALLBACKS,
+    "Grids": GRIDS,
 }
 
 
@@ -102,7 +107,8 @@ def _plugins(title: str, registry: Registry[Any]) -> str:
         lines.append(f"- `{name}`: {what} Source: {vars(cls)['paper']}." + (f" Options: {listed}." if listed else ""))
     if registry is QUANTIZERS:
         lines.append(
-            "\nEvery quantizer also takes `bits: 4`, `group_size: -1` (per output channel), `symmetric: true`."
+            "\nEvery quantizer also takes `bits: 4`, `group_size: -1` (per output channel), `symmetric: true`; or "
+            "`grid: NAME` in their place."
         )
     return "\n".join(lines) + "\n"
 

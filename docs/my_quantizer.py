@@ -1,9 +1,11 @@
 """Learned step size: a quantizer of one's own."""
 
+import math
+
 import torch
 from torch import nn
 
-from lfq_lightning.quantizers import QUANTIZERS, LearnedQuantizer, ship_through
+from lfq_lightning.quantizers import QUANTIZERS, LearnedQuantizer
 
 
 @QUANTIZERS.register
@@ -18,8 +20,8 @@ class StepSize(LearnedQuantizer):
         self.log_scale = nn.Parameter(torch.zeros_like(self.start_scale))
 
     def grid(self):
-        factor = self.log_scale.exp().clamp(1 / self.largest, self.largest)
-        return ship_through(self.start_scale * factor, self.scale_dtype), self.start_zero
+        most = math.log(self.largest)
+        return self.scaled_grid(self.log_scale.clamp(-most, most))
 
     def levels(self, scale):
         return self.latent / scale

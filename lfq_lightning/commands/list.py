@@ -39,4 +39,4 @@ def print_plugins() -> None:
             listed = "\n".join(f"{option}={default!r}" for option, default in options.items())
             table.add_row(name, what, listed or "-", vars(cls)["paper"])
         console.print(table)
-    console.print("every quantizer also takes bits=4, group_size=-1 (per output channel), symmetric=True")
+    console.print("every quantizer also takes bits=4, group_size=-1 (per output channel), symmetric=True; or grid=NAME")

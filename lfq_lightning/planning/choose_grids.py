@@ -148,8 +148,8 @@ def _uniform(choices: list[Choice], budget: int) -> list[int] | None:
 
 def _options(rule: Rule, asked: bool) -> list[tuple[Setting, Grid]]:
     """Return the grids that a rule leaves to choose from, from the smallest on; none if it is left as it is."""
-    quantizer = {"name": rule.quantizer} if isinstance(rule.quantizer, str) else rule.quantizer
-    rest = {key: quantizer[key] for key in ("group_size", "symmetric") if key in quantizer}
+    quantizer: dict[str, Any] = {"name": rule.quantizer} if isinstance(rule.quantizer, str) else rule.quantizer
+    rest = {key: value for key, value in quantizer.items() if key in ("group_size", "symmetric")}
     listed = next((key for key in _LISTS if isinstance(quantizer.get(key), list)), None)
     if listed is None and (asked or quantizer["name"] == "fp"):
         return []
@@ -161,7 +161,7 @@ def _options(rule: Rule, asked: bool) -> list[tuple[Setting, Grid]]:
         assert isinstance(home, NamedGrid)
         named = [name for name in GRIDS.names() if GRIDS.get(name).format == home.format]
         values = home.others() or named
-    grids: list[tuple[Setting, Grid]] = [((key, value), parse_grid({key: value, **rest})) for value in values]
+    grids: list[tuple[Setting, Grid]] = [((key, value), parse_grid({**rest, key: value})) for value in values]
     return sorted(grids, key=lambda option: option[1].bits_per_weight(_WIDE))
 
 

@@ -22,8 +22,9 @@ class Rule:
             ship as. `embeddings` and `head` are rounded first, by a data-free quantizer, and all blocks are calibrated
             with them; where the two are one tensor, either word means both.
         quantizer: a name, or `{name, bits, group_size, symmetric, …}` with the quantizer's own options; 4 bits, per
-            output channel and symmetric if not said. A learned quantizer also takes `init`, a closed-form one. With
-            `match: whole` a learned one, without these: the grids are there.
+            output channel and symmetric if not said; or `{name, grid, …}` with the grid of a format. A learned
+            quantizer also takes `init`, a closed-form one. With `match: whole` a learned one, without these: the grids
+            are there.
         objective: a name, or `{name, …}`; what a learned quantizer minimises, and what every block reports. A list of
             them, each with a `weight`, is their weighted sum.
         steps: optimisation steps of a learned quantizer.
