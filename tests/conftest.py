@@ -17,9 +17,13 @@ if not torch.cuda.is_available():
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--every-kernel", action="store_true", help="compile every kernel for every GPU, not one of each kind (minutes)"
-    )
+    parser.addoption("--thorough", action="store_true", help="also what is like something that is tested (minutes)")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("thorough"):
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("thorough")])
+        items[:] = [item for item in items if not item.get_closest_marker("thorough")]
 
 
 @pytest.fixture(scope="session", params=sorted(FAMILIES))

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +201,11 @@ def save_with_images(folder, family):
 
 
 KINDS = {"hybrid": "olmo_hybrid", "mixture": "qwen2_moe", "with images": "gemma3"}  # models unlike a plain decoder
+
+
+def thorough_but(first: str, names: Iterable[str]) -> list[Any]:
+    """Return the names as parameters of which all but the first are for `--thorough`."""
+    return [name if name == first else pytest.param(name, marks=pytest.mark.thorough) for name in names]
 
 
 def save_kinds(folder: Path) -> dict[str, Path]:

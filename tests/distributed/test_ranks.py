@@ -13,7 +13,7 @@ import torch
 from lfq_lightning.cli import main
 from lfq_lightning.distributed.ranks import Ranks
 from lfq_lightning.packed.packed_folder import PackedFolder
-from tests.helpers import KINDS, ROOT, save_kinds
+from tests.helpers import KINDS, ROOT, save_kinds, thorough_but
 
 GRID = {"bits": 3, "group_size": 16}
 LAST = {"match": "last", "objective": "logit_ce", "steps": 4, "batch_size": 4}
@@ -59,7 +59,7 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, llama, text_file):
+def runs(request, tmp_path_factory, llama, text_file):
     """Run everything with two ranks, of two nodes, in one start of each; and in this process, with as many threads."""
     folder = tmp_path_factory.mktemp("ranks")
     commands: list[tuple[str, list[str]]] = []
@@ -84,6 +84,8 @@ def runs(tmp_path_factory, llama, text_file):
     wanted += [(name, LEARNED["flexround"], trainer) for name, trainer in SETTINGS.items()]
     wanted.append(("bf16", NEAREST, {"precision": "bf16-mixed"}))
     models = {name: {"model": {"checkpoint": str(model)}} for name, model in save_kinds(folder / "models").items()}
+    if not request.config.getoption("thorough"):
+        models = {"mixture": models["mixture"]}
     wanted += [(name, LEARNED["flexround"], {}) for name in models]
     for name, plan, trainer in wanted:
         commands.append((name, command(name, plan, trainer, folder / "two" / name, **models.get(name, {}))))
@@ -140,7 +142,7 @@ def test_closed_form_to_the_bit(runs, name):
     assert ours["quantized"]["per_sequence"]["kl"] == theirs["quantized"]["per_sequence"]["kl"]
 
 
-@pytest.mark.parametrize("name", [*LEARNED, *SETTINGS, *KINDS, "begun by one", "begun by two"])
+@pytest.mark.parametrize("name", [*LEARNED, *SETTINGS, *thorough_but("mixture", KINDS), "begun by one", "begun by two"])
 def test_learned_nearly_so(runs, name):
     one, two = (runs / which / (name if (runs / which / name).exists() else "flexround") for which in ("one", "two"))
     assert abs(metrics(one)["held_out"]["kl"] - metrics(two)["held_out"]["kl"]) < 1e-4

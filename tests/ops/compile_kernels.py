@@ -6,7 +6,7 @@ Without `--every`, one of those that differ in little: kernels without matrix pr
 memory than sm_90 and as many registers; of packed products by turns fp16 for sm_90, bf16 for sm_80. One line per case:
 registers and shared memory as the assembler reports them, how many instructions stand in loops, how many of these touch
 spilled registers, and which matrix instructions the code has. Runs without TRITON_INTERPRET; test_compiled_kernels.py
-starts it and judges, and does so for all with `--every-kernel`.
+starts it and judges, and does so for all with `--thorough`.
 """
 
 import json

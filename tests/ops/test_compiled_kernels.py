@@ -18,7 +18,7 @@ SHARED_KB = {80: 99, 90: 227}  # a program may have, by architecture; 99 of sm_8
 def compiled(request) -> dict[tuple[str, int], compile_kernels.Compiled]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "tests.ops.compile_kernels"]
-    command += ["--every"] * request.config.getoption("every_kernel")
+    command += ["--every"] * request.config.getoption("thorough")
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     found = [compile_kernels.Compiled(**json.loads(line)) for line in done.stdout.splitlines()]
@@ -27,7 +27,7 @@ def compiled(request) -> dict[tuple[str, int], compile_kernels.Compiled]:
 
 def pytest_generate_tests(metafunc):
     cases = list(compile_kernels.cases())
-    jobs = compile_kernels.jobs(metafunc.config.getoption("every_kernel"))
+    jobs = compile_kernels.jobs(metafunc.config.getoption("thorough"))
     metafunc.parametrize(("name", "architecture"), [(cases[index].name, architecture) for index, architecture in jobs])
 
 

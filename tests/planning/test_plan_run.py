@@ -16,7 +16,7 @@ from lfq_lightning.models.model_skeleton import ModelSkeleton
 from lfq_lightning.plan import Rule
 from lfq_lightning.planning.plan_run import Machine, plan_run
 from lfq_lightning.precision import choose_precision
-from tests.helpers import ROOT
+from tests.helpers import ROOT, thorough_but
 
 GRID = {"bits": 4, "group_size": 64}
 FLEXROUND = {"name": "flexround", **GRID, "offset": True}
@@ -43,7 +43,7 @@ print(json.dumps({"memory": planned.cpu_peak, "output": planned.output}))
 """
 
 
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("name", thorough_but("gptq and lfq", PLANS))
 def test_memory_and_disk_as_planned(tmp_path, name):
     save_random_llama(tmp_path / "model", blocks=2, hidden=1024, intermediate=2816, words=4096)
     (tmp_path / "text.txt").write_text((ROOT / "LICENSE").read_text() * 3)

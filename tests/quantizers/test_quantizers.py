@@ -92,7 +92,11 @@ def test_zero_weights_survive(name):
     assert bool((quantized.dequantize()[2] == 0).all())
 
 
-@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@pytest.mark.parametrize(
+    "scheme",
+    [pytest.param(s, marks=pytest.mark.thorough) if s.num_bits == 4 or s.group_size == 63 else s for s in SCHEMES],
+    ids=str,
+)
 @pytest.mark.parametrize("init", CLOSED)
 @pytest.mark.parametrize("name", VARIANTS, ids=str)
 def test_learned(name, init, scheme):

@@ -17,7 +17,17 @@ from lfq_lightning.packed.seal import sealed, unsealed
 from lfq_lightning.plan import Rule
 from lfq_lightning.runs.fingerprint import own_facts, sample_digest
 from lfq_lightning.trainer import Trainer
-from tests.helpers import KINDS, Count, KillAfterBlock, KillAt, KilledError, same_bytes, save_kinds, save_tiny
+from tests.helpers import (
+    KINDS,
+    Count,
+    KillAfterBlock,
+    KillAt,
+    KilledError,
+    same_bytes,
+    save_kinds,
+    save_tiny,
+    thorough_but,
+)
 
 FLEXROUND = {"name": "flexround", "bits": 3, "group_size": 16, "init": "gptq", "offset": True}
 RULES = [
@@ -63,7 +73,7 @@ def test_killed_anywhere_the_bytes_are_the_same(whole, llama, text_file, tmp_pat
     assert count.blocks == [0, 1, 2][0 if batch == 1 else 1 if batch <= 8 else 2 :]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", thorough_but("mixture", KINDS))
 def test_other_kinds_of_model_resume_and_are_reused(kinds, text_file, tmp_path, kind):
     model = kinds[kind]
     calibrate(model, text_file, tmp_path / "whole")
