@@ -29,6 +29,7 @@ class RunRecord:
         metrics: metrics.json.
         versions: versions.json.
         config: config.json.
+        shard_bytes: sizes of the shards: what is outside the blocks, then block after block.
         evaluation: what `lfq eval` has left there, or None.
         tokenizer: the model's.
     """
@@ -40,6 +41,7 @@ class RunRecord:
     metrics: dict[str, Any]
     versions: dict[str, str]
     config: dict[str, Any]
+    shard_bytes: list[int]
     evaluation: dict[str, Any] | None
     tokenizer: PreTrainedTokenizerBase
 
@@ -62,6 +64,7 @@ class RunRecord:
             metrics=_read(path / METRICS, unsealed),
             versions=_read(path / VERSIONS, json.loads),
             config=_read(path / CONFIG, json.loads),
+            shard_bytes=[file.stat().st_size for file in sorted(path.glob("*.safetensors"))],
             evaluation=_read(measured, json.loads) if measured.is_file() else None,
             tokenizer=read_tokenizer(path),
         )

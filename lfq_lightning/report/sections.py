@@ -186,6 +186,28 @@ def weights(runs: Runs) -> dict[str, Any] | None:
     )
 
 
+def size(runs: Runs) -> dict[str, Any] | None:
+    points = [
+        Line(name, [(run.metrics["model_bytes"] / 1e6, run.held_out("quantized")["kl"])], i)
+        for i, (name, run) in enumerate(runs)
+    ]
+    by_block = [
+        Line(name, [(float(index), count / 1e6) for index, count in enumerate(run.shard_bytes[1:])], i)
+        for i, (name, run) in enumerate(runs)
+    ]
+    outer = ", ".join(f"{name} {run.shard_bytes[0] / 1e6:.1f} MB" for name, run in runs if run.shard_bytes)
+    return _section(
+        "Where the bytes went",
+        f"What is outside the blocks, embeddings and head above all: {outer}.",
+        [
+            _chart("Bytes of each block", line_chart(by_block, "block", "MB"), "As stored, scales included."),
+            _chart("KL against size", line_chart(points, "MB", "KL to FP"), "Of all weights; each run a point.")
+            if len(runs) > 1
+            else _chart("", "", ""),
+        ],
+    )
+
+
 def cost(runs: Runs) -> dict[str, Any] | None:
     seconds, peaks = _by_block(runs, "seconds"), _by_block(runs, "peak_bytes", 2.0**30)
     return _section(

@@ -8,7 +8,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from lfq_lightning.clock import clock
 from lfq_lightning.evaluation.paired import compare
 from lfq_lightning.report.run_record import RunRecord
-from lfq_lightning.report.sections import Runs, confidence, cost, depth, flips, weights
+from lfq_lightning.report.said_grids import said_grids
+from lfq_lightning.report.sections import Runs, confidence, cost, depth, flips, size, weights
 from lfq_lightning.write_file import write_text
 
 _METRICS = {
@@ -24,6 +25,14 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")
 
 lfq generate {name} "Why is the sky blue?"       # or packed in memory, by lfq_lightning
 lfq export {name} --format gguf --output {name}.gguf"""
+
+_SECTIONS = (depth, flips, confidence, weights, size, cost)
+_ELSEWHERE = {
+    "ggml": """lfq export {name} --format gguf --output {name}.gguf   # for llama.cpp
+lfq generate {name} "Why is the sky blue?\"""",
+    "mlx": """mlx_lm.generate --model {name} --prompt "Why is the sky blue?"
+lfq generate {name} "Why is the sky blue?\"""",
+}
 
 
 def write_report(folders: list[str], file: Path) -> Path:
@@ -57,7 +66,9 @@ def _content(runs: Runs) -> dict[str, Any]:
         "subtitle": _said(first) if alone else ", ".join(f"{name}: {run.model_name}" for name, run in runs),
         "numbers": _numbers(first) if alone else [],
         "lost": _lost(runs),
-        "sections": [s for s in (depth(runs), flips(runs), confidence(runs), weights(runs), cost(runs)) if s],
+        "sections": [
+            s for s in (depth(runs), flips(runs), confidence(runs), weights(runs), size(runs), cost(runs)) if s
+        ],
         "examples": [(n, rows) for n, run in runs if (rows := _examples(run))],
         "evaluations": [item for n, run in runs for item in _evaluations(n if not alone else "", run)],
         "settings": _settings(runs),
@@ -67,15 +78,7 @@ def _content(runs: Runs) -> dict[str, Any]:
 
 
 def _said(run: RunRecord) -> str:
-    groups = run.config.get("quantization_config", {}).get("config_groups", {})
-    kinds = []
-    for group in groups.values():
-        weights = group["weights"]
-        size = weights.get("group_size")
-        kinds.append(
-            f"{weights['num_bits']} bits {'per channel' if not size or size == -1 else f'in groups of {size}'}, "
-            f"{'symmetric' if weights['symmetric'] else 'asymmetric'}"
-        )
+    kinds = said_grids(run.config.get("quantization_config", {}))
     if reference := run.metrics.get("reference"):
         kinds.append(f"full precision: {reference}")
     return "; ".join(sorted(set(kinds))) or "nothing was quantised"
@@ -202,7 +205,10 @@ def _rule(plan: list[dict[str, Any]], number: int) -> str:
 
 
 def _loading(name: str, run: RunRecord) -> str:
-    groups = run.config.get("quantization_config", {}).get("config_groups", {}).values()
+    quantization = run.config.get("quantization_config", {})
+    if quantization.get("quant_method") in _ELSEWHERE:
+        return _ELSEWHERE[quantization["quant_method"]].format(name=name)
+    groups = quantization.get("config_groups", {}).values()
     symmetric = all(group["weights"]["symmetric"] for group in groups)
     imported = "" if symmetric else ", CompressedTensorsConfig"
     extra = "" if symmetric else ", quantization_config=CompressedTensorsConfig(dequantize=True)"

@@ -15,7 +15,7 @@ from lfq_lightning.grids.integer_grid import IntegerGrid
 from lfq_lightning.quantized_tensor import QuantizedTensor
 from lfq_lightning.report.chart import Line, bar_chart, line_chart, ticks
 from lfq_lightning.report.weight_statistics import weight_statistics
-from tests.helpers import fails, run
+from tests.helpers import fails, run, save_tiny
 
 VOID = {"meta", "line", "polyline", "br", "link"}
 
@@ -55,7 +55,7 @@ def test_a_run_writes_its_page(config):
     for which in ("full_precision", "before_last_training", "quantized"):
         assert f"{metrics[which]['held_out']['kl']:.4f}" in page.words
         assert f"{metrics[which]['held_out']['perplexity']:.2f}" in page.words
-    assert text.count("<svg") == 10 and "nan" not in re.sub(r"<style.*?</style>", "", text, flags=re.S).lower()
+    assert text.count("<svg") == 11 and "nan" not in re.sub(r"<style.*?</style>", "", text, flags=re.S).lower()
     assert sum(metrics["profile"]["position.count"]) == sum(metrics["profile"]["margin.count"])
     before = text
     main(["report", str(folder)])
@@ -146,3 +146,21 @@ def test_charts_of_little():
     one = line_chart([Line("a & b", [(0.0, 2.0)], 0), Line("c", [(0.0, float("nan"))], 1)], "x", "y")
     assert "a &amp; b" in one and one.count("<circle") == 1
     assert "nan" not in line_chart([Line("a", [(0.0, 0.0), (1.0, 3.0)], 0)], "x", "y", log_y=True)
+
+
+@pytest.mark.parametrize(
+    ("grid", "said", "loading"),
+    [
+        ("q4_0", "q4_0 in 21 layers", "for llama.cpp"),
+        ("nvfp4", "nvfp4, 4 bits in groups of 16", "AutoModelForCausalLM"),
+        ({"name": "affine", "bits": 3, "group_size": 32}, "affine, 3 bits in groups of 32", "mlx_lm.generate"),
+    ],
+    ids=str,
+)
+def test_grids_are_named(grid, said, loading, config, tmp_path):
+    model = save_tiny(tmp_path / "model", intermediate_size=64)
+    plan = [{"match": "all", "quantizer": {"name": "rtn", "grid": grid}}]
+    main(["run", "--config", str(config(model={"checkpoint": str(model)}, plan=plan))])
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert said in page and loading in page
+    assert "Where the bytes went" in page and "KL against size" not in page
