@@ -40,7 +40,7 @@ class AboveMinimum(Levels):
 
     def fake_quantize(self, weight: Tensor | LevelTerms, scale: Tensor, zero: Tensor) -> Tensor:
         raised = level_tensor(weight, scale) + zero / scale
-        return fake_quantize(raised, scale, torch.zeros_like(zero), self.max_code) - zero
+        return fake_quantize(raised, scale, torch.zeros_like(zero), self.max_code).sub_(zero)
 
     def bracket(self, weight: Tensor, scale: Tensor, zero: Tensor) -> Bracket:
         ratio = (weight + zero) / scale
@@ -50,7 +50,7 @@ class AboveMinimum(Levels):
     def soft_round(
         self, position: Tensor, scale: Tensor, zero: Tensor, low: Tensor, gap: Tensor | None, sharpness: float
     ) -> Tensor:
-        return soft_round(position, scale, low, torch.zeros_like(zero), sharpness, self.max_code) - zero
+        return soft_round(position, scale, low, torch.zeros_like(zero), sharpness, self.max_code).sub_(zero)
 
     def as_columns(self, zero: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         return torch.zeros_like(zero), zero, None
