@@ -59,7 +59,7 @@ def test_first_match_wins(skeleton):
         ([Rule("all", {"name": "gptq", "group_size": 32})], "48 inputs of model.layers.0.mlp.down_proj; .* 16, -1 "),
         ([Rule("all", {**FLEXROUND, "init": "flexround"})], "init 'flexround' does not solve"),
         ([Rule("all", {**FLEXROUND, "init": {"name": "block_ap", "init": "flexround"}})], "init 'block_ap' does not"),
-        ([Rule("all", {"name": "fp", "bits": 3})], "omit bits, group_size and symmetric"),
+        ([Rule("all", {"name": "fp", "bits": 3})], "omit bits, group_size, symmetric and grid"),
         ([Rule("all", {**FLEXROUND, "init": "fp"})], "init 'fp' does not solve"),
         ([Rule("*.q_proj", "gptq"), Rule("all", "awq")], r"q_proj.*read one tensor, so awq scales all of them or none"),
         ([Rule("*.up_proj", {"name": "awq", "bits": 3}), Rule("all", "awq")], r"gate_proj.*for one grid"),

@@ -9,7 +9,11 @@ from hypothesis import strategies as st
 
 from lfq_lightning.errors import UserError
 from lfq_lightning.formats import FORMATS, check_layout
+from lfq_lightning.grids import GRIDS
 from lfq_lightning.grids.integer_grid import IntegerGrid
+from lfq_lightning.grids.round_to_nearest import round_to_nearest
+from lfq_lightning.grids.search_scale import search_scale
+from lfq_lightning.quantized_tensor import QuantizedTensor
 from tests.helpers import random_tensor
 
 
@@ -21,7 +25,52 @@ def fits(name, scheme, shape):
     return True
 
 
-@pytest.mark.parametrize("name", FORMATS.names())
+OF_INTEGERS = [name for name in FORMATS.names() if name not in ("ggml", "mlx")]
+
+
+@pytest.mark.parametrize("grid", GRIDS.names())
+def test_round_trip_of_named_grids(grid):
+    """Through the format that is theirs; all others refuse them, and say which it is."""
+    weight = torch.randn(8, 512, generator=torch.Generator().manual_seed(0)) * 0.1
+    scheme = GRIDS.get(grid)().fitted(weight)
+    pair = search_scale(weight, scheme, torch.bfloat16, 5)
+    quantized = QuantizedTensor(round_to_nearest(weight, *pair, scheme).byte(), *pair, scheme)
+    for name in FORMATS.names():
+        found = FORMATS.get(name)()
+        if name != scheme.format:
+            with pytest.raises(UserError, match=r"layer is on the grid .*(export to|use grid)"):
+                found.check("layer", scheme, (8, 512))
+            continue
+        found.check("layer", scheme, (8, 512))
+        tensors = found.pack("layer", quantized)
+        check_layout(found, scheme, (8, 512), "layer", tensors, "here")
+        back = found.unpack("layer", tensors, scheme)
+        for part in ("codes", "scale", "zero_point"):
+            assert torch.equal(getattr(back, part), getattr(quantized, part))
+        damaged = {last: torch.full_like(t, torch.nan) if t.is_floating_point() else t for last, t in tensors.items()}
+        if any(not torch.equal(damaged[last], t) for last, t in tensors.items()):
+            with pytest.raises(UserError, match="holds NaN or infinity"):
+                check_layout(found, scheme, (8, 512), "layer", damaged, "here")
+        layers = ["model.layers.0.a", "model.layers.1.a"]
+        assert found.schemes(found.config(dict.fromkeys(layers, scheme), ["lm_head"]), layers) == dict.fromkeys(
+            layers, scheme
+        )
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+def test_mlx_by_hand(bits):
+    """Symmetric integers are held exactly: codes are one bit stream a row, the bias is what code 0 stands for."""
+    quantized = random_tensor(4, 64, IntegerGrid(bits, 32))
+    tensors = FORMATS.get("mlx")().pack("layer", quantized)
+    for o in range(4):
+        stream = sum(word << 32 * n for n, word in enumerate(tensors["layer.weight"][o].tolist()))
+        assert [stream >> bits * i & (1 << bits) - 1 for i in range(64)] == quantized.codes[o].tolist()
+    scale, bias = tensors["layer.scales"].double(), tensors["layer.biases"].double()
+    weights = quantized.codes.view(4, 2, 32).double() * scale[..., None] + bias[..., None]
+    assert torch.equal(weights.flatten(1).to(torch.float16), quantized.dequantize())
+
+
+@pytest.mark.parametrize("name", OF_INTEGERS)
 @settings(max_examples=60, deadline=None)
 @given(
     bits=st.integers(2, 8),
@@ -37,7 +86,7 @@ def test_round_trip(name, bits, symmetric, groups, group_size, rows, seed):
         return
     quantized, found = random_tensor(*shape, scheme, seed), FORMATS.get(name)()
     tensors = found.pack("layer", quantized)
-    check_layout(found, found.layout(scheme, shape), "layer", tensors, "here")
+    check_layout(found, scheme, shape, "layer", tensors, "here")
     assert set(tensors) == {f"layer.{last}" for last in found.layout(scheme, shape)}
     back = found.unpack("layer", tensors, scheme)
     for part in ("codes", "scale", "zero_point"):
@@ -83,7 +132,7 @@ def test_awq_layout_by_hand():
                 assert zero == quantized.zero_point[8 * w + output, g, 0]
 
 
-@pytest.mark.parametrize("name", FORMATS.names())
+@pytest.mark.parametrize("name", OF_INTEGERS)
 def test_schemes_survive_the_config(name):
     """Layers of one scheme; and, where the format allows it, of several, beside dense ones."""
     found, layers = FORMATS.get(name)(), ["model.layers.0.a", "model.layers.1.a", "model.layers.10.a"]
