@@ -10,7 +10,6 @@ divide a layer's width, the layer gets the type that llama.cpp falls back to, in
 """
 
 import argparse
-import csv
 import ctypes
 import json
 import resource
@@ -23,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.quality.__main__ import split_text
+from benchmarks.quality.__main__ import append, finished, split_text
 from benchmarks.quality.measure import Reference, full_precision, quantised, tokens_of
 from benchmarks.quality.methods import ANCHORED, NORMALISED
 from lfq_lightning.data import CalibrationData
@@ -71,7 +70,7 @@ def main() -> None:
         for grid in given.grids:
             for method in given.methods:
                 cell = {"model": name, "grid": grid, "method": method, "seed": str(seed)}
-                if finished(cell):
+                if finished(cell, RESULTS):
                     continue
                 started = cpu_seconds()
                 if method in OURS:
@@ -87,7 +86,7 @@ def main() -> None:
                 measured = reference.measure(model)
                 row = cell | {"bits": f"{bits:.4f}", "cpu_seconds": f"{seconds:.0f}"}
                 names = ("kl", "top1_agreement", "perplexity", "kl_other", "top1_agreement_other")
-                append(row | {key: f"{measured[key]:.6g}" for key in names})
+                append(RESULTS, row | {key: f"{measured[key]:.6g}" for key in names})
                 print(*row.values(), f"{measured['kl']:.5f}", f"{measured['kl_other']:.5f}", flush=True)
 
 
@@ -196,21 +195,6 @@ def cpu_seconds() -> float:
     """Return the processor time of this process and of those it has waited for."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(each.ru_utime + each.ru_stime for each in used)
-
-
-def finished(cell: dict[str, str]) -> bool:
-    if not RESULTS.exists():
-        return False
-    with RESULTS.open(newline="") as file:
-        return any(all(row[key] == value for key, value in cell.items()) for row in csv.DictReader(file))
-
-
-def append(row: dict[str, str]) -> None:
-    with RESULTS.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(row))
-        if file.tell() == 0:
-            writer.writeheader()
-        writer.writerow(row)
 
 
 if __name__ == "__main__":

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, and when a kernel's module is
+
 from lfq_lightning.models.families import FAMILIES
 from tests.helpers import FLEXROUND, GPTQ, save_tiny
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel's module is imported
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

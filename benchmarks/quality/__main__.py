@@ -91,7 +91,7 @@ class Matrix:
         """Run one cell and append its row, unless the row is there."""
         given, setting = self.given, _setting(label, self.given)
         names = {"model": self.name, "setting": label, "method": method, "seed": str(seed), "steps": str(given.steps)}
-        if _finished(names):
+        if finished(names, RESULTS):
             return
         folder = given.work / "-".join(names.values())
         data = {"dataset": str(self.calibration), "seq_len": given.seq_len, "seed": seed}
@@ -114,7 +114,7 @@ class Matrix:
         row = names | {key: f"{value:.6g}" for key, value in measured.items()}
         row |= {"seconds": "" if given.shared else f"{seconds:.1f}", "peak_rss_gb": f"{peak_bytes / 1e9:.3f}"}
         row["threads"] = str(torch.get_num_threads())
-        _append(row | {"versions": versions, "kl_per_sequence": per_sequence})
+        append(RESULTS, row | {"versions": versions, "kl_per_sequence": per_sequence})
         print(
             *(row[key] for key in ("model", "setting", "method", "seed", "kl", "top1_agreement", "seconds")), flush=True
         )
@@ -203,16 +203,18 @@ def _seconds_taken_over(folder: Path, base: Path) -> float:
     return sum(seconds for fingerprint, seconds in theirs.items() if fingerprint in ours)
 
 
-def _finished(cell: dict[str, str]) -> bool:
-    if not RESULTS.exists():
+def finished(cell: dict[str, str], results: Path) -> bool:
+    """Tell whether a CSV has a row with these values."""
+    if not results.exists():
         return False
-    with RESULTS.open(newline="") as file:
+    with results.open(newline="") as file:
         return any(all(row[key] == value for key, value in cell.items()) for row in csv.DictReader(file))
 
 
-def _append(row: dict[str, str]) -> None:
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("a", newline="") as file:
+def append(results: Path, row: dict[str, str]) -> None:
+    """Add a row to a CSV; other processes may do so too."""
+    results.parent.mkdir(exist_ok=True)
+    with results.open("a", newline="") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         writer = csv.DictWriter(file, list(row))
         if file.tell() == 0:

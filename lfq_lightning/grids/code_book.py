@@ -1,6 +1,7 @@
 """CodeBook: levels that are listed, times a scale."""
 
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from typing import final
 
@@ -70,7 +71,13 @@ class CodeBook(Levels):
         return zero, None, self._book(zero)
 
     def _book(self, like: Tensor) -> Tensor:
-        return torch.tensor(self.numbers, dtype=torch.float32, device=like.device)
+        return _tensor(self.numbers, like.device)
 
     def _nearest(self, ratio: Tensor) -> Tensor:
         return nearest(self._book(ratio), ratio)
+
+
+@cache
+def _tensor(numbers: tuple[float, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # a check may ask first, and training later
+        return torch.tensor(numbers, dtype=torch.float32, device=device)

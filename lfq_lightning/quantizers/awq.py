@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lfq_lightning.grids import Grid
+from lfq_lightning.grids import Grid, IntegerGrid
 from lfq_lightning.grids.round_to_nearest import round_to_nearest
 from lfq_lightning.grids.search_scale import search_scale
 from lfq_lightning.ops.gram import add_gram
@@ -88,7 +88,8 @@ class AWQ(NearestQuantizer):
         blocks = self.hessian.view(groups, width, groups, width).diagonal(dim1=0, dim2=2)
         hessian = blocks.permute(2, 0, 1).contiguous()
         # with four levels, on which side of zero there are two of them matters as much as how wide they stand
-        coarse = self.scheme.num_bits == 2 and not self.scheme.symmetric and self.clip > 1
+        whole_zeros = isinstance(self.scheme, IntegerGrid) and not self.scheme.symmetric
+        coarse = self.scheme.num_bits == 2 and whole_zeros and self.clip > 1
         ratios = max(2, self.clip // 2) if coarse else self.clip
         grids = [
             search_scale(self.weight, self.scheme, self.scale_dtype, ratios, hessian=h, both_zeros=coarse)

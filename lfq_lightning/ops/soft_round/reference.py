@@ -44,9 +44,7 @@ class _SoftRound(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Any, ...]:
-        steps, slope, scale = ctx.saved_tensors
-        by_scale = (grad * steps).sum(-1, keepdim=True)
-        return (grad * slope).mul_(scale * ctx.sharpness), by_scale, None, None, None, None
+        return *_gradients(ctx, grad), None, None, None, None
 
 
 class _SoftRoundBetween(torch.autograd.Function):
@@ -61,6 +59,11 @@ class _SoftRoundBetween(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Any, ...]:
-        steps, slope, scale = ctx.saved_tensors
-        by_scale = (grad * steps).sum(-1, keepdim=True)
-        return (grad * slope).mul_(scale * ctx.sharpness), by_scale, None, None, None
+        return *_gradients(ctx, grad), None, None, None
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Return those of position and scale."""
+    steps, slope, scale = ctx.saved_tensors
+    by_scale = (grad * steps).sum(-1, keepdim=True)
+    return (grad * slope).mul_(scale * ctx.sharpness), by_scale
