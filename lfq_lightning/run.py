@@ -31,8 +31,10 @@ from lfq_lightning.callbacks.report import Report  # noqa: E402
 from lfq_lightning.data import CalibrationData  # noqa: E402
 from lfq_lightning.distributed.ranks import launched_rank  # noqa: E402
 from lfq_lightning.file_names import LOGS  # noqa: E402
+from lfq_lightning.models.checkpoints import open_checkpoint  # noqa: E402
 from lfq_lightning.planning.check_config import check_config  # noqa: E402
 from lfq_lightning.planning.chosen_plan import chosen_plan  # noqa: E402
+from lfq_lightning.planning.grids_of_file import grids_of_files, names_a_file  # noqa: E402
 from lfq_lightning.planning.read_yaml import read_yaml, read_yaml_file  # noqa: E402
 from lfq_lightning.precision import choose_precision  # noqa: E402
 from lfq_lightning.runs.earlier_run import begun_precision  # noqa: E402
@@ -94,11 +96,16 @@ class CommandLine(LightningCLI):
             check_config(self.config.run.as_dict(), sections)
 
     def before_instantiate_classes(self) -> None:
-        """Choose the grids, if a size is asked for; the YAML that is kept has the plan, and asks for none."""
-        config = self.config.run if "run" in self.config else None
-        if config is None or (config.size is None and config.average_bits is None):
+        """Put grids in the place of files and sizes; the YAML that is kept has the plan that came out."""
+        if "run" not in self.config:
             return
-        config.plan = [Namespace(vars(rule)) for rule in chosen_plan(config)]
+        config = self.config.run
+        rules = [Rule(**vars(rule)) for rule in config.plan]
+        if any(map(names_a_file, rules)):
+            rules = grids_of_files(rules, open_checkpoint(config.model.checkpoint))
+        if config.size is not None or config.average_bits is not None:
+            rules = chosen_plan(config, rules)
+        config.plan = [Namespace(vars(rule)) for rule in rules]
         config.size = config.average_bits = None
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:

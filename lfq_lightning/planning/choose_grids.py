@@ -14,7 +14,8 @@ from lfq_lightning.formats.fused import fused_parts
 from lfq_lightning.grids import GRIDS, Grid, NamedGrid
 from lfq_lightning.models.checkpoints import Checkpoint
 from lfq_lightning.models.model_skeleton import ModelSkeleton
-from lfq_lightning.plan import OUTER, matches, parse_grid
+from lfq_lightning.plan import OUTER, parse_grid
+from lfq_lightning.planning.matched_layers import matched_layers
 from lfq_lightning.planning.spend import spend
 from lfq_lightning.planning.swapped_model import SwappedModel
 from lfq_lightning.stages import STAGES, Rule
@@ -172,21 +173,8 @@ def _choices(rules: list[Rule], skeleton: ModelSkeleton) -> list[Choice]:
     quantizers = [rule.quantizer for rule in rules if isinstance(rule.quantizer, dict)]
     asked = any(isinstance(quantizer.get(key), list) for quantizer in quantizers for key in _LISTS)
     options = [[] if rule.match in STAGES.names() else _options(rule, asked) for rule in rules]
-    taken: dict[int, dict[str, tuple[int, int]]] = {number: {} for number in range(len(rules))}
-    for number, rule in enumerate(rules):
-        if rule.match in OUTER:
-            name = skeleton.outer_layers[str(rule.match)]
-            if all(name not in names for names in taken.values()):
-                taken[number][name] = skeleton.outer_shape(name)
-    for index in range(len(skeleton)):
-        for name, shape in skeleton.linear_shapes(index).items():
-            last = index == len(skeleton) - 1
-            first = (n for n, r in enumerate(rules) if r.match not in OUTER and matches(r.match, name, index, last))
-            winner = next(first, None)
-            if winner is not None:
-                taken[winner][name] = shape
     found = []
-    for number, shapes in taken.items():
+    for number, shapes in enumerate(matched_layers(rules, skeleton)):
         if not options[number]:
             continue
         if rules[number].final_blocks > 1:

@@ -23,13 +23,12 @@ log = logging.getLogger(__name__)
 _SEQUENCES, _TOKENS = 8, 128  # that layers are measured on
 
 
-def chosen_plan(config: Namespace) -> list[Rule]:
+def chosen_plan(config: Namespace, rules: list[Rule]) -> list[Rule]:
     """Return the rules for the size that the config of a run asks for; a later start of the same run finds them again.
 
     Raises UserError.
     """
     size = None if config.size is None else parse_size(config.size)
-    rules = [Rule(**vars(rule)) for rule in config.plan]
     file = Path(f"{Path(config.output).expanduser()}.plan.yaml")
     data: dict[str, Any] = config.data.as_dict()
     asked = json.dumps([config.model.as_dict(), data, [vars(rule) for rule in rules], size, config.average_bits])

@@ -76,6 +76,31 @@ def test_embeddings_and_head_in_the_file(run, tmp_path):
     assert torch.equal(values, weight) or torch.equal(values.bfloat16().float(), weight)
 
 
+def test_grids_as_in_a_file(run, tmp_path, capsys):
+    """A second run trains each layer on the grid that the file of the first has for it; the rest stays as it was."""
+    plan = [
+        {"match": "embeddings", "quantizer": {"name": "rtn", "grid": "q8_0"}},
+        {"match": "*.down_proj", "quantizer": {"name": "rtn", "grid": "q6_k"}},
+        {"match": "*.o_proj", "quantizer": "fp"},
+        {"match": "all", "quantizer": {"name": "rtn", "grid": "q3_k"}},
+    ]
+    file = tmp_path / "model.gguf"
+    main(["export", str(run(plan)), "--format", "gguf", "--output", str(file)])
+    like = [
+        {"match": "embeddings", "quantizer": {"name": "rtn", "grid": str(file)}},
+        {"match": "all", "quantizer": {"name": "gptq", "grid": str(file)}},
+    ]
+    folder = run(like, overwrite=True)
+    main(["export", str(folder), "--format", "gguf", "--output", str(tmp_path / "again.gguf")])
+    first, second = tensors(file), tensors(tmp_path / "again.gguf")
+    assert {name: kind for name, (kind, _) in first.items()} == {name: kind for name, (kind, _) in second.items()}
+    assert not torch.equal(first["blk.0.ffn_down.weight"][1], second["blk.0.ffn_down.weight"][1])
+    file.write_bytes(b"no GGUF")
+    with pytest.raises(SystemExit):
+        run(like, overwrite=True)
+    assert "cannot be read as GGUF" in capsys.readouterr().err
+
+
 def test_trained_on_k_quants(run, tmp_path):
     """Learned rounding on the file's own grid beats rounding to nearest, and a second run gives the same bytes."""
 
