@@ -8,7 +8,6 @@ from torch import Tensor
 from lfq_lightning.errors import UserError
 from lfq_lightning.formats import FORMATS, PackFormat, Shape
 from lfq_lightning.formats.half_scale import half_scale
-from lfq_lightning.formats.named import require_grid
 from lfq_lightning.grids import Grid, IntegerGrid
 from lfq_lightning.ops.bitstream import pack, unpack
 from lfq_lightning.quantized_tensor import QuantizedTensor
@@ -25,7 +24,6 @@ class AWQ(PackFormat):
     scale_name = "scales"
 
     def check(self, name: str, scheme: Grid, shape: tuple[int, int]) -> None:
-        require_grid(self, name, scheme)
         if scheme.num_bits != 4:
             raise UserError(
                 f"{name} has {scheme.num_bits} bits, but awq holds 4 only; use gptq_v2 (2, 3, 4, 8) or "

@@ -12,7 +12,6 @@ from lfq_lightning.errors import UserError
 from lfq_lightning.formats import PackFormat, Shape
 from lfq_lightning.formats.fused import fused_parts
 from lfq_lightning.formats.half_scale import half_scale
-from lfq_lightning.formats.named import require_grid
 from lfq_lightning.grids import Grid, IntegerGrid
 from lfq_lightning.ops.bitstream import pack, unpack
 from lfq_lightning.quantized_tensor import QuantizedTensor
@@ -34,7 +33,6 @@ class GPTQLayout(PackFormat, ABC):
     zero_offset: ClassVar[int]
 
     def check(self, name: str, scheme: Grid, shape: tuple[int, int]) -> None:
-        require_grid(self, name, scheme)
         bits = scheme.num_bits
         if bits not in _WIDTHS:
             raise UserError(f"{name} has {bits} bits, but {self.version} holds 2, 3, 4 and 8; use compressed-tensors.")

@@ -31,8 +31,6 @@ class MLX(PackFormat):
     codes_name = "scales"  # what only packed layers have: the codes' own name is `weight`
 
     def check(self, name: str, scheme: Grid, shape: tuple[int, int]) -> None:
-        if not isinstance(scheme, IntegerGrid | Affine):
-            raise UserError(f"{name} is on the grid {scheme}, which mlx cannot hold; use grid affine.")
         try:
             _affine(scheme)
         except UserError as error:

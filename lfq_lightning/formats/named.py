@@ -15,7 +15,7 @@ def home(scheme: Grid) -> str:
 
 
 def require_grid(packed: PackFormat, name: str, scheme: Grid) -> None:
-    """Raise UserError if a layer is on a grid of another format's."""
+    """Raise UserError if a layer is on a grid of another format's; asked once for all formats, plugins' too."""
     here = plugin_name(type(packed))
     if isinstance(scheme, NamedGrid) and scheme.format != here:
         raise UserError(f"{name} is on the grid {scheme}, which {here} cannot hold; export to {scheme.format}.")

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from lfq_lightning.errors import UserError, one_line
 from lfq_lightning.file_names import CARD, CHECKSUMS, CONFIG, FACTS, INDEX, JOURNAL, LOCK, METRICS, REPORT, user_path
 from lfq_lightning.formats import FORMATS
+from lfq_lightning.formats.named import require_grid
 from lfq_lightning.packed.engines import engines
 from lfq_lightning.packed.model_card import model_card
 from lfq_lightning.packed.packed_folder import SHARD_CHECKSUMS, PackedFolder
@@ -37,6 +38,7 @@ def export(source: str, format_name: str, output: str) -> Path:
                 f"{name} is quantised, and {format_name} holds no quantised {kind}; export to another format."
             )
     for name, scheme in folder.schemes.items():
+        require_grid(to, name, scheme)
         to.check(name, scheme, folder.shapes[name])
     family = folder.family
     schemes = {family.stored_layer(name): scheme for name, scheme in folder.schemes.items()}

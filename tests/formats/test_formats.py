@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from lfq_lightning.errors import UserError
 from lfq_lightning.formats import FORMATS, check_layout
+from lfq_lightning.formats.named import require_grid
 from lfq_lightning.grids import GRIDS
 from lfq_lightning.grids.integer_grid import IntegerGrid
 from lfq_lightning.grids.round_to_nearest import round_to_nearest
@@ -39,8 +40,9 @@ def test_round_trip_of_named_grids(grid):
         found = FORMATS.get(name)()
         if name != scheme.format:
             with pytest.raises(UserError, match=r"layer is on the grid .*(export to|use grid)"):
-                found.check("layer", scheme, (8, 512))
+                require_grid(found, "layer", scheme)
             continue
+        require_grid(found, "layer", scheme)
         found.check("layer", scheme, (8, 512))
         tensors = found.pack("layer", quantized)
         check_layout(found, scheme, (8, 512), "layer", tensors, "here")
