@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -30,11 +31,6 @@ from lfq_lightning.grids import GRIDS
 from lfq_lightning.models.checkpoints import open_checkpoint
 
 RESULTS = Path(__file__).parent / "results" / "formats.csv"
-# ggml's enum ggml_type
-TYPES = {
-    "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "q2_k": 10, "q3_k": 11, "q4_k": 12, "q5_k": 13, "q6_k": 14,
-    "iq4_nl": 20, "iq3_s": 21, "iq2_s": 22, "iq4_xs": 23, "iq3_xxs": 18,
-}  # fmt: skip
 FALL_BACK = {"q2_k": "iq4_nl", "q3_k": "iq4_nl", "iq4_xs": "iq4_nl", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
 SEQUENCES, SELECTION, HELD_OUT, LENGTH = 136, 2, 32, 256
 PEERS = ("llama.cpp", "llama.cpp imatrix")
@@ -78,7 +74,7 @@ def main() -> None:
                         continue
                     folder = given.work / "-".join(cell.values())
                     model, bits = ours(checkpoint, grid, OURS[method], data, seed, folder)
-                elif given.ggml and grid in TYPES:
+                elif given.ggml and grid.upper() in gguf.GGMLQuantizationType.__members__:
                     model, bits = theirs(checkpoint, grid, data if "imatrix" in method else None, given.ggml)
                 else:
                     continue
@@ -177,7 +173,7 @@ class Ggml:
     def round_trip(self, weight: Tensor, kind: str, importance: Tensor | None) -> tuple[Tensor, float]:
         """Return the weight (O, I) fp32 as it is after quantising, and bits per weight."""
         rows, columns = weight.shape
-        number, source = TYPES[kind], np.ascontiguousarray(weight.float().numpy())
+        number, source = gguf.GGMLQuantizationType[kind.upper()], np.ascontiguousarray(weight.float().numpy())
         stored = np.zeros(self.library.ggml_row_size(number, columns) * rows, np.uint8)
         back = np.zeros((rows, columns), np.float32)
         by = None if importance is None else np.ascontiguousarray(importance.numpy())

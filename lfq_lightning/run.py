@@ -101,9 +101,12 @@ class CommandLine(LightningCLI):
             return
         config = self.config.run
         rules = [Rule(**vars(rule)) for rule in config.plan]
-        if any(map(names_a_file, rules)):
+        from_files, sized = any(map(names_a_file, rules)), config.size is not None or config.average_bits is not None
+        if not from_files and not sized:
+            return
+        if from_files:
             rules = grids_of_files(rules, open_checkpoint(config.model.checkpoint))
-        if config.size is not None or config.average_bits is not None:
+        if sized:
             rules = chosen_plan(config, rules)
         config.plan = [Namespace(vars(rule)) for rule in rules]
         config.size = config.average_bits = None

@@ -18,18 +18,11 @@ class AboveMinimum(Levels):
 
     max_code: int
 
-    @property
-    def reach(self) -> float:  # type: ignore[override]
-        return self.max_code / 2
-
     def round(self, weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         return (weight + zero).div_(scale).round_().clamp_(0, self.max_code)
 
     def value(self, codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         return (codes * scale).sub_(zero)
-
-    def of(self, codes: Tensor) -> Tensor:
-        return codes.float()
 
     def from_zero(self, level: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         return level - zero / scale

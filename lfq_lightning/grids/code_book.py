@@ -33,7 +33,7 @@ class CodeBook(Levels):
         return len(self.numbers) - 1
 
     @property
-    def reach(self) -> float:  # type: ignore[override]
+    def reach(self) -> float:
         return max(map(abs, self.numbers))
 
     def round(self, weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:

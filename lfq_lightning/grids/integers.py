@@ -17,18 +17,11 @@ class Integers(Levels):
 
     max_code: int
 
-    @property
-    def reach(self) -> float:  # type: ignore[override]
-        return self.max_code / 2
-
     def round(self, weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         return (weight / scale).round_().add_(zero).clamp_(0, self.max_code)
 
     def value(self, codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         return (codes - zero).mul_(scale)
-
-    def of(self, codes: Tensor) -> Tensor:
-        return codes.float()
 
     def from_zero(self, level: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         return level - zero

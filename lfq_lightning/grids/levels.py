@@ -18,7 +18,10 @@ class Levels(ABC):
     """
 
     max_code: int
-    reach: float
+
+    @property
+    def reach(self) -> float:
+        return self.max_code / 2
 
     @abstractmethod
     def round(self, weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
@@ -28,9 +31,9 @@ class Levels(ABC):
     def value(self, codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         """Return the weight that codes stand for."""
 
-    @abstractmethod
     def of(self, codes: Tensor) -> Tensor:
-        """Return the levels that codes count."""
+        """Return the levels that codes count; whole numbers are the codes themselves."""
+        return codes.float()
 
     @abstractmethod
     def from_zero(self, level: Tensor, scale: Tensor, zero: Tensor) -> Tensor:

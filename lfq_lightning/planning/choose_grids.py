@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 _LISTS = ("bits", "grid")
 _INTEGERS = (2, 3, 4, 5, 6, 8)
-
+_WIDE = 2**16  # inputs, which every group and block divides
 
 Setting = tuple[str, Any]
 
@@ -164,9 +164,6 @@ def _options(rule: Rule, asked: bool) -> list[tuple[Setting, Grid]]:
         values = home.others() or named
     grids: list[tuple[Setting, Grid]] = [((key, value), parse_grid({**rest, key: value})) for value in values]
     return sorted(grids, key=lambda option: option[1].bits_per_weight(_WIDE))
-
-
-_WIDE = 2**16  # inputs, which every group and block divides
 
 
 def _choices(rules: list[Rule], skeleton: ModelSkeleton) -> list[Choice]:
