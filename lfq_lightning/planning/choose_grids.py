@@ -124,8 +124,13 @@ def _losses(model: SwappedModel, choice: Choice) -> list[float]:
     rounding errors, to which KL is proportional where it is small.
     """
     middle = len(choice.grids) // 2
-    measured = {n: model.kl(dict.fromkeys(choice.names, choice.grids[n])) for n in {0, middle}}
-    errors = [sum(model.squared_error(name, grid) for name in choice.names) for grid in choice.grids]
+    measured: dict[int, float] = {}
+    errors: list[float] = []
+    for number, grid in enumerate(choice.grids):
+        rounded = {name: model.rounded(name, grid) for name in choice.names}
+        errors.append(sum(float((rounded[name] - model.weight(name)).square().sum()) for name in rounded))
+        if number in {0, middle}:
+            measured[number] = model.kl(rounded)
     nearer = (0 if number < (middle + 1) // 2 else middle for number in range(len(choice.grids)))
     return [measured[near] * error / max(errors[near], 1e-30) for near, error in zip(nearer, errors, strict=True)]
 
@@ -133,7 +138,7 @@ def _losses(model: SwappedModel, choice: Choice) -> list[float]:
 def _joint(model: SwappedModel, choices: list[Choice], chosen: list[int]) -> float:
     """Return the KL with every layer on its chosen grid."""
     pairs = zip(choices, chosen, strict=True)
-    return model.kl({name: choice.grids[n] for choice, n in pairs for name in choice.names})
+    return model.kl({name: model.rounded(name, choice.grids[n]) for choice, n in pairs for name in choice.names})
 
 
 def _uniform(choices: list[Choice], budget: int) -> list[int] | None:

@@ -20,7 +20,7 @@ from lfq_lightning.write_file import write_text
 
 log = logging.getLogger(__name__)
 
-_SEQUENCES, _TOKENS = 8, 128  # that layers are measured on
+_SEQUENCES, _TOKENS = 8, 64  # that layers are measured on
 
 
 def chosen_plan(config: Namespace, rules: list[Rule]) -> list[Rule]:

@@ -43,7 +43,8 @@ def measure_sensitivity(
                 check_group(scheme, name, skeleton, index, "sensitivity")
     model = SwappedModel(checkpoint, tokens)
     for name, weight in model.layers().items():
-        yield LayerSensitivity(name, weight.numel(), {s.num_bits: model.kl({name: s}) for s in schemes})
+        losses = {scheme.num_bits: model.kl({name: model.rounded(name, scheme)}) for scheme in schemes}
+        yield LayerSensitivity(name, weight.numel(), losses)
 
 
 def check_average(average_bits: float, widths: list[int]) -> None:

@@ -5,10 +5,13 @@ from torch import Tensor
 
 from lfq_lightning.grids import Grid
 from lfq_lightning.models.checkpoints import Checkpoint
+from lfq_lightning.models.decoder_block import DecoderBlock
 from lfq_lightning.models.model_skeleton import ModelSkeleton
 from lfq_lightning.objectives.kl import KL
 from lfq_lightning.quantizers.rtn import RTN
 from lfq_lightning.token_set import TokenSet
+
+_TOKENS = 1024  # that go through a block at a time
 
 
 class SwappedModel:
@@ -26,7 +29,7 @@ class SwappedModel:
         self._inputs = [self._embed()]
         self._blocks = [self._skeleton.block(range(index, index + 1)) for index in range(len(self._skeleton))]
         for block in self._blocks:
-            self._inputs.append(torch.cat([block(part) for part in self._inputs[-1].split(1)]))
+            self._inputs.append(self._through(block, self._inputs[-1]))
         self._linears = {name: linear for block in self._blocks for name, linear in block.linears().items()}
         self._block_of = {name: index for index, block in enumerate(self._blocks) for name in block.linears()}
         self._head = self._skeleton.head(torch.float32)
@@ -37,35 +40,34 @@ class SwappedModel:
         return {name: linear.weight for name, linear in self._linears.items()}
 
     @torch.no_grad()
-    def kl(self, grids: dict[str, Grid]) -> float:
-        """Return the KL to full precision, nats per token, with these layers rounded to nearest, each on its grid.
+    def rounded(self, name: str, grid: Grid) -> Tensor:
+        """Return a layer's weight (O, I), rounded to nearest on a grid; `name` may be that of embeddings or head."""
+        weight = self.weight(name)
+        rtn = RTN(weight, grid.fitted(weight), self._checkpoint.dtype)
+        rtn.solve()
+        return rtn.export().dequantize().float()
+
+    def weight(self, name: str) -> Tensor:
+        """Return a layer's weight (O, I), fp32."""
+        if name in self._linears:
+            return self._linears[name].weight
+        return self._checkpoint.tensors([f"{name}.weight"])[f"{name}.weight"].float()
+
+    @torch.no_grad()
+    def kl(self, weights: dict[str, Tensor]) -> float:
+        """Return the KL to full precision, nats per token, with these weights (O, I) in place of those of layers.
 
         Embeddings and head may be among them.
         """
-        kept: dict[str, Tensor] = {}
-        shipped: dict[str, Tensor] = {}
-        for name, grid in grids.items():
-            if name in self._linears:
-                kept[name] = self._linears[name].weight.clone()
-                self._linears[name].weight.copy_(self._rounded(kept[name], grid))
-            else:
-                shipped[name] = self._rounded(self._weight(name), grid)
+        shipped = {name: weight for name, weight in weights.items() if name not in self._linears}
+        kept = {name: self._linears[name].weight.clone() for name in weights.keys() - shipped.keys()}
+        for name in kept:
+            self._linears[name].weight.copy_(weights[name])
         try:
             return self._kl_from(min((self._block_of[name] for name in kept), default=len(self._blocks)), shipped)
         finally:
             for name, weight in kept.items():
                 self._linears[name].weight.copy_(weight)
-
-    @torch.no_grad()
-    def squared_error(self, name: str, grid: Grid) -> float:
-        """Return the sum of squares of what rounding to nearest does to a layer's weights."""
-        weight = self._weight(name)
-        return float((self._rounded(weight, grid) - weight).square().sum())
-
-    def _weight(self, name: str) -> Tensor:
-        if name in self._linears:
-            return self._linears[name].weight
-        return self._checkpoint.tensors([f"{name}.weight"])[f"{name}.weight"].float()
 
     def _kl_from(self, start: int, shipped: dict[str, Tensor]) -> float:
         self._skeleton.ship(shipped)
@@ -77,13 +79,12 @@ class SwappedModel:
             target = KL().target(head.teacher().readout(self._inputs[-1][self._tokens.mask]), head.teacher())
         self._skeleton.ship({})
         for block in self._blocks[start:]:
-            hidden = torch.cat([block(part) for part in hidden.split(1)])
+            hidden = self._through(block, hidden)
         return float(KL().token_loss(head.readout(hidden[self._tokens.mask]), target, head).mean())
+
+    @staticmethod
+    def _through(block: DecoderBlock, hidden: Tensor) -> Tensor:
+        return torch.cat([block(part) for part in hidden.split(max(1, _TOKENS // hidden.shape[1]))])
 
     def _embed(self) -> Tensor:
         return torch.cat([self._skeleton.embed(row[None], shipped=True) for row in self._tokens.input_ids])
-
-    def _rounded(self, weight: Tensor, grid: Grid) -> Tensor:
-        rtn = RTN(weight, grid.fitted(weight), self._checkpoint.dtype)
-        rtn.solve()
-        return rtn.export().dequantize().float()
