@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lfq_lightning.errors import UserError, one_line
-from lfq_lightning.file_names import user_path
+from lfq_lightning.errors import UserError
 from lfq_lightning.models.checkpoints.checkpoint import read_tokenizer
 from lfq_lightning.packed.gguf_blocks import block_type, blocks
 from lfq_lightning.packed.gguf_tokenizer import tokenizer_fields
+from lfq_lightning.packed.gguf_write import Array, Arrays, new_file, write_gguf
 from lfq_lightning.packed.packed_folder import PackedFolder
 from lfq_lightning.quantized_tensor import QuantizedTensor
 
@@ -43,7 +43,7 @@ _FILE_TYPES = {
 _ROPE_FREQS = "rope_freqs.weight"
 _TEMPLATE = "tokenizer.chat_template"
 
-Array = tuple["np.ndarray[Any, Any]", str]  # and the name of its GGML type
+_LIKE = "convert the model by llama.cpp's convert_hf_to_gguf.py and give that file: --like FILE.gguf"
 
 
 def export_gguf(source: str, output: str) -> Path:
@@ -55,64 +55,50 @@ def export_gguf(source: str, output: str) -> Path:
         import gguf
     except ImportError as error:
         raise UserError("writing GGUF needs the gguf package: pip install 'lfq-lightning[gguf]'.") from error
-    folder, target = PackedFolder(source), user_path(output, "output")
-    if target.suffix != ".gguf":
-        raise UserError(f"output: {target} is to be one GGUF file; give a name that ends with .gguf.")
-    if target.exists():
-        raise UserError(f"output: {target} exists; give a new file.")
+    folder, target = PackedFolder(source), new_file(output)
     architecture, interleaved = _check(folder)
     kinds = [block_type(name, scheme, folder.shapes[name][1]) for name, scheme in folder.schemes.items()]
     tokenizer = read_tokenizer(folder.path)
     fields = tokenizer_fields(tokenizer, folder.config.vocab_size)
     number = next(n for n, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     names = gguf.get_tensor_name_map(number, folder.config.num_hidden_layers)
-    types = gguf.GGMLQuantizationType
-    partial = target.with_name(f"{target.name}.partial")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"output: {target.parent} cannot be made ({one_line(error)}); give another file.") from error
-    try:
-        writer = gguf.GGUFWriter(partial, architecture)
+
+    def write_fields(writer: Any) -> None:
         _write_hyperparameters(writer, folder.settings, folder.config)
-        writer.add_file_type(_FILE_TYPES[max(kinds, key=kinds.count)])
+        writer.add_file_type(file_type(kinds))
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         for key, value in fields.items():
             _add(writer, f"tokenizer.ggml.{key}", value)
         _write_templates(writer, tokenizer.chat_template)
-        for name, (array, kind) in _arrays(folder, interleaved):
+
+    def arrays() -> Arrays:
+        for name, array in _arrays(folder, interleaved):
             stored = name if name == _ROPE_FREQS else names.get_name(name, try_suffixes=(".weight", ".bias"))
             assert stored is not None, name
-            writer.add_tensor_info(stored, array.shape, array.dtype, array.nbytes, types[kind])
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for _, (array, _) in _arrays(folder, interleaved):
-            writer.write_tensor_data(array)
-        writer.close()
-        partial.replace(target)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise UserError(f"output: {target} cannot be written ({one_line(error)}); give another file.") from error
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+            yield stored, array
+
+    write_gguf(target, architecture, write_fields, arrays)
     return target
+
+
+def file_type(kinds: list[str]) -> int:
+    """Return llama.cpp's `general.file_type` by the commonest of the types."""
+    return _FILE_TYPES[max(kinds, key=kinds.count)]
 
 
 def _check(folder: PackedFolder) -> tuple[str, bool]:
     config = folder.config
     if config.model_type not in _ARCHITECTURES:
         raise UserError(
-            f"GGUF: models of type {config.model_type!r} are not written here, only {', '.join(_ARCHITECTURES)}; use "
-            "another format."
+            f"GGUF: models of type {config.model_type!r} are not written from nothing here, only "
+            f"{', '.join(_ARCHITECTURES)}; {_LIKE}."
         )
     rope = folder.settings.get("rope_parameters") or {}
     if rope.get("rope_type", "default") not in ("default", "llama3"):
-        raise UserError(f"GGUF: rotary scaling {rope['rope_type']!r} is not written here; export to another format.")
+        raise UserError(f"GGUF: rotary scaling {rope['rope_type']!r} is not written here; {_LIKE}.")
     window = folder.settings.get("sliding_window")
     if window and folder.settings.get("use_sliding_window", True) and window < config.max_position_embeddings:
-        raise UserError("GGUF: sliding-window attention is not written here; export to another format.")
+        raise UserError(f"GGUF: sliding-window attention is not written here; {_LIKE}.")
     return _ARCHITECTURES[config.model_type]
 
 
@@ -165,12 +151,12 @@ def _arrays(folder: PackedFolder, interleaved: bool) -> Iterator[tuple[str, Arra
         yield _ROPE_FREQS, (llama3_factors(rope, _head_dim(folder.settings)), "F32")
     for shard in folder.shards():
         for name, quantized in sorted(shard.layers.items()):
-            order = _interleave(quantized.codes.shape[0], heads.get(name.rpartition(".")[2]))
+            order = interleave(quantized.codes.shape[0], heads.get(name.rpartition(".")[2]))
             codes, scale, zero = (v[order] for v in (quantized.codes, quantized.scale, quantized.zero_point))
             kind = block_type(name, quantized.scheme, codes.shape[1])
             yield f"{name}.weight", (blocks(name, QuantizedTensor(codes, scale, zero, quantized.scheme)), kind)
         for name, tensor in sorted(shard.dense.items()):
-            yield name, _dense(tensor[_interleave(len(tensor), heads.get(name.split(".")[-2]))])
+            yield name, dense_array(tensor[interleave(len(tensor), heads.get(name.split(".")[-2]))])
 
 
 def _head_dim(settings: dict[str, Any]) -> int:
@@ -186,13 +172,14 @@ def llama3_factors(rope: dict[str, Any], head_dim: int) -> "np.ndarray[Any, Any]
     return (1 / (kept + (1 - kept) / rope["factor"])).float().numpy()
 
 
-def _interleave(rows: int, heads: int | None) -> Tensor:
+def interleave(rows: int, heads: int | None) -> Tensor:
     """Return the order of rows in which the two rotary halves of each head alternate, as llama.cpp wants q and k."""
     order = torch.arange(rows)
     return order if heads is None else order.view(heads, 2, -1).transpose(1, 2).flatten()
 
 
-def _dense(tensor: Tensor) -> Array:
+def dense_array(tensor: Tensor) -> Array:
+    """Return a tensor as GGUF has it: of one dimension in fp32, as llama.cpp wants it."""
     if tensor.dim() == 1 or tensor.dtype == torch.float32:
         return tensor.float().numpy(), "F32"
     if tensor.dtype == torch.float16:

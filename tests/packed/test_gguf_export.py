@@ -109,7 +109,7 @@ def test_refusals(packed, tmp_path):  # noqa: F811
 
 def test_other_models_are_refused(packed, tmp_path):  # noqa: F811
     run = packed([{"match": "all", "quantizer": quantizer(4)}], family="granite")
-    with pytest.raises(UserError, match="models of type 'granite' are not written here, only llama"):
+    with pytest.raises(UserError, match="models of type 'granite' are not written from nothing here, only llama"):
         export_gguf(str(run), str(tmp_path / "model.gguf"))
 
 
