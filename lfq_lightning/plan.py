@@ -107,6 +107,11 @@ class Plan:
                     f"{', which is the head as well' if skeleton.checkpoint.tied else ''}; take a grid of "
                     f"{' or '.join(n for n in FORMATS.names() if kind in FORMATS.get(n).outer)}."
                 )
+            if name != skeleton.outer_layers["head"] and parsed.layer.closed_form.cls.needs_inputs:
+                raise UserError(
+                    f"{parsed.where}: embeddings that are not the head as well have tokens for inputs, of which "
+                    f"{parsed.layer.closed_form.name} learns nothing; take a data-free quantizer such as rtn."
+                )
             other = found.setdefault(name, parsed)
             if other.layer != parsed.layer:
                 raise UserError(f"{other.where} and {parsed.where}: embeddings and head are one tensor; give one rule.")
@@ -120,11 +125,11 @@ class Plan:
         return {name: parsed.layer for name, parsed in found.items()}
 
     def _check_outer(self, parsed: ParsedRule) -> None:
-        closed_form = parsed.layer.closed_form
-        if parsed.layer.learned or closed_form.cls.needs_inputs or _dense(parsed):
+        cls = parsed.layer.closed_form.cls
+        if parsed.layer.learned or _dense(parsed) or cls.scales_inputs or parsed.layer.needs_reference:
             raise UserError(
-                f"{parsed.where}: match {parsed.rule.match} takes a data-free quantizer such as rtn: it is rounded "
-                "first, and the blocks are calibrated with it."
+                f"{parsed.where}: match {parsed.rule.match} takes a closed-form quantizer that folds and corrects "
+                "nothing, such as gptq or rtn: it is solved first, and the blocks are calibrated with it."
             )
 
     def _resolve_block(self, skeleton: ModelSkeleton, indices: range, outcome: "_Outcome") -> BlockPlan:

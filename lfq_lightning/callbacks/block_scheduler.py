@@ -193,7 +193,7 @@ class BlockScheduler(BlockCallback):
         bench = Bench(trainer, before.skeleton, opened.tokens, ranks, store, before.data.seed)
         before.module.bench = bench
         shards = Shards(before.folder, ranks, checkpoint.dtype, self.plan.format)
-        shipped = solve_outer(checkpoint, before.outer)
+        shipped = solve_outer(bench, before.outer)
         shards.write_outer(checkpoint.tensors(before.skeleton.outer_names()) | checkpoint.extra(), shipped)
         if shipped:
             bench.ship_outer({name: quantized.dequantize() for name, quantized in shipped.items()})

@@ -18,6 +18,7 @@ from lfq_lightning.plan import OUTER, parse_grid
 from lfq_lightning.planning.matched_layers import matched_layers
 from lfq_lightning.planning.spend import spend
 from lfq_lightning.planning.swapped_model import SwappedModel
+from lfq_lightning.quantizers import QUANTIZERS, LearnedQuantizer
 from lfq_lightning.stages import STAGES, Rule
 from lfq_lightning.token_set import TokenSet
 
@@ -27,6 +28,7 @@ _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 _LISTS = ("bits", "grid")
 _INTEGERS = (2, 3, 4, 5, 6, 8)
 _WIDE = 2**16  # inputs, which every group and block divides
+_AFTER_TRAINING, _AFTER_CORRECTION = 0.2, 0.5  # of the KL of rounding to nearest, measured on 2 … 4 bits (docs/log.md)
 
 Setting = tuple[str, Any]
 
@@ -100,16 +102,17 @@ def choose_grids(
         raise UserError(f"size: the smallest this plan can be is {room}; give more, or smaller bits or grid.")
     model, console = SwappedModel(checkpoint, tokens[0]), Console(highlight=False, markup=False)
     tracked = track(choices, "measuring layers", console=console, transient=True)
-    losses = [_losses(model, choice) for choice in tracked]
+    left = [_left(rule) for rule in rules]
+    losses = [[left[choice.rule] * loss for loss in _losses(model, choice)] for choice in tracked]
     chosen = spend([choice.costs for choice in choices], losses, budget)
     assert chosen is not None, "the smallest fit"
-    alike = _uniform(choices, budget)
+    alike = _uniform(choices, losses, budget)
     if alike is not None and alike != chosen:
         del model  # before there is another
         model = SwappedModel(checkpoint, tokens[1])
         mixed = _joint(model, choices, chosen)
         uniform = _joint(model, choices, alike)
-        log.info("rounded to nearest: KL %.4f with chosen grids, %.4f with one for all", mixed, uniform)
+        log.info("rounded to nearest: KL %.4f with chosen grids, %.4f with one for each rule", mixed, uniform)
         if uniform < mixed:
             chosen = alike
     used = sum(choice.costs[number] for choice, number in zip(choices, chosen, strict=True))
@@ -141,15 +144,29 @@ def _joint(model: SwappedModel, choices: list[Choice], chosen: list[int]) -> flo
     return model.kl({name: model.rounded(name, choice.grids[n]) for choice, n in pairs for name in choice.names})
 
 
-def _uniform(choices: list[Choice], budget: int) -> list[int] | None:
-    """Return for each choice the same grid as for all others of its rule, as wide as the budget lets all be."""
-    best: tuple[int, list[int]] | None = None
-    for number in range(max(len(choice.grids) for choice in choices)):
-        chosen = [min(number, len(choice.grids) - 1) for choice in choices]
-        cost = sum(choice.costs[n] for choice, n in zip(choices, chosen, strict=True))
-        if cost <= budget and (best is None or cost > best[0]):
-            best = cost, chosen
-    return None if best is None else best[1]
+def _left(rule: Rule) -> float:
+    """Return how much of the KL of rounding to nearest a rule's quantizer leaves, so that rules compare."""
+    cls = QUANTIZERS.get(rule.quantizer if isinstance(rule.quantizer, str) else rule.quantizer["name"])
+    if issubclass(cls, LearnedQuantizer):
+        return _AFTER_TRAINING
+    return _AFTER_CORRECTION if cls.needs_inputs else 1.0
+
+
+def _uniform(choices: list[Choice], losses: list[list[float]], budget: int) -> list[int] | None:
+    """Return the same grid for all choices of a rule, those of the rules chosen as those of layers are."""
+    rules = sorted({choice.rule for choice in choices})
+    costs: list[list[int]] = []
+    sums: list[list[float]] = []
+    for rule in rules:
+        own = [n for n, choice in enumerate(choices) if choice.rule == rule]
+        numbers = range(max(len(losses[n]) for n in own))
+        costs.append([sum(choices[n].costs[min(number, len(losses[n]) - 1)] for n in own) for number in numbers])
+        sums.append([sum(losses[n][min(number, len(losses[n]) - 1)] for n in own) for number in numbers])
+    chosen = spend(costs, sums, budget)
+    if chosen is None:
+        return None
+    of = dict(zip(rules, chosen, strict=True))
+    return [min(of[choice.rule], len(choice.grids) - 1) for choice in choices]
 
 
 def _options(rule: Rule, asked: bool) -> list[tuple[Setting, Grid]]:

@@ -57,7 +57,8 @@ def own_facts(plans: list[BlockPlan], data: CalibrationData, checkpoint: Checkpo
 
 def outer_fingerprint(layers: dict[str, LayerPlan]) -> str:
     """Return what precedes the first block's fingerprint: the plan of embeddings and head, if they have one."""
-    return digest([], repr(layers)) if layers else ""
+    code = {sources(layer.closed_form) for layer in layers.values()}
+    return digest([], repr(layers), *sorted(code)) if layers else ""
 
 
 def block_fingerprint(before: str, plan: BlockPlan, tensors: dict[str, Tensor]) -> str:

@@ -19,8 +19,8 @@ class Rule:
     Args:
         match: `last`, `all`, a block index, a glob on full layer names (`*.down_proj`), or a list of globs; or the name
             of a stage, such as `whole`: once all blocks are done, all of them together are trained from what they would
-            ship as. `embeddings` and `head` are rounded first, by a data-free quantizer, and all blocks are calibrated
-            with them; where the two are one tensor, either word means both.
+            ship as. `embeddings` and `head` are solved first, in closed form, and all blocks are calibrated with them;
+            gptq of a head sees what enters it in full precision. Where the two are one tensor, either word means both.
         quantizer: a name, or `{name, bits, group_size, symmetric, …}` with the quantizer's own options; 4 bits, per
             output channel and symmetric if not said; or `{name, grid, …}` with the grid of a format. A learned
             quantizer also takes `init`, a closed-form one. With `match: whole` a learned one, without these: the grids

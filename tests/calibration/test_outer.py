@@ -5,10 +5,12 @@ import json
 import pytest
 import torch
 import yaml
+from transformers import AutoModelForCausalLM
 
 from lfq_lightning.cli import main
 from lfq_lightning.data import CalibrationData
 from lfq_lightning.errors import UserError
+from lfq_lightning.grids import GRIDS
 from lfq_lightning.models.checkpoints import open_checkpoint
 from lfq_lightning.models.head import Head
 from lfq_lightning.models.model_skeleton import ModelSkeleton
@@ -16,6 +18,8 @@ from lfq_lightning.objectives import OBJECTIVES
 from lfq_lightning.packed.export import export
 from lfq_lightning.packed.load_model import load
 from lfq_lightning.plan import Plan
+from lfq_lightning.quantizers.gptq import GPTQ
+from lfq_lightning.quantizers.rtn import RTN
 from lfq_lightning.stages import Rule
 from tests.helpers import save_tiny
 
@@ -31,6 +35,7 @@ BLOCKS = [
     {"match": "all", "quantizer": {"name": "gptq", "grid": "q4_0"}},
 ]
 WIDE = {"intermediate_size": 64}
+HEAD = {"name": "gptq", "grid": "q5_0"}
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
@@ -63,10 +68,11 @@ def test_a_loss_through_another_head(name, softcap, temperature):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_what_is_measured_is_what_ships(tied, config, tmp_path):
+@pytest.mark.parametrize("name", ["rtn", "gptq"])
+def test_what_is_measured_is_what_ships(name, tied, config, tmp_path):
     model = save_tiny(tmp_path / "model", tied=tied, **WIDE)
-    outer = [{"match": "embeddings", "quantizer": {"name": "rtn", "grid": "q8_0"}}]
-    outer += [] if tied else [{"match": "head", "quantizer": {"name": "rtn", "grid": "q5_0"}}]
+    outer = [{"match": "embeddings", "quantizer": {"name": name if tied else "rtn", "grid": "q8_0"}}]
+    outer += [] if tied else [{"match": "head", "quantizer": {"name": name, "grid": "q5_0"}}]
     file = config(model={"checkpoint": str(model)}, plan=[*outer, *BLOCKS])
     main(["run", "--config", str(file)])
     checkpoint, content = open_checkpoint(str(model)), yaml.safe_load(file.read_text())
@@ -94,10 +100,37 @@ def test_what_is_measured_is_what_ships(tied, config, tmp_path):
         export(str(tmp_path / "run"), "awq", str(tmp_path / "other"))
 
 
+def test_gptq_of_a_head_sees_what_enters_it(config, tmp_path):
+    """Its codes are those of GPTQ on what transformers' own forward gives the head, the norm's output."""
+    model = save_tiny(tmp_path / "model", tied=False, **WIDE)
+    file = config(model={"checkpoint": str(model)}, plan=[{"match": "head", "quantizer": HEAD}, *BLOCKS])
+    main(["run", "--config", str(file)])
+    checkpoint, content = open_checkpoint(str(model)), yaml.safe_load(file.read_text())
+    data = CalibrationData(**{"seed": content["seed_everything"], **content["data"]})
+    train, _ = data.token_sets(checkpoint, torch.device("cpu"))
+    theirs = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    with torch.no_grad():
+        rows = theirs.model(train.input_ids).last_hidden_state[train.mask]
+        weight = theirs.lm_head.weight.detach()
+        gptq = GPTQ(weight, GRIDS.get("q5_0")(), checkpoint.dtype)
+        gptq.observe(rows)
+        gptq.solve()
+        wanted = gptq.export().dequantize()
+        shipped = load(tmp_path / "run", dequantize=True)[0].lm_head.weight
+    assert float((shipped == wanted).float().mean()) > 0.99  # sums in another order can turn a tie
+    plain = RTN(weight, GRIDS.get("q5_0")(), checkpoint.dtype)
+    plain.solve()
+
+    def error(quantized):
+        return float(((quantized - weight) @ rows.T).norm())
+
+    assert error(shipped) < 0.8 * error(plain.export().dequantize())
+
+
 def test_resumed_and_reused(config, tmp_path):
     """An interrupted run ends with the same bytes, and its blocks are taken over only under the same embeddings."""
     model = save_tiny(tmp_path / "model", **WIDE)
-    rule = {"match": "head", "quantizer": {"name": "rtn", "grid": "q8_0"}}
+    rule = {"match": "head", "quantizer": HEAD}
     common = {"model": {"checkpoint": str(model)}}
     main(["run", "--config", str(config(plan=[rule, *BLOCKS], **common))])
     again = {**common, "output": str(tmp_path / "again"), "reuse": str(tmp_path / "run")}
@@ -111,8 +144,8 @@ def test_resumed_and_reused(config, tmp_path):
 @pytest.mark.parametrize(
     ("rules", "message"),
     [
-        ([{"match": "head", "quantizer": {"name": "gptq", "grid": "q8_0"}}], "match head takes a data-free quantizer"),
-        ([{"match": "embeddings", "quantizer": "fp"}], "match embeddings takes a data-free quantizer"),
+        ([{"match": "head", "quantizer": {"name": "awq", "grid": "q8_0"}}], "match head takes a closed-form quantizer"),
+        ([{"match": "embeddings", "quantizer": "fp"}], "match embeddings takes a closed-form quantizer"),
         (
             [
                 {"match": "head", "quantizer": {"name": "rtn", "grid": "q8_0"}},
@@ -126,6 +159,13 @@ def test_resumed_and_reused(config, tmp_path):
 def test_refusals(rules, message, llama):
     with pytest.raises(UserError, match=message):
         Plan([Rule(**rule) for rule in [*rules, *BLOCKS]]).outer(ModelSkeleton(open_checkpoint(str(llama))))
+
+
+def test_embeddings_have_no_inputs(tmp_path):
+    checkpoint = open_checkpoint(str(save_tiny(tmp_path / "model", tied=False)))
+    plan = Plan([Rule("embeddings", {"name": "gptq", "grid": "q8_0"}), *(Rule(**rule) for rule in BLOCKS)])
+    with pytest.raises(UserError, match="have tokens for inputs, of which gptq learns nothing"):
+        plan.outer(ModelSkeleton(checkpoint))
 
 
 def test_a_format_without_embeddings(llama):
