@@ -12,6 +12,7 @@ divide a layer's width, the layer gets the type that llama.cpp falls back to, in
 import argparse
 import ctypes
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -29,10 +30,12 @@ from benchmarks.quality.methods import ANCHORED, NORMALISED
 from lfq_lightning.data import CalibrationData
 from lfq_lightning.grids import GRIDS
 from lfq_lightning.models.checkpoints import open_checkpoint
+from lfq_lightning.plan import parse_grid
 
 RESULTS = Path(__file__).parent / "results" / "formats.csv"
 FALL_BACK = {"q2_k": "iq4_nl", "q3_k": "iq4_nl", "iq4_xs": "iq4_nl", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
 SEQUENCES, SELECTION, HELD_OUT, LENGTH = 136, 2, 32, 256
+INTEGERS = re.compile(r"w(\d)g(\d+)")
 PEERS = ("llama.cpp", "llama.cpp imatrix")
 OURS: dict[str, dict[str, Any]] = {
     "nearest": {"quantizer": {"name": "rtn", "ratios": 1}},
@@ -47,7 +50,7 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path, required=True, help="a .txt; its last part is held out")
     parser.add_argument("--held-out-share", type=float, default=0.1, help="how much of it (0.1)")
     parser.add_argument("--other", type=Path, required=True, help="a .txt of another domain")
-    parser.add_argument("--grids", nargs="+", default=GRIDS.names())
+    parser.add_argument("--grids", nargs="+", default=GRIDS.names(), help="or w4g64: integers")
     parser.add_argument("--methods", nargs="+", choices=[*PEERS, *OURS], default=[*PEERS, *OURS])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--ggml", help="llama.cpp's libggml-base.so; without it peers are left out")
@@ -70,7 +73,7 @@ def main() -> None:
                     continue
                 started = cpu_seconds()
                 if method in OURS:
-                    if grid not in GRIDS.names():
+                    if grid not in GRIDS.names() and not INTEGERS.fullmatch(grid):
                         continue
                     folder = given.work / "-".join(cell.values())
                     model, bits = ours(checkpoint, grid, OURS[method], data, seed, folder)
@@ -88,8 +91,14 @@ def main() -> None:
 
 def grid_for(grid: str, width: int) -> str:
     """Return the grid of a layer: this one, or what llama.cpp falls back to."""
-    known = grid not in GRIDS.names() or GRIDS.get(grid)().divides(width)
+    known = (grid not in GRIDS.names() and not INTEGERS.fullmatch(grid)) or parse_grid(keys_of(grid)).divides(width)
     return grid if known and (grid not in FALL_BACK or width % 256 == 0) else FALL_BACK[grid]
+
+
+def keys_of(grid: str) -> dict[str, Any]:
+    """Return what YAML says for a grid: w4g64 are asymmetric integers of 4 bits in groups of 64."""
+    found = INTEGERS.fullmatch(grid)
+    return {"bits": int(found[1]), "group_size": int(found[2]), "symmetric": False} if found else {"grid": grid}
 
 
 def ours(
@@ -102,7 +111,7 @@ def ours(
     last = f".{model.config.num_hidden_layers - 1}."
     plan = []
     for kind in sorted(set(kinds.values())):
-        rest = {**rule, "quantizer": rule["quantizer"] | {"grid": kind}}
+        rest = {**rule, "quantizer": rule["quantizer"] | keys_of(kind)}
         final = {**rest, "objective": ANCHORED, "steps": 85} if "objective" in rule else rest
         for one, inside in ((final, True), (rest, False)):
             plan.append({**one, "match": [n for n, found in kinds.items() if found == kind and (last in n) == inside]})
@@ -115,7 +124,7 @@ def ours(
         subprocess.run(command, check=True, stdout=log, stderr=log)
     weights = sum(layer.weight.numel() for layer in layers.values())
     bits = sum(
-        GRIDS.get(kinds[name])().bits_per_weight(layer.in_features) * layer.weight.numel()
+        parse_grid(keys_of(kinds[name])).bits_per_weight(layer.in_features) * layer.weight.numel()
         for name, layer in layers.items()
     )
     return quantised(folder), bits / weights

@@ -1,6 +1,8 @@
 """MemoryEstimate: what each phase of a run holds, from shapes alone."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from math import prod
 
 import torch
 
@@ -32,6 +34,7 @@ class Setting:
         seq_len: tokens per sequence.
         compute_bytes: of a value in matrix products.
         stream_bytes: of a value in the activation streams.
+        shipped: names of embeddings and head that are quantised: their weights that ship are held as well.
     """
 
     ranks: int
@@ -41,6 +44,7 @@ class Setting:
     seq_len: int
     compute_bytes: int
     stream_bytes: int
+    shipped: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -72,11 +76,12 @@ def state_bytes(plan: BlockPlan, skeleton: ModelSkeleton) -> int:
     return _kept_in_training(plan, trained)
 
 
-def outer_bytes(skeleton: ModelSkeleton) -> int:
-    """Return the bytes of embedding and head, which every process holds in host memory."""
+def outer_bytes(skeleton: ModelSkeleton, shipped: Iterable[str] = ()) -> int:
+    """Return the bytes of embedding and head, which every process holds in host memory, and of those that ship."""
     checkpoint = skeleton.checkpoint
     config, width = checkpoint.text_config, checkpoint.dtype.itemsize
-    return width * config.vocab_size * config.hidden_size * (1 if checkpoint.tied else 2)
+    stored = width * config.vocab_size * config.hidden_size * (1 if checkpoint.tied else 2)
+    return stored + sum(4 * prod(skeleton.outer_shape(name)) for name in shipped)
 
 
 def stream_bytes(skeleton: ModelSkeleton, plans: list[BlockPlan], setting: Setting) -> int:
@@ -95,7 +100,9 @@ def block_memory(plan: BlockPlan, skeleton: ModelSkeleton, setting: Setting) -> 
     widest = max(max(shape) for shape in shapes.values())
     block = 4 * weights
     head = setting.compute_bytes * config.vocab_size * config.hidden_size  # for the lens, the targets and the loss
-    if not setting.on_gpu and setting.compute_bytes == width:
+    if skeleton.outer_layers["head"] in setting.shipped:
+        head *= 2
+    elif not setting.on_gpu and setting.compute_bytes == width:
         head = 0  # the same memory as the outer weights
     here = max(1, setting.samples // setting.ranks // 2)
     tokens = min(max(setting.seq_len, TOKENS_AT_ONCE), here * setting.seq_len)

@@ -141,6 +141,7 @@ def plan_run(model: str, rules: list[Rule], data: CalibrationData, precision: st
     data.check_sizes(checkpoint)
     check_shares(machine.ranks, data)
     check_training(machine.ranks, plans)
+    outer = parsed.outer(skeleton)
     setting = Setting(
         ranks=machine.ranks,
         on_gpu=machine.on_gpu,
@@ -149,6 +150,7 @@ def plan_run(model: str, rules: list[Rule], data: CalibrationData, precision: st
         seq_len=data.seq_len,
         compute_bytes=compute_dtype(precision).itemsize,
         stream_bytes=stream_dtype(precision).itemsize,
+        shipped=frozenset(outer),
     )
     different: dict[str, list[BlockPlan]] = {}
     for plan in plans:
@@ -165,10 +167,10 @@ def plan_run(model: str, rules: list[Rule], data: CalibrationData, precision: st
             if isinstance(same[0].stage, LaterStage)
         },
         process=process_bytes(machine.on_gpu),
-        outer=outer_bytes(skeleton),
+        outer=outer_bytes(skeleton, outer),
         streams=streams,
         streams_on_device=min(streams, data.budgets(machine.devices)[0]) if machine.on_gpu else 0,
-        output=output_bytes(skeleton, plans, parsed.outer(skeleton)),
+        output=output_bytes(skeleton, plans, outer),
         state=max(state_bytes(same[0], skeleton) for same in different.values()),
         flop=flop,
         seconds=flop / (machine.rate * machine.ranks),
