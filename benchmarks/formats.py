@@ -30,6 +30,7 @@ from benchmarks.quality.methods import ANCHORED, NORMALISED
 from lfq_lightning.data import CalibrationData
 from lfq_lightning.grids import GRIDS
 from lfq_lightning.models.checkpoints import open_checkpoint
+from lfq_lightning.packed.packed_folder import PackedFolder
 from lfq_lightning.plan import parse_grid
 
 RESULTS = Path(__file__).parent / "results" / "formats.csv"
@@ -42,6 +43,8 @@ OURS: dict[str, dict[str, Any]] = {
     "gptq": {"quantizer": {"name": "gptq"}},
     "recipe": {"quantizer": {"name": "adaround", "init": "awq"}, "objective": NORMALISED, "steps": 120},
 }
+WIDTHS = [2, 3, 4, 5, 6]  # that `METHOD mixed` chooses from, at the bytes of one grid for all; integers only
+METHODS = [*PEERS, *OURS, *(f"{name} mixed" for name in OURS)]
 
 
 def main() -> None:
@@ -51,7 +54,7 @@ def main() -> None:
     parser.add_argument("--held-out-share", type=float, default=0.1, help="how much of it (0.1)")
     parser.add_argument("--other", type=Path, required=True, help="a .txt of another domain")
     parser.add_argument("--grids", nargs="+", default=GRIDS.names(), help="or w4g64: integers")
-    parser.add_argument("--methods", nargs="+", choices=[*PEERS, *OURS], default=[*PEERS, *OURS])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=[*PEERS, *OURS])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--ggml", help="llama.cpp's libggml-base.so; without it peers are left out")
     parser.add_argument("--work", type=Path, required=True, help="a folder for what lies between")
@@ -72,11 +75,11 @@ def main() -> None:
                 if finished(cell, RESULTS):
                     continue
                 started = cpu_seconds()
-                if method in OURS:
+                if method not in PEERS:
                     if grid not in GRIDS.names() and not INTEGERS.fullmatch(grid):
                         continue
                     folder = given.work / "-".join(cell.values())
-                    model, bits = ours(checkpoint, grid, OURS[method], data, seed, folder)
+                    model, bits = ours(checkpoint, grid, method, data, seed, folder)
                 elif given.ggml and grid.upper() in gguf.GGMLQuantizationType.__members__:
                     model, bits = theirs(checkpoint, grid, data if "imatrix" in method else None, given.ggml)
                 else:
@@ -102,32 +105,42 @@ def keys_of(grid: str) -> dict[str, Any]:
 
 
 def ours(
-    checkpoint: str, grid: str, rule: dict[str, Any], data: dict[str, Any], seed: int, folder: Path
+    checkpoint: str, grid: str, method: str, data: dict[str, Any], seed: int, folder: Path
 ) -> tuple[nn.Module, float]:
     """Run `lfq run` on the grid; return the model as it ships, fp32, and its bits per weight of the packed layers."""
     model = full_precision(checkpoint)
     layers = linears(model)
     kinds = {name: grid_for(grid, layer.in_features) for name, layer in layers.items()}
+    rule, mixed = OURS[method.removesuffix(" mixed")], method.endswith(" mixed")
     last = f".{model.config.num_hidden_layers - 1}."
     plan = []
     for kind in sorted(set(kinds.values())):
-        rest = {**rule, "quantizer": rule["quantizer"] | keys_of(kind)}
+        keys = keys_of(kind) | ({"bits": WIDTHS} if mixed else {})
+        rest = {**rule, "quantizer": rule["quantizer"] | keys}
         final = {**rest, "objective": ANCHORED, "steps": 85} if "objective" in rule else rest
         for one, inside in ((final, True), (rest, False)):
             plan.append({**one, "match": [n for n, found in kinds.items() if found == kind and (last in n) == inside]})
     config = {"seed_everything": seed, "model": {"checkpoint": checkpoint}, "data": data, "plan": plan}
+    weights = sum(layer.weight.numel() for layer in layers.values())
+    scale_bits = 8 * open_checkpoint(checkpoint).dtype.itemsize
+    bits = sum(
+        parse_grid(keys_of(kinds[name])).bits_per_weight(layer.in_features, scale_bits) * layer.weight.numel()
+        for name, layer in layers.items()
+    )
     config["trainer"] = {"val_check_interval": 1.0}
+    if mixed:
+        config["average_bits"] = bits / weights
     file = folder.with_suffix(".json")
     file.write_text(json.dumps({**config, "output": str(folder)}))
     command = [sys.executable, "-m", "lfq_lightning", "run", "--config", str(file), "--overwrite", "true"]
     with folder.with_suffix(".log").open("w") as log:
         subprocess.run(command, check=True, stdout=log, stderr=log)
-    weights = sum(layer.weight.numel() for layer in layers.values())
-    bits = sum(
-        parse_grid(keys_of(kinds[name])).bits_per_weight(layer.in_features) * layer.weight.numel()
-        for name, layer in layers.items()
+    packed = PackedFolder(folder)
+    used = sum(
+        scheme.bits_per_weight(layers[name].in_features, scale_bits) * layers[name].weight.numel()
+        for name, scheme in packed.schemes.items()
     )
-    return quantised(folder), bits / weights
+    return quantised(folder), used / weights
 
 
 def theirs(checkpoint: str, grid: str, data: dict[str, Any] | None, library: str) -> tuple[nn.Module, float]:

@@ -18,7 +18,6 @@ The reference are our own weights as they ship, computed in fp32.
 import argparse
 import hashlib
 import json
-import math
 import os
 import subprocess
 import sys
@@ -97,11 +96,10 @@ def checks(model: Path, given: argparse.Namespace) -> Iterator[tuple[str, str, s
         same = found["tokens"] == ours.plain_tokens
         wanted, bf16 = ours.logprobs([ours.plain_tokens])
         error = _distance(torch.tensor([found["logprobs"]]), wanted) if same else float("nan")
-        perplexity = (
-            f"{math.exp(-sum(found['logprobs']) / len(found['logprobs'])):.4g}, ours {wanted.mean().neg().exp():.4g}"
-        )
+        theirs, own = (float(each.mean().neg().exp()) for each in (torch.tensor(found["logprobs"]), wanted))
         measured = (
-            f"tokens {'same' if same else 'differ'}, mean |Δ log p| {error:.4f}, bf16 {bf16:.4f}; PPL {perplexity}"
+            f"tokens {'same' if same else 'differ'}, mean |Δ log p| {error:.4f}, bf16 {bf16:.4f}; "
+            f"PPL {theirs:.4g}, ours {own:.4g}"
         )
         yield "llama.cpp", "gguf", measured, same and error <= max(LLAMA_CPP_BOUND[0], LLAMA_CPP_BOUND[1] * bf16)
 
