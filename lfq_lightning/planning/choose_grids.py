@@ -28,7 +28,7 @@ _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 _LISTS = ("bits", "grid")
 _INTEGERS = (2, 3, 4, 5, 6, 8)
 _WIDE = 2**16  # inputs, which every group and block divides
-_AFTER_TRAINING, _AFTER_CORRECTION = 0.2, 0.5  # of the KL of rounding to nearest, measured on 2 … 4 bits (docs/log.md)
+_TRAINED = 0.3  # of GPTQ's KL is what trained rounding leaves (docs/log.md)
 
 Setting = tuple[str, Any]
 
@@ -39,6 +39,7 @@ class Choice:
 
     Args:
         rule: which rule of the plan they come from.
+        corrected: they see inputs when they are quantised.
         names: full names.
         settings: key and value of the quantizer in YAML for each grid.
         grids: likewise.
@@ -47,6 +48,7 @@ class Choice:
     """
 
     rule: int
+    corrected: bool
     names: tuple[str, ...]
     settings: tuple[Setting, ...]
     grids: tuple[Grid, ...]
@@ -69,6 +71,7 @@ def parse_size(text: str) -> int:
 def choose_grids(
     rules: list[Rule],
     checkpoint: Checkpoint,
+    observed: TokenSet,
     tokens: tuple[TokenSet, TokenSet],
     size: int | None,
     average_bits: float | None,
@@ -76,10 +79,12 @@ def choose_grids(
     """Return the rules with one grid for each layer, so that the model takes at most this much and loses little.
 
     `bits` or `grid` of a quantizer may be a list to choose from; if none is, all widths of its kind are. Each layer's
-    grids are weighed by the KL to full precision with that layer alone rounded to nearest. The choice is kept if, on
-    other tokens and all layers together, it loses less than one grid for all within the same size; else that is taken.
+    grids are weighed by the KL to full precision with that layer alone on them: by GPTQ where its quantizer sees
+    inputs, else rounded to nearest. The choice is kept if, on other tokens and all layers together, it loses less than
+    one grid for each rule within the same size; else that is taken.
 
     Args:
+        observed: what GPTQ sees.
         tokens: to measure layers on, and to compare the two on.
         size: bytes of all weights, what stays in full precision included; or None.
         average_bits: bits per weight of the layers that rules quantise, scales included; or None.
@@ -100,19 +105,19 @@ def choose_grids(
     if budget < least:
         room = f"{(size or 0) + least - budget:,} bytes" if size else f"{8 * least / weights:.3f} bits per weight"
         raise UserError(f"size: the smallest this plan can be is {room}; give more, or smaller bits or grid.")
-    model, console = SwappedModel(checkpoint, tokens[0]), Console(highlight=False, markup=False)
+    model, console = SwappedModel(checkpoint, tokens[0], observed), Console(highlight=False, markup=False)
     tracked = track(choices, "measuring layers", console=console, transient=True)
-    left = [_left(rule) for rule in rules]
+    left = [_TRAINED if _learned(rule) else 1.0 for rule in rules]
     losses = [[left[choice.rule] * loss for loss in _losses(model, choice)] for choice in tracked]
     chosen = spend([choice.costs for choice in choices], losses, budget)
     assert chosen is not None, "the smallest fit"
     alike = _uniform(choices, losses, budget)
     if alike is not None and alike != chosen:
         del model  # before there is another
-        model = SwappedModel(checkpoint, tokens[1])
+        model = SwappedModel(checkpoint, tokens[1], observed)
         mixed = _joint(model, choices, chosen)
         uniform = _joint(model, choices, alike)
-        log.info("rounded to nearest: KL %.4f with chosen grids, %.4f with one for each rule", mixed, uniform)
+        log.info("before training: KL %.4f with chosen grids, %.4f with one for each rule", mixed, uniform)
         if uniform < mixed:
             chosen = alike
     used = sum(choice.costs[number] for choice, number in zip(choices, chosen, strict=True))
@@ -124,14 +129,14 @@ def _losses(model: SwappedModel, choice: Choice) -> list[float]:
     """Return the KL of a choice's layers alone on each of its grids.
 
     The smallest and the middle one are measured. The others follow from the nearer of these by the ratio of squared
-    rounding errors, to which KL is proportional where it is small.
+    errors of the layers' outputs, to which KL is proportional where it is small.
     """
     middle = len(choice.grids) // 2
     measured: dict[int, float] = {}
     errors: list[float] = []
     for number, grid in enumerate(choice.grids):
-        rounded = {name: model.rounded(name, grid) for name in choice.names}
-        errors.append(sum(float((rounded[name] - model.weight(name)).square().sum()) for name in rounded))
+        rounded = {name: model.rounded(name, grid, choice.corrected) for name in choice.names}
+        errors.append(sum(model.output_error(name, weight) for name, weight in rounded.items()))
         if number in {0, middle}:
             measured[number] = model.kl(rounded)
     nearer = (0 if number < (middle + 1) // 2 else middle for number in range(len(choice.grids)))
@@ -140,16 +145,22 @@ def _losses(model: SwappedModel, choice: Choice) -> list[float]:
 
 def _joint(model: SwappedModel, choices: list[Choice], chosen: list[int]) -> float:
     """Return the KL with every layer on its chosen grid."""
-    pairs = zip(choices, chosen, strict=True)
-    return model.kl({name: model.rounded(name, choice.grids[n]) for choice, n in pairs for name in choice.names})
+    pairs = list(zip(choices, chosen, strict=True))
+    return model.kl({name: model.rounded(name, c.grids[n], c.corrected) for c, n in pairs for name in c.names})
 
 
-def _left(rule: Rule) -> float:
-    """Return how much of the KL of rounding to nearest a rule's quantizer leaves, so that rules compare."""
-    cls = QUANTIZERS.get(rule.quantizer if isinstance(rule.quantizer, str) else rule.quantizer["name"])
-    if issubclass(cls, LearnedQuantizer):
-        return _AFTER_TRAINING
-    return _AFTER_CORRECTION if cls.needs_inputs else 1.0
+def _learned(rule: Rule) -> bool:
+    return issubclass(_quantizer(rule), LearnedQuantizer)
+
+
+def _corrected(rule: Rule) -> bool:
+    """Tell whether a rule's quantizer sees inputs, so that GPTQ tells its error better than rounding to nearest."""
+    cls = _quantizer(rule)
+    return issubclass(cls, LearnedQuantizer) or cls.needs_inputs
+
+
+def _quantizer(rule: Rule) -> Any:
+    return QUANTIZERS.get(rule.quantizer if isinstance(rule.quantizer, str) else rule.quantizer["name"])
 
 
 def _uniform(choices: list[Choice], losses: list[list[float]], budget: int) -> list[int] | None:
@@ -209,7 +220,17 @@ def _choices(rules: list[Rule], skeleton: ModelSkeleton) -> list[Choice]:
                 for _, grid in fitting
             )
             settings, grids = zip(*fitting, strict=True)
-            found.append(Choice(number, parts, settings, grids, sum(prod(shapes[name]) for name in parts), costs))
+            found.append(
+                Choice(
+                    number,
+                    _corrected(rules[number]),
+                    parts,
+                    settings,
+                    grids,
+                    sum(prod(shapes[name]) for name in parts),
+                    costs,
+                )
+            )
     if not found:
         raise UserError("size: no rule of the plan leaves a grid to choose; give bits as a list, such as [2, 3, 4].")
     return found

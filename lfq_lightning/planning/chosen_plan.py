@@ -16,11 +16,12 @@ from lfq_lightning.errors import UserError
 from lfq_lightning.models.checkpoints import open_checkpoint
 from lfq_lightning.planning.choose_grids import choose_grids, parse_size
 from lfq_lightning.stages import Rule
+from lfq_lightning.token_set import TokenSet
 from lfq_lightning.write_file import write_text
 
 log = logging.getLogger(__name__)
 
-_SEQUENCES, _TOKENS = 8, 64  # that layers are measured on
+_OBSERVED, _MEASURED, _TOKENS = 32, 4, 128  # sequences that GPTQ sees, that KL is measured on, and their length
 
 
 def chosen_plan(config: Namespace, rules: list[Rule]) -> list[Rule]:
@@ -37,11 +38,13 @@ def chosen_plan(config: Namespace, rules: list[Rule]) -> list[Rule]:
         log.info("plan: %s, which an earlier start has chosen", file)
         return [Rule(**rule) for rule in yaml.safe_load(text)["plan"]]
     checkpoint = open_checkpoint(config.model.checkpoint)
-    small = {"num_samples": _SEQUENCES, "num_held_out": _SEQUENCES, "seq_len": min(_TOKENS, data["seq_len"])}
+    small = {"num_samples": min(_OBSERVED, data["num_samples"]), "seq_len": min(_TOKENS, data["seq_len"])}
+    small["num_held_out"] = 2 * _MEASURED
     source = CalibrationData(**{**data, **small})
     source.check(checkpoint)
-    tokens = source.token_sets(checkpoint, torch.device("cpu"))
-    found = choose_grids(rules, checkpoint, tokens, size, config.average_bits)
+    observed, others = source.token_sets(checkpoint, torch.device("cpu"))
+    one, other = map(TokenSet, others.input_ids.split(_MEASURED), others.mask.split(_MEASURED))
+    found = choose_grids(rules, checkpoint, observed, (one, other), size, config.average_bits)
     if launched_rank() == 0:
         listed = yaml.safe_dump({"plan": [_short(rule) for rule in found]}, sort_keys=False, width=120)
         try:

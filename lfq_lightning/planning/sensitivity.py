@@ -41,9 +41,9 @@ def measure_sensitivity(
         for index in range(len(skeleton)):
             for name in skeleton.linear_shapes(index):
                 check_group(scheme, name, skeleton, index, "sensitivity")
-    model = SwappedModel(checkpoint, tokens)
+    model = SwappedModel(checkpoint, tokens, observed=tokens)
     for name, weight in model.layers().items():
-        losses = {scheme.num_bits: model.kl({name: model.rounded(name, scheme)}) for scheme in schemes}
+        losses = {scheme.num_bits: model.kl({name: model.rounded(name, scheme, corrected=False)}) for scheme in schemes}
         yield LayerSensitivity(name, weight.numel(), losses)
 
 

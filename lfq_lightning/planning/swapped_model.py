@@ -1,17 +1,24 @@
-"""SwappedModel: what a model loses with some of its layers rounded to nearest, the others in full precision."""
+"""SwappedModel: what a model loses with some of its layers quantised, the others in full precision."""
+
+from functools import cached_property
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lfq_lightning.grids import Grid
 from lfq_lightning.models.checkpoints import Checkpoint
 from lfq_lightning.models.decoder_block import DecoderBlock
+from lfq_lightning.models.experts import in_expert
 from lfq_lightning.models.model_skeleton import ModelSkeleton
 from lfq_lightning.objectives.kl import KL
+from lfq_lightning.quantizers import ClosedFormQuantizer
+from lfq_lightning.quantizers.gptq import GPTQ
 from lfq_lightning.quantizers.rtn import RTN
 from lfq_lightning.token_set import TokenSet
 
 _TOKENS = 1024  # that go through a block at a time
+_OUTPUTS = 512  # tokens that tell what an error of a weight does to a layer's outputs
 
 
 class SwappedModel:
@@ -20,32 +27,50 @@ class SwappedModel:
     Args:
         checkpoint: the model.
         tokens: what KL is measured on.
+        observed: what GPTQ sees, in full precision.
     """
 
     @torch.no_grad()
-    def __init__(self, checkpoint: Checkpoint, tokens: TokenSet) -> None:
+    def __init__(self, checkpoint: Checkpoint, tokens: TokenSet, observed: TokenSet) -> None:
         checkpoint.check_finite()
         self._skeleton, self._checkpoint, self._tokens = ModelSkeleton(checkpoint), checkpoint, tokens
-        self._inputs = [self._embed()]
+        self._observed = observed
+        self._embed(tokens)  # which the blocks are called as
         self._blocks = [self._skeleton.block(range(index, index + 1)) for index in range(len(self._skeleton))]
-        for block in self._blocks:
-            self._inputs.append(self._through(block, self._inputs[-1]))
         self._linears = {name: linear for block in self._blocks for name, linear in block.linears().items()}
         self._block_of = {name: index for index, block in enumerate(self._blocks) for name in block.linears()}
+        self._inputs = self._stream(tokens)
         self._head = self._skeleton.head(torch.float32)
         self._target = KL().target(self._head.readout(self._inputs[-1][tokens.mask]), self._head)
+        self._rows: dict[str, Tensor] = {}
+        self._rows_of: int | None = None
 
     def layers(self) -> dict[str, Tensor]:
         """Return full name → weight (O, I) of every linear layer of the blocks, in the order of the model."""
         return {name: linear.weight for name, linear in self._linears.items()}
 
     @torch.no_grad()
-    def rounded(self, name: str, grid: Grid) -> Tensor:
-        """Return a layer's weight (O, I), rounded to nearest on a grid; `name` may be that of embeddings or head."""
-        weight = self.weight(name)
-        rtn = RTN(weight, grid.fitted(weight), self._checkpoint.dtype)
-        rtn.solve()
-        return rtn.export().dequantize().float()
+    def rounded(self, name: str, grid: Grid, corrected: bool) -> Tensor:
+        """Return a layer's weight (O, I) on a grid; `name` may be that of embeddings or head.
+
+        Args:
+            name: full name.
+            grid: what it is rounded to.
+            corrected: by GPTQ, where the layer has inputs that are not a choice of experts'; else to nearest.
+        """
+        weight, rows = self.weight(name), self._inputs_of(name) if corrected else None
+        kind = RTN if rows is None else GPTQ
+        quantizer: ClosedFormQuantizer = kind(weight, grid.fitted(weight), self._checkpoint.dtype)
+        if rows is not None:
+            quantizer.observe(rows)
+        quantizer.solve()
+        return quantizer.export().dequantize().float()
+
+    @torch.no_grad()
+    def output_error(self, name: str, weight: Tensor) -> float:
+        """Return the sum of squares of what another weight (O, I) does to a layer's outputs, or to itself without."""
+        change, rows = weight - self.weight(name), self._inputs_of(name)
+        return float((change if rows is None else rows[:: max(1, len(rows) // _OUTPUTS)] @ change.T).square().sum())
 
     def weight(self, name: str) -> Tensor:
         """Return a layer's weight (O, I), fp32."""
@@ -73,7 +98,7 @@ class SwappedModel:
         self._skeleton.ship(shipped)
         head, target, hidden = self._head, self._target, self._inputs[start]
         if self._skeleton.outer_layers["embeddings"] in shipped:
-            start, hidden = 0, self._embed()
+            start, hidden = 0, self._embed(self._tokens)
         if self._skeleton.outer_layers["head"] in shipped:
             head = self._skeleton.head(torch.float32)
             target = KL().target(head.teacher().readout(self._inputs[-1][self._tokens.mask]), head.teacher())
@@ -82,9 +107,52 @@ class SwappedModel:
             hidden = self._through(block, hidden)
         return float(KL().token_loss(head.readout(hidden[self._tokens.mask]), target, head).mean())
 
+    @cached_property
+    def _seen(self) -> list[Tensor]:
+        return self._stream(self._observed)
+
+    def _stream(self, tokens: TokenSet) -> list[Tensor]:
+        """Return the input of each block (N, T, D), and of the final norm."""
+        inputs = [self._embed(tokens)]
+        for block in self._blocks:
+            inputs.append(self._through(block, inputs[-1]))
+        return inputs
+
+    def _inputs_of(self, name: str) -> Tensor | None:
+        """Return what enters a layer (tokens, I); None for embeddings that are not the head, and for an expert."""
+        mask = self._observed.mask
+        if name == self._skeleton.outer_layers["head"]:
+            return self._head.norm(self._seen[-1][mask][..., : self._head.width])
+        if name not in self._linears or in_expert(name):
+            return None
+        index = self._block_of[name]
+        if self._rows_of != index:
+            self._rows, self._rows_of = self._watched(self._blocks[index], self._seen[index], mask), index
+        return self._rows[name]
+
+    @staticmethod
+    def _watched(block: DecoderBlock, hidden: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """Return what enters each layer of a block, (tokens, I) by full name."""
+        caught: dict[str, Tensor] = {}
+
+        def watch(name: str) -> Any:
+            def hook(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+                caught[name] = arguments[0]
+
+            return hook
+
+        hooks = [
+            linear.register_forward_pre_hook(watch(n)) for n, linear in block.linears().items() if not in_expert(n)
+        ]
+        block(hidden)
+        for hook in hooks:
+            hook.remove()
+        heads = {name: rows.squeeze(1) if rows.dim() == 4 else rows for name, rows in caught.items()}  # as in solve
+        return {name: rows[mask] if rows.dim() == 3 else rows for name, rows in heads.items()}
+
     @staticmethod
     def _through(block: DecoderBlock, hidden: Tensor) -> Tensor:
         return torch.cat([block(part) for part in hidden.split(max(1, _TOKENS // hidden.shape[1]))])
 
-    def _embed(self) -> Tensor:
-        return torch.cat([self._skeleton.embed(row[None], shipped=True) for row in self._tokens.input_ids])
+    def _embed(self, tokens: TokenSet) -> Tensor:
+        return torch.cat([self._skeleton.embed(row[None], shipped=True) for row in tokens.input_ids])

@@ -7,18 +7,25 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
 
 from lfq_lightning.cli import main
 from lfq_lightning.errors import UserError
+from lfq_lightning.grids import IntegerGrid
 from lfq_lightning.models.checkpoints import open_checkpoint
+from lfq_lightning.models.experts import in_expert
 from lfq_lightning.planning.choose_grids import choose_grids, parse_size
 from lfq_lightning.planning.spend import spend
+from lfq_lightning.planning.swapped_model import SwappedModel
+from lfq_lightning.quantizers.gptq import GPTQ
 from lfq_lightning.stages import Rule
 from lfq_lightning.token_set import TokenSet
 from tests.helpers import save_tiny
 
 RTN = {"name": "rtn", "group_size": 16}
 TOKENS = tuple(TokenSet.from_lists([list(range(n, n + 20))], 20) for n in (10, 90))
+
+SEEN = TokenSet.from_lists([list(range(n, n + 20)) for n in (30, 50, 170)], 20)
 
 
 def test_sizes():
@@ -54,7 +61,7 @@ def average(rules, checkpoint):
 @pytest.mark.parametrize("wanted", [4.0, 4.7, 6.2, 9.9])
 def test_what_is_chosen_fits_and_engines_can_fuse_it(wanted, llama):
     checkpoint = open_checkpoint(str(llama))
-    rules = choose_grids([Rule("all", {**RTN, "bits": [2, 3, 4, 8]})], checkpoint, TOKENS, None, wanted)
+    rules = choose_grids([Rule("all", {**RTN, "bits": [2, 3, 4, 8]})], checkpoint, SEEN, TOKENS, None, wanted)
     assert wanted - 1 < average(rules, checkpoint) <= wanted + 1e-6
     of = {name: rule.quantizer["bits"] for rule in rules for name in rule.match}
     for layer in range(3):
@@ -70,7 +77,7 @@ def test_widths_of_a_format(llama):
         ({"name": "affine", "group_size": 32}, {2, 3, 4, 5, 6, 8}),
     ):
         plan = [Rule("*.down_proj", "fp"), Rule("all", {"name": "rtn", "grid": grid})]
-        rules = choose_grids(plan, checkpoint, TOKENS, None, 6.0)
+        rules = choose_grids(plan, checkpoint, SEEN, TOKENS, None, 6.0)
         chosen = [rule.quantizer["grid"] for rule in rules if rule.quantizer != "fp"]
         assert {grid["bits"] if isinstance(grid, dict) else grid for grid in chosen} <= allowed
         assert len(chosen) > 1
@@ -84,9 +91,39 @@ def test_a_fragile_layer_gets_more_bits(llama, tmp_path):
         if "o_proj" in name or "down_proj" in name:
             tensors[name] *= 1.0 if "layers.1.mlp" in name else 0.01
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-    rules = choose_grids([Rule("all", {**RTN, "bits": [2, 8]})], open_checkpoint(str(model)), TOKENS, None, 6.0)
+    rules = choose_grids([Rule("all", {**RTN, "bits": [2, 8]})], open_checkpoint(str(model)), SEEN, TOKENS, None, 6.0)
     of = {name: rule.quantizer["bits"] for rule in rules for name in rule.match}
     assert of["model.layers.1.mlp.down_proj"] == 8
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral", "gemma2"])
+def test_what_gptq_sees(family, tmp_path):
+    """Layers with inputs are corrected on what transformers' own forward gives them; experts are not."""
+    model = save_tiny(tmp_path / "model", family)
+    checkpoint = open_checkpoint(str(model))
+    swapped = SwappedModel(checkpoint, TOKENS[0], SEEN)
+    theirs = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    caught = {}
+    for name, module in theirs.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(lambda _, x, name=name: caught.update({name: x[0]}))
+    theirs(SEEN.input_ids)
+    grid = IntegerGrid(3, 8)
+    checked = 0
+    for name, weight in swapped.layers().items():
+        if in_expert(name):
+            assert torch.equal(swapped.rounded(name, grid, True), swapped.rounded(name, grid, False))
+            continue
+        rows = caught[name].detach().reshape(-1, weight.shape[1])
+        gptq = GPTQ(weight, grid, torch.float32)
+        gptq.observe(rows)
+        gptq.solve()
+        wanted = gptq.export().dequantize()
+        assert float((swapped.rounded(name, grid, True) == wanted).float().mean()) > 0.98, name
+        change = (wanted - weight) @ rows.T
+        assert swapped.output_error(name, wanted) == pytest.approx(float(change.square().sum()), rel=1e-3)
+        checked += 1
+    assert checked > 8
 
 
 def test_a_run_of_a_size(config, tmp_path, caplog):
@@ -122,7 +159,7 @@ def test_a_run_of_a_size(config, tmp_path, caplog):
 def test_refusals(rule, asked, message, llama):
     quantizer = "fp" if "name" in rule else {**RTN, **rule}
     with pytest.raises(UserError, match=message):
-        choose_grids([Rule("all", quantizer)], open_checkpoint(str(llama)), TOKENS, *asked)
+        choose_grids([Rule("all", quantizer)], open_checkpoint(str(llama)), SEEN, TOKENS, *asked)
 
 
 def test_a_choice_without_a_size(config, capsys):
