@@ -125,6 +125,12 @@ def choose_grids(
     return _rules(rules, choices, chosen)
 
 
+def largest_grids(rules: list[Rule], skeleton: ModelSkeleton) -> list[Rule]:
+    """Return the rules with the largest grid that each layer may get. Raises UserError if nothing is to be chosen."""
+    choices = _choices(rules, skeleton)
+    return _rules(rules, choices, [choice.costs.index(max(choice.costs)) for choice in choices])
+
+
 def _losses(model: SwappedModel, choice: Choice) -> list[float]:
     """Return the KL of a choice's layers alone on each of its grids.
 

@@ -18,6 +18,7 @@ from lfq_lightning.models.widen import has_room
 from lfq_lightning.peak_memory import host_bytes
 from lfq_lightning.plan import Plan
 from lfq_lightning.planning.block_flops import block_flops
+from lfq_lightning.planning.choose_grids import largest_grids
 from lfq_lightning.planning.memory_estimate import (
     BlockMemory,
     Setting,
@@ -128,15 +129,21 @@ def plan_config(config: Namespace, machine: Machine) -> RunPlan:
     """Return what the run of a config (`run.read_config`) takes on each rank. Raises UserError, as `plan_run`."""
     rules = [Rule(**rule.as_dict()) for rule in config.plan]
     data = CalibrationData(**config.data.as_dict())
-    return plan_run(config.model.checkpoint, rules, data, config.trainer.precision, machine)
+    chosen = config.size is not None or config.average_bits is not None
+    return plan_run(config.model.checkpoint, rules, data, config.trainer.precision, machine, chosen)
 
 
-def plan_run(model: str, rules: list[Rule], data: CalibrationData, precision: str, machine: Machine) -> RunPlan:
-    """Return what a run takes on each rank. Raises UserError for what `lfq run` would refuse."""
+def plan_run(
+    model: str, rules: list[Rule], data: CalibrationData, precision: str, machine: Machine, chosen: bool = False
+) -> RunPlan:
+    """Return what a run takes on each rank; of grids that the run has `chosen` for a size, the largest that may be.
+
+    Raises UserError for what `lfq run` would refuse.
+    """
     precision = _planned(precision, machine.on_gpu)
     checkpoint = open_checkpoint(model) if model.endswith(".gguf") else ShapeCheckpoint(model)
     skeleton = ModelSkeleton(checkpoint)
-    parsed = Plan(rules)
+    parsed = Plan(largest_grids(rules, skeleton) if chosen else rules)
     plans = parsed.resolve(skeleton)
     data.check_sizes(checkpoint)
     check_shares(machine.ranks, data)

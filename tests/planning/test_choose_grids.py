@@ -14,7 +14,8 @@ from lfq_lightning.errors import UserError
 from lfq_lightning.grids import IntegerGrid
 from lfq_lightning.models.checkpoints import open_checkpoint
 from lfq_lightning.models.experts import in_expert
-from lfq_lightning.planning.choose_grids import choose_grids, parse_size
+from lfq_lightning.models.model_skeleton import ModelSkeleton
+from lfq_lightning.planning.choose_grids import choose_grids, largest_grids, parse_size
 from lfq_lightning.planning.spend import spend
 from lfq_lightning.planning.swapped_model import SwappedModel
 from lfq_lightning.quantizers.gptq import GPTQ
@@ -166,3 +167,17 @@ def test_a_choice_without_a_size(config, capsys):
     with pytest.raises(SystemExit):
         main(["run", "--config", str(config(plan=[{"match": "all", "quantizer": {**RTN, "bits": [2, 3]}}]))])
     assert "bits [2, 3] is a choice, which needs `size` or `average_bits`" in capsys.readouterr().err
+
+
+def test_plan_of_a_size_is_that_of_the_largest_grids(config, llama, capsys):
+    """`lfq plan` measures nothing: the most that the run may take."""
+    common = {"model": {"checkpoint": str(llama)}, "output": "nowhere"}
+    of = {}
+    for bits, more in (([2, 8, 4], {"average_bits": 5.0}), (8, {}), (2, {})):
+        file = config(plan=[{"match": "all", "quantizer": {**RTN, "bits": bits}}], **common, **more)
+        main(["plan", "--config", str(file), "--tflops", "1"])
+        of[str(bits)] = capsys.readouterr().out
+    assert of["[2, 8, 4]"] == of["8"]
+    rules = [Rule("all", {**RTN, "bits": [2, 8, 4]})]
+    largest = largest_grids(rules, ModelSkeleton(open_checkpoint(str(llama))))
+    assert {rule.quantizer["bits"] for rule in largest} == {8}
