@@ -1,6 +1,7 @@
 """Write a packed model into a copy of a GGUF file of the same model: any that llama.cpp converts."""
 
 import copy
+import inspect
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -94,8 +95,8 @@ def _of_shard(shard: Shard, folder: PackedFolder, file: GgufFile, offsets: dict[
         stored = _stored(full, folder, file)
         if stored is not None and last == "bias" and name in orders and name not in folder.outer:
             yield stored, dense_array(tensor[orders[name]])
-        elif stored is not None and last == "weight" and name in offsets:
-            yield stored, dense_array(tensor.float() + offsets[name])
+        elif stored is not None and name in offsets:
+            yield stored, dense_array(tensor.float() + (offsets[name] if last == "weight" else 0))
 
 
 def _stored(name: str, folder: PackedFolder, file: GgufFile) -> str | None:
@@ -197,9 +198,9 @@ def _offset(norm: nn.Module, width: int) -> float:
     twin = copy.copy(norm)
     zeros = nn.Parameter(torch.zeros(width))
     twin._parameters = {name: None if old is None else zeros for name, old in norm._parameters.items()}
-    alternating = torch.ones(1, width)
-    alternating[:, ::2] = -1  # its mean is 0 and its mean square 1: every norm leaves it as it is
-    return round(float(twin(alternating).abs().mean()), 2)
+    needed = [p for p in inspect.signature(norm.forward).parameters.values() if p.default is p.empty]
+    rows = torch.linspace(-1, 1, width)[None]
+    return float(twin(*([rows] * len(needed))).any())  # rows, and maybe a gate
 
 
 def _check_final_norm(folder: PackedFolder, file: GgufFile, offsets: dict[str, float]) -> None:

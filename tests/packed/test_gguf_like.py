@@ -7,11 +7,14 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.models.gemma2 import modeling_gemma2 as gemma2
+from transformers.models.llama import modeling_llama as llama
+from transformers.models.qwen3_5 import modeling_qwen3_5 as qwen3_5
 
 from lfq_lightning.cli import main
 from lfq_lightning.errors import UserError
 from lfq_lightning.packed.gguf_export import export_gguf
-from lfq_lightning.packed.gguf_like import export_like
+from lfq_lightning.packed.gguf_like import _norm_offsets, export_like
 from lfq_lightning.packed.load_model import load
 from tests.helpers import quantizer
 from tests.packed.test_export import packed  # noqa: F401
@@ -106,13 +109,22 @@ def in_turn(name, tensor):
     return {name: tensor}
 
 
-BY_HAND = {"gemma2": ("gemma2", around_zero), "mixtral": ("llama", mixtral), "gpt_neox": ("gptneox", in_turn)}
+def as_it_is(name, tensor):
+    return {name: tensor}
+
+
+BY_HAND = {
+    "gemma2": ("gemma2", around_zero),
+    "starcoder2": ("starcoder2", as_it_is),
+    "mixtral": ("llama", mixtral),
+    "gpt_neox": ("gptneox", in_turn),
+}
 
 
 @pytest.mark.parametrize("family", BY_HAND)
 @pytest.mark.parametrize("plan", [Q4_0, AWQ], ids=["rtn", "awq"])
 def test_forms_that_the_converter_gives(family, plan, packed, tmp_path):  # noqa: F811
-    """Norms around 0, stacked experts, q, k and v in turn: the file is the packed model in the converter's form."""
+    """Norms around 0, biases, stacked experts, q, k, v in turn: the file is the model in the converter's form."""
     run = packed(plan, False, torch.float32, family)
     architecture, change = BY_HAND[family]
     source = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
@@ -128,6 +140,15 @@ def test_forms_that_the_converter_gives(family, plan, packed, tmp_path):  # noqa
         kind, data = here[name]
         dense = gguf.dequantize(data, gguf.GGMLQuantizationType[kind])
         assert np.array_equal(dense, value) or np.allclose(dense, value, rtol=1e-6, atol=1e-8), name
+
+
+def test_what_norms_add():
+    """Against what each class does: Gemma's multiplies by 1 + w, a gated one and a LayerNorm by w."""
+    gated = qwen3_5.Qwen3_5RMSNormGated(8)
+    norms = {gemma2.Gemma2RMSNorm(8): 1.0, torch.nn.LayerNorm(8): 0.0, gated: 0.0, llama.LlamaRMSNorm(8): 0.0}
+    model = torch.nn.ModuleList(norms)
+    model.add_module("other", torch.nn.Linear(8, 8))
+    assert _norm_offsets(model) == {str(n): offset for n, offset in enumerate(norms.values())}
 
 
 def test_refusals(packed, tmp_path, capsys):  # noqa: F811
