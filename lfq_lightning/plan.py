@@ -202,7 +202,7 @@ def _parse(rule: Rule, where: str) -> ParsedRule:
             raise UserError("final_blocks: it goes with `match: last` only.")
         if rule.lr is not None and not rule.lr > 0:
             raise UserError(f"lr: {rule.lr} must be positive.")
-        layer = _parse_quantizer(rule.quantizer, known_grid=not stage.from_shards)
+        layer = parse_quantizer(rule.quantizer, known_grid=not stage.from_shards)
         if isinstance(stage, LaterStage):
             stage.check(rule, layer)
         optimizer = rule.optimizer or (layer.learned.cls.default_optimizer if layer.learned else "adam")
@@ -234,7 +234,8 @@ def _parse_objective(value: str | dict[str, Any] | list[dict[str, Any]]) -> Plug
     return objective
 
 
-def _parse_quantizer(value: str | dict[str, Any], known_grid: bool) -> LayerPlan:
+def parse_quantizer(value: str | dict[str, Any], known_grid: bool) -> LayerPlan:
+    """Return what a rule's `quantizer` in YAML says; its grid is checked only if `known_grid`. Raises UserError."""
     options = {"name": value} if isinstance(value, str) else dict(value)
     scheme = parse_grid({key: options.pop(key) for key in sorted(_SCHEME_KEYS) if key in options})
     cls = QUANTIZERS.get(options["name"]) if isinstance(options.get("name"), str) else None

@@ -14,12 +14,13 @@ from lfq_lightning.formats.fused import fused_parts
 from lfq_lightning.grids import GRIDS, Grid, NamedGrid
 from lfq_lightning.models.checkpoints import Checkpoint
 from lfq_lightning.models.model_skeleton import ModelSkeleton
-from lfq_lightning.plan import OUTER, parse_grid
+from lfq_lightning.plan import OUTER, parse_grid, parse_quantizer
 from lfq_lightning.planning.matched_layers import matched_layers
 from lfq_lightning.planning.spend import spend
 from lfq_lightning.planning.swapped_model import SwappedModel
-from lfq_lightning.quantizers import QUANTIZERS, LearnedQuantizer
-from lfq_lightning.stages import STAGES, Rule
+from lfq_lightning.quantizers import QUANTIZERS
+from lfq_lightning.registry import Plugin
+from lfq_lightning.stages import STAGES, LayerPlan, Rule
 from lfq_lightning.token_set import TokenSet
 
 log = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ class Choice:
 
     Args:
         rule: which rule of the plan they come from.
-        corrected: they see inputs when they are quantised.
+        layer: what they get, on one of the grids.
         names: full names.
         settings: key and value of the quantizer in YAML for each grid.
         grids: likewise.
@@ -48,12 +49,19 @@ class Choice:
     """
 
     rule: int
-    corrected: bool
+    layer: LayerPlan
     names: tuple[str, ...]
     settings: tuple[Setting, ...]
     grids: tuple[Grid, ...]
     weights: int
     costs: tuple[int, ...]
+
+    @property
+    def closed_form(self) -> Plugin[Any]:
+        """What tells the error of a grid: their own quantizer, or GPTQ for one that is trained, folds or corrects."""
+        own = self.layer.closed_form
+        other = self.layer.learned is not None or own.cls.scales_inputs or self.layer.needs_reference
+        return QUANTIZERS.parse("gptq") if other else own
 
 
 def parse_size(text: str) -> int:
@@ -79,12 +87,12 @@ def choose_grids(
     """Return the rules with one grid for each layer, so that the model takes at most this much and loses little.
 
     `bits` or `grid` of a quantizer may be a list to choose from; if none is, all widths of its kind are. Each layer's
-    grids are weighed by the KL to full precision with that layer alone on them: by GPTQ where its quantizer sees
-    inputs, else rounded to nearest. The choice is kept if, on other tokens and all layers together, it loses less than
-    one grid for each rule within the same size; else that is taken.
+    grids are weighed by the KL to full precision with that layer alone on them, as its rule's closed-form quantizer
+    leaves it, or GPTQ if that is only where training begins. The choice is kept if, on other tokens and all layers
+    together, it loses less than one grid for each rule within the same size; else that is taken.
 
     Args:
-        observed: what GPTQ sees.
+        observed: what closed-form quantizers see.
         tokens: to measure layers on, and to compare the two on.
         size: bytes of all weights, what stays in full precision included; or None.
         average_bits: bits per weight of the layers that rules quantise, scales included; or None.
@@ -107,8 +115,7 @@ def choose_grids(
         raise UserError(f"size: the smallest this plan can be is {room}; give more, or smaller bits or grid.")
     model, console = SwappedModel(checkpoint, tokens[0], observed), Console(highlight=False, markup=False)
     tracked = track(choices, "measuring layers", console=console, transient=True)
-    left = [_TRAINED if _learned(rule) else 1.0 for rule in rules]
-    losses = [[left[choice.rule] * loss for loss in _losses(model, choice)] for choice in tracked]
+    losses = [_losses(model, choice) for choice in tracked]
     chosen = spend([choice.costs for choice in choices], losses, budget)
     assert chosen is not None, "the smallest fit"
     alike = _uniform(choices, losses, budget)
@@ -141,32 +148,21 @@ def _losses(model: SwappedModel, choice: Choice) -> list[float]:
     measured: dict[int, float] = {}
     errors: list[float] = []
     for number, grid in enumerate(choice.grids):
-        rounded = {name: model.rounded(name, grid, choice.corrected) for name in choice.names}
+        rounded = {name: model.quantised(name, grid, choice.closed_form) for name in choice.names}
         errors.append(sum(model.output_error(name, weight) for name, weight in rounded.items()))
         if number in {0, middle}:
             measured[number] = model.kl(rounded)
-    nearer = (0 if number < (middle + 1) // 2 else middle for number in range(len(choice.grids)))
-    return [measured[near] * error / max(errors[near], 1e-30) for near, error in zip(nearer, errors, strict=True)]
+    nearer = [0 if number < (middle + 1) // 2 else middle for number in range(len(choice.grids))]
+    left = 1.0 if choice.layer.learned is None else _TRAINED
+    return [
+        left * measured[near] * error / max(errors[near], 1e-30) for near, error in zip(nearer, errors, strict=True)
+    ]
 
 
 def _joint(model: SwappedModel, choices: list[Choice], chosen: list[int]) -> float:
     """Return the KL with every layer on its chosen grid."""
     pairs = list(zip(choices, chosen, strict=True))
-    return model.kl({name: model.rounded(name, c.grids[n], c.corrected) for c, n in pairs for name in c.names})
-
-
-def _learned(rule: Rule) -> bool:
-    return issubclass(_quantizer(rule), LearnedQuantizer)
-
-
-def _corrected(rule: Rule) -> bool:
-    """Tell whether a rule's quantizer sees inputs, so that GPTQ tells its error better than rounding to nearest."""
-    cls = _quantizer(rule)
-    return issubclass(cls, LearnedQuantizer) or cls.needs_inputs
-
-
-def _quantizer(rule: Rule) -> Any:
-    return QUANTIZERS.get(rule.quantizer if isinstance(rule.quantizer, str) else rule.quantizer["name"])
+    return model.kl({name: model.quantised(name, c.grids[n], c.closed_form) for c, n in pairs for name in c.names})
 
 
 def _uniform(choices: list[Choice], losses: list[list[float]], budget: int) -> list[int] | None:
@@ -226,17 +222,9 @@ def _choices(rules: list[Rule], skeleton: ModelSkeleton) -> list[Choice]:
                 for _, grid in fitting
             )
             settings, grids = zip(*fitting, strict=True)
-            found.append(
-                Choice(
-                    number,
-                    _corrected(rules[number]),
-                    parts,
-                    settings,
-                    grids,
-                    sum(prod(shapes[name]) for name in parts),
-                    costs,
-                )
-            )
+            weights = sum(prod(shapes[name]) for name in parts)
+            layer = parse_quantizer(_with(rules[number], settings[0]), known_grid=True)
+            found.append(Choice(number, layer, parts, settings, grids, weights, costs))
     if not found:
         raise UserError("size: no rule of the plan leaves a grid to choose; give bits as a list, such as [2, 3, 4].")
     return found
@@ -255,11 +243,15 @@ def _rules(rules: list[Rule], choices: list[Choice], chosen: list[int]) -> list[
         if not own:
             found.append(rule)
             continue
-        base = {"name": rule.quantizer} if isinstance(rule.quantizer, str) else copy.deepcopy(rule.quantizer)
         for key, value in sorted({repr(setting): setting for _, setting in own}.values(), key=repr):
             names = [name for layers, setting in own if setting == (key, value) for name in layers]
-            dropped = {*_LISTS, "group_size", "symmetric"} if key == "grid" else set(_LISTS)
-            kept = {option: given for option, given in base.items() if option not in dropped}
             match = rule.match if rule.match in OUTER else names
-            found.append(replace(rule, match=match, quantizer={**kept, key: value}))
+            found.append(replace(rule, match=match, quantizer=_with(rule, (key, value))))
     return found
+
+
+def _with(rule: Rule, setting: Setting) -> dict[str, Any]:
+    """Return a rule's quantizer on one of the grids."""
+    base = {"name": rule.quantizer} if isinstance(rule.quantizer, str) else copy.deepcopy(rule.quantizer)
+    dropped = {*_LISTS, "group_size", "symmetric"} if setting[0] == "grid" else set(_LISTS)
+    return {**{option: given for option, given in base.items() if option not in dropped}, setting[0]: setting[1]}

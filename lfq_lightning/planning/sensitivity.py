@@ -14,6 +14,8 @@ from lfq_lightning.models.model_skeleton import ModelSkeleton
 from lfq_lightning.plan import check_group
 from lfq_lightning.planning.spend import spend
 from lfq_lightning.planning.swapped_model import SwappedModel
+from lfq_lightning.quantizers import QUANTIZERS
+from lfq_lightning.registry import Plugin
 from lfq_lightning.token_set import TokenSet
 
 
@@ -42,8 +44,9 @@ def measure_sensitivity(
             for name in skeleton.linear_shapes(index):
                 check_group(scheme, name, skeleton, index, "sensitivity")
     model = SwappedModel(checkpoint, tokens, observed=tokens)
+    nearest: Plugin[Any] = QUANTIZERS.parse("rtn")
     for name, weight in model.layers().items():
-        losses = {scheme.num_bits: model.kl({name: model.rounded(name, scheme, corrected=False)}) for scheme in schemes}
+        losses = {scheme.num_bits: model.kl({name: model.quantised(name, scheme, nearest)}) for scheme in schemes}
         yield LayerSensitivity(name, weight.numel(), losses)
 
 

@@ -13,8 +13,8 @@ from lfq_lightning.models.experts import in_expert
 from lfq_lightning.models.model_skeleton import ModelSkeleton
 from lfq_lightning.objectives.kl import KL
 from lfq_lightning.quantizers import ClosedFormQuantizer
-from lfq_lightning.quantizers.gptq import GPTQ
 from lfq_lightning.quantizers.rtn import RTN
+from lfq_lightning.registry import Plugin
 from lfq_lightning.token_set import TokenSet
 
 _TOKENS = 1024  # that go through a block at a time
@@ -27,7 +27,7 @@ class SwappedModel:
     Args:
         checkpoint: the model.
         tokens: what KL is measured on.
-        observed: what GPTQ sees, in full precision.
+        observed: what closed-form quantizers see, in full precision.
     """
 
     @torch.no_grad()
@@ -50,19 +50,19 @@ class SwappedModel:
         return {name: linear.weight for name, linear in self._linears.items()}
 
     @torch.no_grad()
-    def rounded(self, name: str, grid: Grid, corrected: bool) -> Tensor:
+    def quantised(self, name: str, grid: Grid, closed_form: Plugin[ClosedFormQuantizer]) -> Tensor:
         """Return a layer's weight (O, I) on a grid; `name` may be that of embeddings or head.
 
-        Args:
-            name: full name.
-            grid: what it is rounded to.
-            corrected: by GPTQ, where the layer has inputs that are not a choice of experts'; else to nearest.
+        One that wants inputs gets those of `observed`; what has none, and experts, are rounded to nearest.
         """
-        weight, rows = self.weight(name), self._inputs_of(name) if corrected else None
-        kind = RTN if rows is None else GPTQ
-        quantizer: ClosedFormQuantizer = kind(weight, grid.fitted(weight), self._checkpoint.dtype)
-        if rows is not None:
-            quantizer.observe(rows)
+        weight = self.weight(name)
+        quantizer = closed_form.build(weight, grid.fitted(weight), self._checkpoint.dtype)
+        if quantizer.needs_inputs:
+            rows = self._inputs_of(name)
+            if rows is None:
+                quantizer = RTN(weight, grid.fitted(weight), self._checkpoint.dtype)
+            else:
+                quantizer.observe(rows)
         quantizer.solve()
         return quantizer.export().dequantize().float()
 

@@ -18,6 +18,7 @@ from lfq_lightning.models.model_skeleton import ModelSkeleton
 from lfq_lightning.planning.choose_grids import choose_grids, largest_grids, parse_size
 from lfq_lightning.planning.spend import spend
 from lfq_lightning.planning.swapped_model import SwappedModel
+from lfq_lightning.quantizers import QUANTIZERS
 from lfq_lightning.quantizers.gptq import GPTQ
 from lfq_lightning.stages import Rule
 from lfq_lightning.token_set import TokenSet
@@ -110,17 +111,18 @@ def test_what_gptq_sees(family, tmp_path):
             module.register_forward_pre_hook(lambda _, x, name=name: caught.update({name: x[0]}))
     theirs(SEEN.input_ids)
     grid = IntegerGrid(3, 8)
+    by_gptq, nearest = (QUANTIZERS.parse(name) for name in ("gptq", "rtn"))
     checked = 0
     for name, weight in swapped.layers().items():
         if in_expert(name):
-            assert torch.equal(swapped.rounded(name, grid, True), swapped.rounded(name, grid, False))
+            assert torch.equal(swapped.quantised(name, grid, by_gptq), swapped.quantised(name, grid, nearest))
             continue
         rows = caught[name].detach().reshape(-1, weight.shape[1])
         gptq = GPTQ(weight, grid, torch.float32)
         gptq.observe(rows)
         gptq.solve()
         wanted = gptq.export().dequantize()
-        assert float((swapped.rounded(name, grid, True) == wanted).float().mean()) > 0.98, name
+        assert float((swapped.quantised(name, grid, by_gptq) == wanted).float().mean()) > 0.98, name
         change = (wanted - weight) @ rows.T
         assert swapped.output_error(name, wanted) == pytest.approx(float(change.square().sum()), rel=1e-3)
         checked += 1
