@@ -28,7 +28,6 @@ log = logging.getLogger(__name__)
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 _LISTS = ("bits", "grid")
 _INTEGERS = (2, 3, 4, 5, 6, 8)
-_WIDE = 2**16  # inputs, which every group and block divides
 _TRAINED = 0.3  # of GPTQ's KL is what trained rounding leaves (docs/log.md)
 
 Setting = tuple[str, Any]
@@ -42,7 +41,7 @@ class Choice:
         rule: which rule of the plan they come from.
         layer: what they get, on one of the grids.
         names: full names.
-        settings: key and value of the quantizer in YAML for each grid.
+        settings: key and value of the quantizer in YAML for each grid, from the smallest on.
         grids: likewise.
         weights: how many there are.
         costs: bytes on each grid.
@@ -183,7 +182,7 @@ def _uniform(choices: list[Choice], losses: list[list[float]], budget: int) -> l
 
 
 def _options(rule: Rule, asked: bool) -> list[tuple[Setting, Grid]]:
-    """Return the grids that a rule leaves to choose from, from the smallest on; none if it is left as it is."""
+    """Return the grids that a rule leaves to choose from; none if it is left as it is."""
     quantizer: dict[str, Any] = {"name": rule.quantizer} if isinstance(rule.quantizer, str) else rule.quantizer
     rest = {key: value for key, value in quantizer.items() if key in ("group_size", "symmetric")}
     listed = next((key for key in _LISTS if isinstance(quantizer.get(key), list)), None)
@@ -197,8 +196,7 @@ def _options(rule: Rule, asked: bool) -> list[tuple[Setting, Grid]]:
         assert isinstance(home, NamedGrid)
         named = [name for name in GRIDS.names() if GRIDS.get(name).format == home.format]
         values = home.others() or named
-    grids: list[tuple[Setting, Grid]] = [((key, value), parse_grid({**rest, key: value})) for value in values]
-    return sorted(grids, key=lambda option: option[1].bits_per_weight(_WIDE))
+    return [((key, value), parse_grid({**rest, key: value})) for value in values]
 
 
 def _choices(rules: list[Rule], skeleton: ModelSkeleton) -> list[Choice]:
@@ -213,21 +211,28 @@ def _choices(rules: list[Rule], skeleton: ModelSkeleton) -> list[Choice]:
             raise UserError(f"plan[{number}]: final_blocks trains several as one, whose grids are not chosen; omit it.")
         together = {name: parts for parts in fused_parts(list(shapes)).values() for name in parts}
         for parts in dict.fromkeys(tuple(together.get(name, [name])) for name in shapes):
-            fitting = [(k, g) for k, g in options[number] if all(g.divides(shapes[name][1]) for name in parts)]
+            fitting = [
+                option for option in options[number] if all(option[1].divides(shapes[name][1]) for name in parts)
+            ]
             if not fitting:
                 raise UserError(f"plan[{number}]: none of its grids divides the inputs of {parts[0]}; add one.")
-            bits = 8 * skeleton.checkpoint.dtype.itemsize
-            costs = tuple(
-                sum(int(prod(shapes[name]) * grid.bits_per_weight(shapes[name][1], bits) / 8) for name in parts)
-                for _, grid in fitting
+            by_cost = sorted(
+                ((_bytes(grid, [shapes[n] for n in parts], skeleton), setting, grid) for setting, grid in fitting),
+                key=lambda option: option[0],
             )
-            settings, grids = zip(*fitting, strict=True)
+            costs, settings, grids = zip(*by_cost, strict=True)
             weights = sum(prod(shapes[name]) for name in parts)
             layer = parse_quantizer(_with(rules[number], settings[0]), known_grid=True)
             found.append(Choice(number, layer, parts, settings, grids, weights, costs))
     if not found:
         raise UserError("size: no rule of the plan leaves a grid to choose; give bits as a list, such as [2, 3, 4].")
     return found
+
+
+def _bytes(grid: Grid, shapes: list[tuple[int, int]], skeleton: ModelSkeleton) -> int:
+    """Return what layers of these shapes take on a grid."""
+    scale_bits = 8 * skeleton.checkpoint.dtype.itemsize
+    return sum(int(prod(shape) * grid.bits_per_weight(shape[1], scale_bits) / 8) for shape in shapes)
 
 
 def _full_bytes(checkpoint: Checkpoint) -> int:

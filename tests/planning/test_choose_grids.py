@@ -85,6 +85,13 @@ def test_widths_of_a_format(llama):
         assert len(chosen) > 1
 
 
+def test_groups_that_are_no_power_of_two(tmp_path):
+    model = save_tiny(tmp_path / "model", hidden_size=96, intermediate_size=192, head_dim=24)
+    rule = Rule("all", {**RTN, "group_size": 96, "bits": [8, 2, 4]})
+    rules = choose_grids([rule], open_checkpoint(str(model)), SEEN, TOKENS, None, 4.5)
+    assert {rule.quantizer["bits"] for rule in rules} <= {2, 4, 8} and len(rules) > 1
+
+
 def test_a_fragile_layer_gets_more_bits(llama, tmp_path):
     model = save_tiny(tmp_path / "model")
     checkpoint = open_checkpoint(str(model))
