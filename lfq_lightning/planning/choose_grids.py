@@ -141,15 +141,18 @@ def _losses(model: SwappedModel, choice: Choice) -> list[float]:
     """Return the KL of a choice's layers alone on each of its grids.
 
     The smallest and the middle one are measured. The others follow from the nearer of these by the ratio of squared
-    errors of the layers' outputs, to which KL is proportional where it is small.
+    errors of the layers' outputs, to which KL is proportional where it is small; rounding to nearest tells the ratio.
     """
     middle = len(choice.grids) // 2
+    nearest: Plugin[Any] = QUANTIZERS.parse("rtn")
     measured: dict[int, float] = {}
     errors: list[float] = []
     for number, grid in enumerate(choice.grids):
-        rounded = {name: model.quantised(name, grid, choice.closed_form) for name in choice.names}
+        rounded = {name: model.quantised(name, grid, nearest) for name in choice.names}
         errors.append(sum(model.output_error(name, weight) for name, weight in rounded.items()))
         if number in {0, middle}:
+            if choice.closed_form != nearest:
+                rounded = {name: model.quantised(name, grid, choice.closed_form) for name in choice.names}
             measured[number] = model.kl(rounded)
     nearer = [0 if number < (middle + 1) // 2 else middle for number in range(len(choice.grids))]
     left = 1.0 if choice.layer.learned is None else _TRAINED

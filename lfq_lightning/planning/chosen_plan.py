@@ -21,7 +21,7 @@ from lfq_lightning.write_file import write_text
 
 log = logging.getLogger(__name__)
 
-_OBSERVED, _MEASURED, _TOKENS = 32, 4, 128  # sequences that GPTQ sees, that KL is measured on, and their length
+_OBSERVED, _MEASURED, _TOKENS = 24, 4, 128  # sequences that GPTQ sees, that KL is measured on, and their length
 
 
 def chosen_plan(config: Namespace, rules: list[Rule]) -> list[Rule]:
