@@ -4,6 +4,7 @@ import copy
 import inspect
 import re
 from collections.abc import Iterator
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,8 @@ def _of_shard(shard: Shard, folder: PackedFolder, file: GgufFile, offsets: dict[
     orders: dict[str, Tensor] = {}
     for stored, found in stacks.items():
         stack = {name: found[name] for name in sorted(found, key=_number)}
+        if len(stack) != prod(file.tensors[stored].shape[2:].tolist()):
+            raise UserError(f"like: {file.path} has another number of experts in {stored}; it is of another model.")
         orders |= {name: _order(stored, name, n, value, file) for n, (name, value) in enumerate(stack.items())}
         yield stored, _stacked(stack, orders, file.tensors[stored].tensor_type.name)
     for full, tensor in shard.dense.items():

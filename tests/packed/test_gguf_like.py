@@ -142,6 +142,18 @@ def test_forms_that_the_converter_gives(family, plan, packed, tmp_path):  # noqa
         assert np.array_equal(dense, value) or np.allclose(dense, value, rtol=1e-6, atol=1e-8), name
 
 
+def test_another_number_of_experts(packed, tmp_path):  # noqa: F811
+    run = packed(Q4_0, False, torch.float32, "mixtral")
+    source = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+
+    def fewer(name, tensor):
+        return {n: t[:3] if t.dim() == 3 else t for n, t in mixtral(name, tensor).items()}
+
+    like = write_by_hand(source, "llama", tmp_path / "like.gguf", fewer)
+    with pytest.raises(UserError, match=r"has another number of experts in blk\.0\.ffn_"):
+        export_like(str(run), str(tmp_path / "new.gguf"), like)
+
+
 def test_what_norms_add():
     """Against what each class does: Gemma's multiplies by 1 + w, a gated one and a LayerNorm by w."""
     gated = qwen3_5.Qwen3_5RMSNormGated(8)
