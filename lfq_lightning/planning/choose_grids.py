@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 _LISTS = ("bits", "grid")
 _INTEGERS = (2, 3, 4, 5, 6, 8)
+_MARGIN = 0.97  # of one grid's KL that a choice must stay below: less is noise
 _TRAINED = 0.3  # of GPTQ's KL is what trained rounding leaves (docs/log.md)
 
 Setting = tuple[str, Any]
@@ -124,7 +125,7 @@ def choose_grids(
         mixed = _joint(model, choices, chosen)
         uniform = _joint(model, choices, alike)
         log.info("before training: KL %.4f with chosen grids, %.4f with one for each rule", mixed, uniform)
-        if uniform < mixed:
+        if mixed > _MARGIN * uniform:
             chosen = alike
     used = sum(choice.costs[number] for choice, number in zip(choices, chosen, strict=True))
     log.info("chosen: %.3f bits per weight, %s bytes of %s", 8 * used / weights, f"{used:,}", f"{budget:,}")
