@@ -28,7 +28,7 @@ from benchmarks.quality.__main__ import append, finished, split_text
 from benchmarks.quality.measure import Reference, full_precision, quantised, tokens_of
 from benchmarks.quality.methods import ANCHORED, NORMALISED
 from lfq_lightning.data import CalibrationData
-from lfq_lightning.grids import GRIDS
+from lfq_lightning.grids import GRIDS, Grid
 from lfq_lightning.models.checkpoints import open_checkpoint
 from lfq_lightning.packed.packed_folder import PackedFolder
 from lfq_lightning.plan import parse_grid
@@ -76,7 +76,7 @@ def main() -> None:
                     continue
                 started = cpu_seconds()
                 if method not in PEERS:
-                    if grid not in GRIDS.names() and not INTEGERS.fullmatch(grid):
+                    if not is_ours(grid):
                         continue
                     folder = given.work / "-".join(cell.values())
                     model, bits = ours(checkpoint, grid, method, data, seed, folder)
@@ -94,8 +94,13 @@ def main() -> None:
 
 def grid_for(grid: str, width: int) -> str:
     """Return the grid of a layer: this one, or what llama.cpp falls back to."""
-    known = (grid not in GRIDS.names() and not INTEGERS.fullmatch(grid)) or parse_grid(keys_of(grid)).divides(width)
-    return grid if known and (grid not in FALL_BACK or width % 256 == 0) else FALL_BACK[grid]
+    fits = not is_ours(grid) or parse_grid(keys_of(grid)).divides(width)
+    return grid if fits and (grid not in FALL_BACK or width % 256 == 0) else FALL_BACK[grid]
+
+
+def is_ours(grid: str) -> bool:
+    """Tell whether we have a grid, which llama.cpp may not."""
+    return grid in GRIDS.names() or INTEGERS.fullmatch(grid) is not None
 
 
 def keys_of(grid: str) -> dict[str, Any]:
@@ -121,26 +126,25 @@ def ours(
         for one, inside in ((final, True), (rest, False)):
             plan.append({**one, "match": [n for n, found in kinds.items() if found == kind and (last in n) == inside]})
     config = {"seed_everything": seed, "model": {"checkpoint": checkpoint}, "data": data, "plan": plan}
-    weights = sum(layer.weight.numel() for layer in layers.values())
-    scale_bits = 8 * open_checkpoint(checkpoint).dtype.itemsize
-    bits = sum(
-        parse_grid(keys_of(kinds[name])).bits_per_weight(layer.in_features, scale_bits) * layer.weight.numel()
-        for name, layer in layers.items()
-    )
     config["trainer"] = {"val_check_interval": 1.0}
+    scale_bits = 8 * open_checkpoint(checkpoint).dtype.itemsize
     if mixed:
-        config["average_bits"] = bits / weights
+        alike = {name: parse_grid(keys_of(kind)) for name, kind in kinds.items()}
+        config["average_bits"] = average_bits(layers, alike, scale_bits)
     file = folder.with_suffix(".json")
     file.write_text(json.dumps({**config, "output": str(folder)}))
     command = [sys.executable, "-m", "lfq_lightning", "run", "--config", str(file), "--overwrite", "true"]
     with folder.with_suffix(".log").open("w") as log:
         subprocess.run(command, check=True, stdout=log, stderr=log)
-    packed = PackedFolder(folder)
-    used = sum(
-        scheme.bits_per_weight(layers[name].in_features, scale_bits) * layers[name].weight.numel()
-        for name, scheme in packed.schemes.items()
+    return quantised(folder), average_bits(layers, PackedFolder(folder).schemes, scale_bits)
+
+
+def average_bits(layers: dict[str, nn.Linear], grids: dict[str, Grid], scale_bits: int) -> float:
+    """Return the bits per weight of layers on these grids."""
+    bits = sum(
+        g.bits_per_weight(layers[n].in_features, scale_bits) * layers[n].weight.numel() for n, g in grids.items()
     )
-    return quantised(folder), used / weights
+    return bits / sum(layer.weight.numel() for layer in layers.values())
 
 
 def theirs(checkpoint: str, grid: str, data: dict[str, Any] | None, library: str) -> tuple[nn.Module, float]:

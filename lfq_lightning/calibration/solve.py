@@ -82,8 +82,8 @@ def solve(
                     by_plan.setdefault(_key(layers[name]), []).append(name)
             groups.append(list(by_plan.values()))
         firsts = [names[0] for names in stage]
-        seen = partial(_inputs_of, block, firsts, inputs)
-        wanted = partial(_inputs_of, teacher, firsts, reference)
+        seen = partial(inputs_of, block, firsts, inputs)
+        wanted = partial(inputs_of, teacher, firsts, reference)
         solutions |= _solve_stage(block.linears(), groups, layers, seen, wanted, scale_dtype, ranks, observed)
         return_freed_memory()  # of a stage: several times its weights
     return solutions
@@ -254,15 +254,15 @@ def _stages(block: DecoderBlock, inputs: Inputs) -> list[list[list[str]]]:
     return list(stages.values())
 
 
-def _inputs_of(block: DecoderBlock, names: list[str], inputs: Inputs, half: int) -> Iterator[list[Tensor]]:
-    """Yield the inputs (tokens, I) of some layers, pads removed, for each batch; the last of them is reached last."""
+def inputs_of(block: DecoderBlock, names: list[str], inputs: Inputs, half: int) -> Iterator[list[Tensor]]:
+    """Yield the inputs (tokens, I) of some layers, pads removed, for each batch; the forward ends with the last."""
     linears, caught = block.linears(), dict[str, Tensor]()
 
     def catch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
             rows = arguments[0]
             caught[name] = rows.squeeze(1) if rows.dim() == 4 else rows  # latent attention's have a head of their own
-            if name == names[-1]:
+            if len(caught) == len(names):
                 raise _ReachedError
 
         return hook

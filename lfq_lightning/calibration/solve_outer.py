@@ -44,6 +44,6 @@ def solve_outer(bench: Bench, layers: dict[str, LayerPlan]) -> dict[str, Quantiz
 
 def _show(quantizers: list[ClosedFormQuantizer], bench: Bench, head: Head, half: int) -> None:
     for hidden, mask in bench.splits.train.student_batches(bench.device, half):
-        rows = head.norm(hidden[mask][..., : head.width])
+        rows = head.normed(hidden[mask])
         for quantizer in quantizers:
             quantizer.observe(rows)

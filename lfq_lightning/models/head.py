@@ -95,6 +95,10 @@ class Head(nn.Module):
                 add_gram(gram, rows)
         return gram
 
+    def normed(self, hidden: Tensor) -> Tensor:
+        """Return what enters the LM head, (…, D), from hidden states before the final norm; further columns go."""
+        return self.norm(hidden[..., : self.width])
+
     def readout(self, hidden: Tensor) -> Tensor:
         """Return h with z = weight @ h, from hidden states before the final norm: (…, D) → (…, D or D + 1).
 
@@ -102,7 +106,7 @@ class Head(nn.Module):
 
         Columns behind D, which travel with hidden states, are left out.
         """
-        h = self.norm(hidden[..., : self.width])
+        h = self.normed(hidden)
         if self.has_bias:
             h = torch.cat([h, torch.ones_like(h[..., :1])], dim=-1)
         if self.logit_scale != 1.0:

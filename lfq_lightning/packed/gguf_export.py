@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lfq_lightning.errors import UserError
+from lfq_lightning.gguf_package import gguf_package, tensor_names
 from lfq_lightning.models.checkpoints.checkpoint import read_tokenizer
 from lfq_lightning.packed.gguf_blocks import block_type, blocks
 from lfq_lightning.packed.gguf_tokenizer import tokenizer_fields
@@ -51,17 +52,13 @@ def export_gguf(source: str, output: str) -> Path:
 
     Raises UserError, and leaves nothing behind, if GGUF cannot hold the model or `output` exists.
     """
-    try:
-        import gguf
-    except ImportError as error:
-        raise UserError("writing GGUF needs the gguf package: pip install 'lfq-lightning[gguf]'.") from error
+    gguf = gguf_package("writing GGUF")
     folder, target = PackedFolder(source), new_file(output)
     architecture, interleaved = _check(folder)
     kinds = [block_type(name, scheme, folder.shapes[name][1]) for name, scheme in folder.schemes.items()]
     tokenizer = read_tokenizer(folder.path)
     fields = tokenizer_fields(tokenizer, folder.config.vocab_size)
-    number = next(n for n, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
-    names = gguf.get_tensor_name_map(number, folder.config.num_hidden_layers)
+    names = tensor_names(architecture, folder.config.num_hidden_layers)
 
     def write_fields(writer: Any) -> None:
         _write_hyperparameters(writer, folder.settings, folder.config)

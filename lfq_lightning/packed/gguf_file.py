@@ -7,6 +7,7 @@ from typing import Any
 
 from lfq_lightning.errors import UserError, one_line
 from lfq_lightning.file_names import user_path
+from lfq_lightning.gguf_package import gguf_package, tensor_names
 
 
 class GgufFile:
@@ -26,10 +27,7 @@ class GgufFile:
 
     def __init__(self, path: str | Path, option: str) -> None:
         self.path, self._option = user_path(path, option), option
-        try:
-            import gguf
-        except ImportError as error:
-            raise UserError("reading GGUF needs the gguf package: pip install 'lfq-lightning[gguf]'.") from error
+        gguf = gguf_package("reading GGUF")
         try:
             self.fields: dict[str, Any] = (reader := gguf.GGUFReader(self.path)).fields
             self.architecture = str(self.fields["general.architecture"].contents())
@@ -57,12 +55,10 @@ class GgufFile:
 
     @cached_property
     def _names(self) -> Any:
-        import gguf
-
-        number = next((n for n, name in gguf.MODEL_ARCH_NAMES.items() if name == self.architecture), None)
-        if number is None:
+        names = tensor_names(self.architecture, self.of_architecture("block_count"))
+        if names is None:
             raise UserError(
                 f"{self._option}: {self.path} is of architecture {self.architecture!r}, which the gguf package does "
                 "not know; pip install -U gguf."
             )
-        return gguf.get_tensor_name_map(number, self.of_architecture("block_count"))
+        return names

@@ -120,8 +120,7 @@ def choose_grids(
     assert chosen is not None, "the smallest fit"
     alike = _uniform(choices, losses, budget)
     if alike is not None and alike != chosen:
-        del model  # before there is another
-        model = SwappedModel(checkpoint, tokens[1], observed)
+        model.measure_on(tokens[1])
         mixed = _joint(model, choices, chosen)
         uniform = _joint(model, choices, alike)
         log.info("before training: KL %.4f with chosen grids, %.4f with one for each rule", mixed, uniform)

@@ -1,11 +1,11 @@
 """SwappedModel: what a model loses with some of its layers quantised, the others in full precision."""
 
 from functools import cached_property
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from lfq_lightning.calibration.solve import inputs_of
 from lfq_lightning.grids import Grid
 from lfq_lightning.models.checkpoints import Checkpoint
 from lfq_lightning.models.decoder_block import DecoderBlock
@@ -27,23 +27,27 @@ class SwappedModel:
     Args:
         checkpoint: the model.
         tokens: what KL is measured on.
-        observed: what closed-form quantizers see, in full precision.
+        observed: what closed-form quantizers see, in full precision; as long as `tokens`.
     """
 
     @torch.no_grad()
     def __init__(self, checkpoint: Checkpoint, tokens: TokenSet, observed: TokenSet) -> None:
         checkpoint.check_finite()
-        self._skeleton, self._checkpoint, self._tokens = ModelSkeleton(checkpoint), checkpoint, tokens
-        self._observed = observed
-        self._embed(tokens)  # which the blocks are called as
+        self._skeleton, self._checkpoint, self._observed = ModelSkeleton(checkpoint), checkpoint, observed
+        self._embed(tokens)  # captures how blocks are called
         self._blocks = [self._skeleton.block(range(index, index + 1)) for index in range(len(self._skeleton))]
         self._linears = {name: linear for block in self._blocks for name, linear in block.linears().items()}
         self._block_of = {name: index for index, block in enumerate(self._blocks) for name in block.linears()}
-        self._inputs = self._stream(tokens)
         self._head = self._skeleton.head(torch.float32)
-        self._target = KL().target(self._head.readout(self._inputs[-1][tokens.mask]), self._head)
         self._rows: dict[str, Tensor] = {}
         self._rows_of: int | None = None
+        self.measure_on(tokens)
+
+    @torch.no_grad()
+    def measure_on(self, tokens: TokenSet) -> None:
+        """Measure KL on these tokens from now on; sequences as long as those before."""
+        self._tokens, self._inputs = tokens, self._stream(tokens)
+        self._target = KL().target(self._head.readout(self._inputs[-1][tokens.mask]), self._head)
 
     def layers(self) -> dict[str, Tensor]:
         """Return full name → weight (O, I) of every linear layer of the blocks, in the order of the model."""
@@ -122,33 +126,17 @@ class SwappedModel:
         """Return what enters a layer (tokens, I); None for embeddings that are not the head, and for an expert."""
         mask = self._observed.mask
         if name == self._skeleton.outer_layers["head"]:
-            return self._head.norm(self._seen[-1][mask][..., : self._head.width])
+            return self._head.normed(self._seen[-1][mask])
         if name not in self._linears or in_expert(name):
             return None
         index = self._block_of[name]
         if self._rows_of != index:
-            self._rows, self._rows_of = self._watched(self._blocks[index], self._seen[index], mask), index
+            block = self._blocks[index]
+            names = [each for each in block.linears() if not in_expert(each)]
+            batch = (self._seen[index], mask)
+            rows = next(inputs_of(block, names, lambda _: iter([batch]), half=0))
+            self._rows, self._rows_of = dict(zip(names, rows, strict=True)), index
         return self._rows[name]
-
-    @staticmethod
-    def _watched(block: DecoderBlock, hidden: Tensor, mask: Tensor) -> dict[str, Tensor]:
-        """Return what enters each layer of a block, (tokens, I) by full name."""
-        caught: dict[str, Tensor] = {}
-
-        def watch(name: str) -> Any:
-            def hook(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-                caught[name] = arguments[0]
-
-            return hook
-
-        hooks = [
-            linear.register_forward_pre_hook(watch(n)) for n, linear in block.linears().items() if not in_expert(n)
-        ]
-        block(hidden)
-        for hook in hooks:
-            hook.remove()
-        heads = {name: rows.squeeze(1) if rows.dim() == 4 else rows for name, rows in caught.items()}  # as in solve
-        return {name: rows[mask] if rows.dim() == 3 else rows for name, rows in heads.items()}
 
     @staticmethod
     def _through(block: DecoderBlock, hidden: Tensor) -> Tensor:

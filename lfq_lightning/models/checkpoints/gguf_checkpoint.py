@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrained
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS
 
 from lfq_lightning.errors import UserError, one_line, said
+from lfq_lightning.gguf_package import gguf_package, tensor_names
 from lfq_lightning.models.checkpoints.checkpoint import Checkpoint
 from lfq_lightning.models.experts import in_expert
 from lfq_lightning.models.meta_model import meta_model
@@ -20,17 +21,13 @@ class GGUFCheckpoint(Checkpoint):
     """A llama.cpp file. Needs the extra `gguf`. Its dequantised weights, in bf16, are the full-precision model."""
 
     def __init__(self, path: Path) -> None:
-        try:
-            import gguf
-        except ImportError as error:
-            raise UserError("reading GGUF needs the gguf package: pip install 'lfq-lightning[gguf]'.") from error
+        gguf = gguf_package("reading GGUF")
         with said(lambda error: f"{path} is not a readable GGUF file ({one_line(error)[:100]}); fetch it again."):
             reader = gguf.GGUFReader(path)
             self._architecture: str = reader.fields["general.architecture"].contents()
         self._dequantize = gguf.dequantize
         self._stored = {tensor.name: tensor for tensor in reader.tensors}
-        numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
-        if self._architecture not in numbers:
+        if self._architecture not in gguf.MODEL_ARCH_NAMES.values():
             raise UserError(
                 f"{path}: architecture {self._architecture!r} is not known here; give the Hugging Face folder."
             )
@@ -47,7 +44,7 @@ class GGUFCheckpoint(Checkpoint):
         wanted = meta_model(config, path).state_dict()
         if any(map(in_expert, wanted)):
             raise UserError(f"{path}: mixtures of experts are not read from GGUF; give the Hugging Face folder.")
-        name_map = gguf.get_tensor_name_map(numbers[self._architecture], config.num_hidden_layers)
+        name_map = tensor_names(self._architecture, config.num_hidden_layers)
         found = {name: name_map.get_name(name, try_suffixes=(".weight", ".bias")) for name in wanted}
         self._names = {name: stored for name, stored in found.items() if stored in self._stored}
 
