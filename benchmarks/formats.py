@@ -13,7 +13,6 @@ import argparse
 import ctypes
 import json
 import re
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from benchmarks.cpu import cpu_seconds
 from benchmarks.quality.__main__ import append, finished, split_text
 from benchmarks.quality.measure import Reference, full_precision, quantised, tokens_of
 from benchmarks.quality.methods import ANCHORED, NORMALISED
@@ -211,12 +211,6 @@ class Ggml:
         read.restype = None
         read(stored.ctypes.data, back.ctypes.data, rows * columns)
         return torch.from_numpy(back), 8 * stored.size / back.size
-
-
-def cpu_seconds() -> float:
-    """Return the processor time of this process and of those it has waited for."""
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(each.ru_utime + each.ru_stime for each in used)
 
 
 if __name__ == "__main__":

@@ -99,10 +99,10 @@ class Matrix:
         selection = SELECTION_AT_THE_END if at_the_end else SELECTION
         data |= {"num_samples": given.sequences - selection, "num_held_out": selection}
         if method in PEERS:
-            versions = _versions(given.peer_python, ("torch", "transformers", "auto-round"))
-            command = self._peer(_tokens(self.checkpoint, data, folder), folder, setting, PEERS[method], seed)
+            versions = versions_beside(given.peer_python, ("torch", "transformers", "auto-round"))
+            command = self._peer(write_tokens(self.checkpoint, data, folder), folder, setting, PEERS[method], seed)
         else:
-            versions = _versions(sys.executable, ("torch", "transformers", "lightning", "lfq-lightning"))
+            versions = versions_beside(sys.executable, ("torch", "transformers", "lightning", "lfq-lightning"))
             command = self._ours(data, folder, {**METHODS, **ABLATIONS}[method](setting), seed, at_the_end)
         base = given.work / "-".join((names | {"method": method.partition("+")[0]}).values())
         if base != folder and (base / "config.json").exists():
@@ -129,7 +129,7 @@ class Matrix:
 
     def _peer(self, tokens: Path, folder: Path, setting: Setting, times: int, seed: int) -> list[str]:
         script = Path(__file__).parent / "peer_auto_round.py"
-        command = [self.given.peer_python, script, _dense(self.checkpoint, self.given.work), tokens, folder]
+        command = [self.given.peer_python, script, dense_folder(self.checkpoint, self.given.work), tokens, folder]
         command += ["--bits", setting.bits, "--group-size", setting.group_size, "--steps", times * setting.steps]
         return [str(word) for word in [*command, "--batch-size", setting.batch_size, "--seed", seed]]
 
@@ -153,7 +153,7 @@ def split_text(text: Path, share: float, work: Path) -> tuple[Path, Path]:
     return paths
 
 
-def _tokens(checkpoint: str, data: dict[str, Any], folder: Path) -> Path:
+def write_tokens(checkpoint: str, data: dict[str, Any], folder: Path) -> Path:
     """Write the tokens that our runs see, training and selection, for a peer."""
     train, chosen_by = CalibrationData(**data).token_sets(open_checkpoint(checkpoint), torch.device("cpu"))
     file = folder.with_suffix(".safetensors")
@@ -167,7 +167,7 @@ def _tokens(checkpoint: str, data: dict[str, Any], folder: Path) -> Path:
     return file
 
 
-def _dense(checkpoint: str, work: Path) -> str:
+def dense_folder(checkpoint: str, work: Path) -> str:
     """Return a Hugging Face folder of the model: peers read no GGUF."""
     folder = work / Path(checkpoint).stem
     if not checkpoint.endswith(".gguf"):
@@ -222,7 +222,7 @@ def append(results: Path, row: dict[str, str]) -> None:
         writer.writerow(row)
 
 
-def _versions(python: str, names: tuple[str, ...]) -> str:
+def versions_beside(python: str, names: tuple[str, ...]) -> str:
     """Return what is installed beside an interpreter."""
     script = "import sys; from importlib.metadata import version; print(*(f'{n}={version(n)}' for n in sys.argv[1:]))"
     return subprocess.run([python, "-c", script, *names], check=True, capture_output=True, text=True).stdout.strip()

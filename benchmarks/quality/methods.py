@@ -50,11 +50,12 @@ def _recipe(setting: Setting) -> Plan:
     quantizer = setting.quantizer("adaround", init="awq")
     steps, last, batch_size = setting.recipe
     rest = {"match": "all", "quantizer": quantizer, "objective": NORMALISED, "steps": steps, "batch_size": batch_size}
-    return [{**rest, "match": "last", "objective": ANCHORED, "steps": last}, rest]
+    return [{**rest, "match": "last", "objective": RECIPE_LAST, "steps": last}, rest]
 
 
 NORMALISED = {"name": "mse", "normalised": True}
 ANCHORED = [{"name": "logit_ce", "weight": 1}, {**NORMALISED, "weight": 5}]
+RECIPE_LAST = [{"name": "logit_ce", "weight": 1, "coverage": 0.99}, *ANCHORED[1:]]
 RECIPE = "recipe"
 _BASES = ("gptq", "flexround", "omniquant", "block_ap")
 METHODS: dict[str, Callable[[Setting], Plan]] = {

@@ -92,6 +92,10 @@ class ActivationCache:
         """Yield the teacher's inputs (B, T, D), if they were kept, and masks (B, T), likewise."""
         return self._moved(self.reference, device, half)
 
+    def teacher_batches(self, device: torch.device, half: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the teacher's stream (B, T, D) as it stands, and masks (B, T), likewise."""
+        return self._moved(self.teacher, device, half)
+
     def advance_teacher(self, block: Callable[[Tensor], Tensor], device: torch.device, keep: bool = False) -> None:
         """Replace the teacher's inputs by the block's outputs, in place; `keep` a copy of the inputs as `reference`."""
         self.reference = self.teacher[:0]

@@ -27,6 +27,8 @@ from lfq_lightning.quantized_tensor import QuantizedTensor
 from lfq_lightning.stages import BlockPlan
 from lfq_lightning.token_set import TokenSet
 
+_SAMPLED_TOKENS = 2**14  # what an objective sees before it keeps anything of the teacher
+
 
 class Bench(nn.Module):
     """What calibrating any block needs: both streams of both splits, the frozen head, and the block's batches.
@@ -114,6 +116,8 @@ class Bench(nn.Module):
         for split in self.splits.each():
             if plan.stage.teacher_runs:
                 split.advance_teacher(self.current.block, self.device, keep=plan.needs_reference)
+        self.current.objective.prepare(self._some_rows, self._teachers_head(), self.ranks)
+        for split in self.splits.each():
             split.set_target(self._target, self.device)
         self._check_finite("full-precision", [split.teacher for split in self.splits.each()])
 
@@ -208,10 +212,21 @@ class Bench(nn.Module):
             yield self.skeleton.embed(ids[None], shipped).to(dtype)
 
     def _target(self, hidden: Tensor) -> dict[str, Tensor]:
-        objective, head = self.current.objective, self.current.head
-        head = None if head is None else head.teacher()
-        hidden = self.current.block.hidden_states(hidden)
-        return objective.checked_target(objective.view(hidden, head), head)
+        return self.current.objective.checked_target(self._viewed(hidden), self._teachers_head())
+
+    def _some_rows(self) -> Iterator[Tensor]:
+        """Yield the teacher's outputs (M, D) of some tokens, the same whatever the number of ranks."""
+        every = -(-sum(self.splits.train.lengths) // _SAMPLED_TOKENS)
+        for half in (0, 1):
+            for hidden, mask in self.splits.train.teacher_batches(self.device, half):
+                yield from (self._viewed(rows[kept][::every]) for rows, kept in zip(hidden, mask, strict=True))
+
+    def _viewed(self, hidden: Tensor) -> Tensor:
+        """Return the teacher's outputs (M, W) as the objective reads them."""
+        return self.current.objective.view(self.current.block.hidden_states(hidden), self._teachers_head())
+
+    def _teachers_head(self) -> Head | None:
+        return None if self.current.head is None else self.current.head.teacher()
 
     def _check_finite(self, which: str, streams: list[Tensor]) -> None:
         broken = sum(not bool(sequence.isfinite().all()) for stream in streams for sequence in stream)

@@ -1,13 +1,17 @@
 """What an objective is: what the teacher leaves behind per token, and the student's loss against it."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 from typing import ClassVar
 
 from torch import Tensor, nn
 
+from lfq_lightning.distributed.ranks import Ranks
 from lfq_lightning.errors import UserError
 from lfq_lightning.models.head import Head
 from lfq_lightning.registry import plugin_name
+
+Rows = Callable[[], Iterator[Tensor]]  # each call yields (M, D) anew
 
 
 class Objective(nn.Module, ABC):
@@ -21,6 +25,7 @@ class Objective(nn.Module, ABC):
     logit_space: bool = False
     matches_teacher: ClassVar[bool] = True  # the teacher itself is a minimum
     linear_head_only: bool = False  # it cannot do with soft-capped logits
+    head_share: float = 1.0  # about how much of the head's products a step needs, for `lfq plan`
 
     def view(self, hidden: Tensor, head: Head | None) -> Tensor:
         """Return the block's outputs (…, D) as this objective reads them."""
@@ -28,6 +33,9 @@ class Objective(nn.Module, ABC):
             return hidden
         assert head is not None
         return head.readout(hidden)
+
+    def prepare(self, rows: Rows, head: Head | None, ranks: Ranks) -> None:
+        """Look at some of this rank's outputs of the teacher, as `view` reads them; called before any `target`."""
 
     def target(self, hidden: Tensor, head: Head | None) -> dict[str, Tensor]:
         """Return what to keep of the teacher's `hidden` (M, D), one row per token; computed once and cached.

@@ -29,8 +29,9 @@ def block_flops(plan: BlockPlan, skeleton: ModelSkeleton, tokens: int, held_out_
         sums = sum(2.0 * i * i * share(name) for (i, _), name in inputs.items())
         work += tokens * (1.7 * forward + 4 * sums)
     if plan.learned:
-        work += plan.steps * plan.batch_size * seq_len * (3 * forward + readout)
-        work += _CHECKS * held_out_tokens * (forward + readout)
+        step = readout * plan.objective.build().head_share
+        work += plan.steps * plan.batch_size * seq_len * (3 * forward + step)
+        work += _CHECKS * held_out_tokens * (forward + step)
     return work + readout * everything
 
 

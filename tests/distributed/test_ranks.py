@@ -18,7 +18,7 @@ from tests.helpers import KINDS, ROOT, save_kinds, thorough_but
 GRID = {"bits": 3, "group_size": 16}
 LAST = {"match": "last", "objective": "logit_ce", "steps": 4, "batch_size": 4}
 FLEXROUND = {"name": "flexround", **GRID, "init": "gptq", "offset": True}
-SUM = [{"name": "logit_ce", "weight": 1}, {"name": "mse", "normalised": True, "weight": 2}]
+SUM = [{"name": "logit_ce", "weight": 1, "coverage": 0.9}, {"name": "mse", "normalised": True, "weight": 2}]
 CLOSED_FORM = {
     "gptq": [{"match": "all", "quantizer": {"name": "gptq", **GRID}}],
     "rtn, dense, awq, and gptq that corrects": [

@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+from lfq_lightning.distributed.ranks import Ranks
+from lfq_lightning.errors import UserError
 from lfq_lightning.models.head import Head
 from lfq_lightning.objectives import OBJECTIVES
-from lfq_lightning.ops.linear_soft_ce import linear_soft_ce, logit_moment
+from lfq_lightning.ops.linear_soft_ce import covering, linear_soft_ce, logit_moment
 
 SHAPES = [(1, 1, 2), (3, 5, 7), (63, 33, 1000), (513, 16, 4097), (1000, 100, 63)]
 
@@ -121,3 +123,63 @@ def test_kernel_in_half_precision(tokens, width, vocabulary):
     loss.sum().backward()
     assert (loss.double() - expected).abs().mean() < 2e-3
     assert (hidden.grad.double() - gradient).norm() <= 2e-2 * gradient.norm()
+
+
+def coarse(logits, kept):
+    """The logits with all that are not kept as one, by hand in fp64."""
+    others = torch.ones(logits.shape[1], dtype=torch.bool)
+    others[kept] = False
+    return torch.cat([logits[:, kept], logits[:, others].logsumexp(-1, keepdim=True)], 1)
+
+
+@pytest.mark.parametrize(("tokens", "width", "vocabulary"), SHAPES)
+@pytest.mark.parametrize("name", ["logit_ce", "kl"])
+def test_some_tokens_told_apart_and_the_others_as_one(tokens, width, vocabulary, name):
+    hidden, teacher, weight = sample(tokens, width, vocabulary)
+    weight = weight / width**0.5  # rests of less than 2^-23 are not told from it
+    objective, head = OBJECTIVES.get(name)(coverage=0.5), Head(torch.nn.Identity(), weight)
+    kept = covering([teacher], weight, 0.5)
+    objective.prepare(lambda: iter([teacher]), head, Ranks(torch.device("cpu")))
+    kept_of_teacher = objective.target(teacher, head)
+    hidden.requires_grad_()
+    loss = objective.token_loss(hidden, kept_of_teacher, head)
+    loss.sum().backward()
+    wide = hidden.detach().double().requires_grad_()
+    p = coarse(teacher.double() @ weight.double().T, kept).log_softmax(-1)
+    student = wide @ weight[kept].double().T
+    rest = coarse(teacher.double() @ weight.double().T, kept)[:, -1:]
+    q = torch.cat([student, rest], 1).log_softmax(-1)
+    expected = (p.exp() * ((p if name == "kl" else 0) - q)).sum(-1)
+    (gradient,) = torch.autograd.grad(expected.sum(), wide)
+    size = float((hidden @ weight.T).detach().abs().max())
+    assert torch.allclose(loss.double(), expected, rtol=1e-5, atol=5e-6 * size)
+    assert (hidden.grad.double() - gradient).norm() <= 2e-5 * gradient.norm() + 1e-6 * size
+
+
+def test_the_teacher_is_a_minimum_whatever_is_covered():
+    _, teacher, weight = sample(63, 33, 1000)
+    objective, head = OBJECTIVES.get("kl")(coverage=0.9), Head(torch.nn.Identity(), weight)
+    objective.prepare(lambda: iter([teacher]), head, Ranks(torch.device("cpu")))
+    target = objective.target(teacher, head)
+    same = teacher.clone().requires_grad_()
+    loss = objective.token_loss(same, target, head)
+    loss.sum().backward()
+    assert loss.abs().max() <= 1e-4
+    assert same.grad.abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("share", [0.1, 0.9, 0.999, 1.0])
+def test_covering_takes_the_fewest_tokens_of_the_vocabulary(share):
+    _, teacher, weight = sample(63, 33, 1000)
+    kept = covering(teacher.split(10), weight, share)
+    p = (teacher.double() @ weight.double().T).softmax(-1).mean(0)
+    assert torch.equal(kept, kept.unique())
+    assert float(p[kept].sum()) >= share - 1e-6
+    assert float(p.sort(descending=True).values[: len(kept) - 1].sum()) < share
+    assert torch.isin(p.topk(len(kept) - 1).indices, kept).all()
+
+
+def test_coverage_is_a_share():
+    for wrong in (0.0, 1.5, float("nan")):
+        with pytest.raises(UserError, match="coverage"):
+            OBJECTIVES.get("logit_ce")(coverage=wrong)

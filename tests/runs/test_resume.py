@@ -31,7 +31,7 @@ from tests.helpers import (
 
 FLEXROUND = {"name": "flexround", "bits": 3, "group_size": 16, "init": "gptq", "offset": True}
 RULES = [
-    Rule("last", FLEXROUND, objective="logit_ce", steps=7, batch_size=4),
+    Rule("last", FLEXROUND, objective={"name": "logit_ce", "coverage": 0.9}, steps=7, batch_size=4),
     Rule(1, {"name": "adaround", "bits": 3, "group_size": 16, "init": "awq"}, steps=7, batch_size=4),
     Rule("all", {"name": "gptq", "bits": 3, "group_size": 16}),
 ]
