@@ -53,6 +53,18 @@ def _recipe(setting: Setting) -> Plan:
     return [{**rest, "match": "last", "objective": RECIPE_LAST, "steps": last}, rest]
 
 
+def _fast(setting: Setting) -> Plan:
+    """What the `fast-*` presets have: GPTQ that corrects the prefix's error, and the recipe's last block from it."""
+    gptq = {"name": "gptq", "correct": 1.0, "act_order": "group", "scale_by": "diagonal"}
+    _, last, batch_size = setting.recipe
+    training = {"objective": RECIPE_LAST, "steps": last // 2, "batch_size": batch_size}
+    grid = {key: value for key, value in setting.quantizer("gptq").items() if key != "name"}
+    return [
+        {"match": "last", "quantizer": setting.quantizer("adaround", init=gptq), **training},
+        {"match": "all", "quantizer": {**gptq, **grid}},
+    ]
+
+
 NORMALISED = {"name": "mse", "normalised": True}
 ANCHORED = [{"name": "logit_ce", "weight": 1}, {**NORMALISED, "weight": 5}]
 RECIPE_LAST = [{"name": "logit_ce", "weight": 1, "coverage": 0.99}, *ANCHORED[1:]]
@@ -68,6 +80,7 @@ METHODS: dict[str, Callable[[Setting], Plan]] = {
         for suffix in ("", "+lfq")
     },
     RECIPE: _recipe,
+    "fast": _fast,
 }
 
 # the last block by other objectives, and FlexRound's blocks by other squared errors

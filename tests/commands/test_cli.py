@@ -56,12 +56,16 @@ def test_configs_merge_and_print(config, tmp_path, capsys):
     assert printed["plan"][1]["objective"] == "mse"
 
 
-PRESETS = sorted((ROOT / "configs").glob("*.yaml"))
+PRESETS = sorted(file for file in (ROOT / "configs").glob("*.yaml") if not file.is_symlink())
 
 
 def test_the_presets_that_are_asked_for_are_there():
     asked = "flexround-lfq-w4 flexround-lfq-w3g128 flexround-lfq-w2g64 gptq-lfq-w4g128 awq-w4g128 omniquant-lfq-w4"
-    asked += " block-ap-lfq-w3g128 recommended-w4 recommended-w3g128 recommended-w2g64"
+    asked += " block-ap-lfq-w3g128"
+    for widths in ("w4", "w3g128", "w2g64"):
+        asked += f" fast-{widths} balanced-{widths} best-{widths}"
+        older, now = (ROOT / "configs" / f"{name}-{widths}.yaml" for name in ("recommended", "balanced"))
+        assert older.read_text() == now.read_text()
     assert set(asked.split()) <= {preset.stem for preset in PRESETS}
 
 
@@ -80,7 +84,10 @@ def test_every_preset_runs(preset, monkeypatch, tmp_path, text_file):
     cut.write_text(yaml.safe_dump(content))
     run(cut)
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert 0 < metrics["held_out"]["kl"] <= metrics["before_last_training"]["held_out"]["kl"] * 1.0001
+    last = json.loads((tmp_path / "run" / "journal.jsonl").read_text().splitlines()[-1])
+    assert last["loss_after"] <= last["loss_before"] * 1.0001
+    # the steps are chosen by the loss, which may have other terms than the KL
+    assert 0 < metrics["held_out"]["kl"] <= metrics["before_last_training"]["held_out"]["kl"] * 1.05
     printed = yaml.safe_load((tmp_path / "run" / "lfq.yaml").read_text())
     assert len(printed["plan"]) == len(content["plan"])
 
