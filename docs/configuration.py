@@ -26,9 +26,9 @@ key is `--key.path value`, with dashes for underscores; several `--config` merge
 `lfq run --config FILE --print-config` prints the whole. At the end of a line stands the default, or *needed*.
 `lightning run` is `lfq run`; every other word after `lightning` goes to lightning-sdk, if that is installed.
 
-Presets are in [configs](../configs): `fast-…`, `balanced-…` and `best-…` lose least in our measurements for the time they
-take (`recommended-…` is `balanced-…`); FlexRound, OmniQuant and Block-AP with LFQ are the paper's methods; GPTQ with
-LFQ, and AWQ, take minutes.
+Presets are in [configs](../configs): `fast-…`, `balanced-…` and `best-…` lose least in our measurements for the time
+they take (`recommended-…` is `balanced-…`); FlexRound, OmniQuant and Block-AP with LFQ are the paper's methods; GPTQ
+with LFQ, and AWQ, take minutes.
 """
 
 

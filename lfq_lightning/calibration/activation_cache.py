@@ -96,6 +96,10 @@ class ActivationCache:
         """Yield the teacher's stream (B, T, D) as it stands, and masks (B, T), likewise."""
         return self._moved(self.teacher, device, half)
 
+    def masks(self) -> list[Tensor]:
+        """Return the masks (B, T) of the batches in which a stream is advanced, in their order."""
+        return [mask for half in (0, 1) for mask in self._some(self.mask, half)]
+
     def advance_teacher(self, block: Callable[[Tensor], Tensor], device: torch.device, keep: bool = False) -> None:
         """Replace the teacher's inputs by the block's outputs, in place; `keep` a copy of the inputs as `reference`."""
         self.reference = self.teacher[:0]

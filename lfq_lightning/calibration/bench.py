@@ -1,7 +1,7 @@
 """Bench: where one block at a time stands, between the two streams of activations that run through all of them."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lfq_lightning.calibration.activation_cache import ActivationCache, BatchLoader, Splits
 from lfq_lightning.calibration.block_module import BlockModule
+from lfq_lightning.calibration.cache_error import CacheError
 from lfq_lightning.calibration.calibration_block import CalibrationBlock
 from lfq_lightning.calibration.final_block_module import FinalBlockModule
 from lfq_lightning.calibration.find_folds import FoundFolds
@@ -62,6 +63,7 @@ class Bench(nn.Module):
         self.seed = seed
         self.first_step = 0  # of the block's training: one that resumes does not begin at 0
         self._current: CalibrationBlock | None = None
+        self._cache_error: CacheError | None = None
         self._folds = FoundFolds()
         self.splits = Splits(
             *(
@@ -84,6 +86,11 @@ class Bench(nn.Module):
         assert self._current is not None, "a block is placed before anything is asked of it"
         return self._current
 
+    @property
+    def cache_error(self) -> CacheError:
+        assert self._cache_error is not None, "a block is placed before anything is asked of it"
+        return self._cache_error
+
     def read(self, plan: BlockPlan) -> DecoderBlock:
         """Return a block in full precision, fp32, on the device."""
         return self.skeleton.block(plan.indices, plan.activation_checkpointing).to(self.device)
@@ -97,11 +104,12 @@ class Bench(nn.Module):
         else:
             module = BlockModule(block, objective, plan, clips).to(self.device)
         self._current, self.first_step = module, 0
+        self._cache_error = CacheError(block, self.ranks)
         return module
 
     def clear(self) -> None:
         """Free the block, with its optimizer; the next one is read only then."""
-        self._current = None
+        self._current = self._cache_error = None
         self.trainer.strategy.optimizers, self.trainer.strategy.lr_scheduler_configs = [], []
         self.ranks.release()
 
@@ -115,7 +123,9 @@ class Bench(nn.Module):
         plan = self.current.plan
         for split in self.splits.each():
             if plan.stage.teacher_runs:
-                split.advance_teacher(self.current.block, self.device, keep=plan.needs_reference)
+                noting = split is self.splits.held_out
+                with self.cache_error.noting_teacher() if noting else nullcontext():
+                    split.advance_teacher(self.current.block, self.device, keep=plan.needs_reference)
         self.current.objective.prepare(self._some_rows, self._teachers_head(), self.ranks)
         for split in self.splits.each():
             split.set_target(self._target, self.device)
@@ -181,11 +191,17 @@ class Bench(nn.Module):
 
     # ---- behind it ---------------------------------------------------------------------------------------------------
 
-    def advance_student(self) -> None:
-        """Move the student stream on with the weights that ship. Raises UserError if it is not finite."""
-        for split in self.splits.each():
-            split.advance_student(self.current.block, self.device)
+    def advance_student(self) -> dict[str, float]:
+        """Move the student stream on with the weights that ship; return the errors of `keys` and `values` (CacheError).
+
+        Raises UserError if the stream is not finite.
+        """
+        errors: dict[str, float] = {}
+        self.splits.train.advance_student(self.current.block, self.device)
+        with self.cache_error.comparing_student(self.splits.held_out.masks(), errors):
+            self.splits.held_out.advance_student(self.current.block, self.device)
         self._check_finite("quantised", [split.student for split in self.splits.each()])
+        return errors
 
     def pass_by(self, block: DecoderBlock, weights: dict[str, Tensor]) -> None:
         """Move both streams past a block that is done: in full precision, and with the `weights` that ship."""

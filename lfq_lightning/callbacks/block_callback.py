@@ -14,8 +14,9 @@ class BlockReport:
     """What calibrating one block did.
 
     Losses are those of its objective on the held-out split: before training, as it ships, and of the last step; `kl_…`
-    is the KL to full precision (nats per token) of what the head reads after the block. `index` is its place
-    in the run; `weights` has for each layer that ships packed what `weight_statistics` says of it.
+    is the KL to full precision (nats per token) of what the head reads after the block; `cache_error` has the relative
+    squared error of `keys` and `values` (CacheError), where layers of these names make them. `index` is its place in
+    the run; `weights` has for each layer that ships packed what `weight_statistics` says of it.
     """
 
     index: int
@@ -28,6 +29,7 @@ class BlockReport:
     best_step: int
     kl_before: float
     kl_after: float
+    cache_error: dict[str, float]
     seconds: float
     peak_bytes: int
     weights: dict[str, dict[str, float]]

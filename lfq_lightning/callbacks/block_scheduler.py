@@ -122,10 +122,10 @@ class BlockScheduler(BlockCallback):
         shipped = block.solved | bench.current.block.ship()
         fit.shards.write_block(plan, bench.current.block, shipped)
         with bench.forward_only():
-            bench.advance_student()
+            cache_error = bench.advance_student()
             kl = block.lens.kl(bench.splits.held_out.student, bench.head()) if plan.learned else block.start_kl
             eta = seconds_left(fit.started, run.plans, fit.taken, plan.index, run.skeleton, run.data)
-            report = block.report(bench, shipped, kl, eta)
+            report = block.report(bench, shipped, kl, cache_error, eta)
         run.meter.keep(report.peak_bytes)
         del block  # the next one is read when it is free
         self._block = None

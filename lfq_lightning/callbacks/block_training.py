@@ -84,7 +84,12 @@ class BlockInTraining:
         self.state.step = bench.first_step = step
 
     def report(
-        self, bench: Bench, shipped: dict[str, QuantizedTensor], kl_after: float, eta_seconds: float
+        self,
+        bench: Bench,
+        shipped: dict[str, QuantizedTensor],
+        kl_after: float,
+        cache_error: dict[str, float],
+        eta_seconds: float,
     ) -> BlockReport:
         """Return what became of it."""
         return BlockReport(
@@ -98,6 +103,7 @@ class BlockInTraining:
             best_step=self.state.best_step,
             kl_before=self.start_kl,
             kl_after=kl_after,
+            cache_error=cache_error,
             seconds=time.perf_counter() - self.started,
             peak_bytes=peak_bytes(bench.device),
             weights={name: weight_statistics(quantized) for name, quantized in shipped.items()},

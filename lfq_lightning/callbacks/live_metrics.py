@@ -50,7 +50,7 @@ class LiveMetrics(BlockCallback):
             "block/kl_after": report.kl_after,
             "block/seconds": report.seconds,
             "block/peak_gib": report.peak_bytes / 2**30,
-        }
+        } | {f"block/{kind}_error": error for kind, error in report.cache_error.items()}
         for logger in trainer.loggers:
             logger.log_metrics(numbers, step=trainer.global_step)
         if trainer.is_global_zero:

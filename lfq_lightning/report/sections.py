@@ -25,6 +25,22 @@ def _by_block(runs: Runs, key: str, unit: float = 1.0) -> list[Line]:
     ]
 
 
+_CACHE = "Of what fills the KV cache, on held-out tokens: what the best factor for each channel leaves of the error."
+
+
+def _cache_lines(runs: Runs) -> list[Line]:
+    """Return a line of keys and one of values for each run whose blocks have layers that make them."""
+    kinds = ("keys", "values")
+    found = {
+        f"{name}, {kind}": [
+            (b["index"], b["cache_error"][kind]) for b in run.blocks if kind in b.get("cache_error", {})
+        ]
+        for name, run in runs
+        for kind in kinds
+    }
+    return [Line(name, points, i) for i, (name, points) in enumerate(found.items()) if points]
+
+
 def depth(runs: Runs) -> dict[str, Any] | None:
     kl, losses = _by_block(runs, "kl_after"), _by_block(runs, "loss_after")
     starts = [
@@ -42,6 +58,7 @@ def depth(runs: Runs) -> dict[str, Any] | None:
                 "What the head reads after each block (the logit lens), on up to 1024 tokens; exact at the last block, "
                 "a profile before it.",
             ),
+            _chart("Keys and values", line_chart(_cache_lines(runs), "block", "relative squared error"), _CACHE),
             _chart(
                 "Loss of each block",
                 line_chart([*starts, *losses], "block", "held-out loss", log_y=True),

@@ -28,6 +28,7 @@ def report(index, kl, before=1.0, last=0.5):
         best_step=0,
         kl_before=kl,
         kl_after=kl,
+        cache_error={},
         seconds=1.0,
         peak_bytes=1,
         weights={},
