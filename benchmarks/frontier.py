@@ -167,7 +167,8 @@ def report() -> None:
     compared = [row for row in rows if (row["model"], row["setting"], row["method"]) in of_text]
     if compared:
         parts.append(
-            "How much text, and whose:\n\n" + _table(compared, ("model", "setting", "method", "sequences", "source"))
+            "Other amounts of text, or the model's own:\n\n"
+            + _table(compared, ("model", "setting", "method", "sequences", "source"))
         )
     page = ROOT / "docs" / "results.md"
     before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
@@ -224,10 +225,16 @@ def _table(rows: Rows, groups: Sequence[str]) -> str:
     cells: dict[tuple[str, ...], Rows] = defaultdict(list)
     for row in rows:
         cells[tuple(row[name] for name in groups)].append(row)
-    columns = {"kl": "#.3g", "kl_other": "#.3g", "top1_agreement": ".3f", "cpu_seconds": ".0f"}
-    lines = [f"| {' | '.join([*groups, 'seeds', *columns])} |", "|---" * (len(groups) + 1 + len(columns)) + "|"]
+    columns = {
+        "kl": ("KL to FP", "#.3g"),
+        "kl_other": ("KL, other domain", "#.3g"),
+        "top1_agreement": ("top-1", ".3f"),
+        "cpu_seconds": ("CPU seconds", ".0f"),
+    }
+    titles = [*groups, "seeds", *(title for title, _ in columns.values())]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for names, own in sorted(cells.items()):
-        numbers = (f"{_mean(own, column):{form}}" for column, form in columns.items())
+        numbers = (f"{_mean(own, column):{form}}" for column, (_, form) in columns.items())
         lines.append(f"| {' | '.join([*names, str(len(own)), *numbers])} |")
     return "\n".join(lines)
 
