@@ -42,13 +42,17 @@ class CacheError:
 
         Args:
             masks: bool (B, T) of each batch, False at pads.
-            into: stays empty if the block has no layers of these names, or full precision was not noted.
+            into: stays empty if full precision was not noted, or the block has no layers of these names that are called
+                once a forward pass, with a row for each token.
         """
         student: dict[str, list[Tensor]] = {}
         with self._listening(student):
             yield
         found: dict[str, Tensor] = {}
         for name, wanted in self._teacher.items():
+            shapes = [[output.shape[:-1] for output in outputs] for outputs in (wanted, student.get(name, []))]
+            if any(side != [mask.shape for mask in masks] for side in shapes):
+                continue
             sums = torch.zeros(3, wanted[0].shape[-1], dtype=torch.float64)
             for one, other, mask in zip(wanted, student[name], masks, strict=True):
                 a, b = one[mask].double(), other[mask].double()

@@ -83,6 +83,19 @@ def test_factors_of_channels_are_no_error(block, batches):
     assert found["values"] < 1e-9
 
 
+def test_layers_without_a_row_for_each_token_are_left_out(block, batches):
+    key = block.linears()["model.layers.0.self_attn.k_proj"]
+    forward = key.forward
+    key.forward = lambda rows: forward(rows) + 0 * key(rows[:, :1]) if rows.shape[1] > 1 else forward(rows)
+    error, found = CacheError(block, Ranks(torch.device("cpu"))), {}
+    with torch.no_grad():
+        for noting in (error.noting_teacher(), error.comparing_student(MASKS, found)):
+            with noting:
+                for batch in batches:
+                    block(batch)
+    assert set(found) == {"values"}
+
+
 def test_the_journal_has_it_for_each_block(config):
     path = config()
     run(path)
