@@ -55,7 +55,7 @@ def test_a_run_writes_its_page(config):
     for which in ("full_precision", "before_last_training", "quantized"):
         assert f"{metrics[which]['held_out']['kl']:.4f}" in page.words
         assert f"{metrics[which]['held_out']['perplexity']:.2f}" in page.words
-    assert text.count("<svg") == 11 and "nan" not in re.sub(r"<style.*?</style>", "", text, flags=re.S).lower()
+    assert text.count("<svg") == 12 and "nan" not in re.sub(r"<style.*?</style>", "", text, flags=re.S).lower()
     assert sum(metrics["profile"]["position.count"]) == sum(metrics["profile"]["margin.count"])
     before = text
     main(["report", str(folder)])
