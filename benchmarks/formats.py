@@ -11,10 +11,8 @@ divide a layer's width, the layer gets the type that llama.cpp falls back to, in
 
 import argparse
 import ctypes
-import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.cpu import cpu_seconds
-from benchmarks.quality.__main__ import append, finished, split_text
-from benchmarks.quality.measure import Reference, full_precision, quantised, tokens_of
+from benchmarks.quality.__main__ import append, finished, run_command, split_text
+from benchmarks.quality.measure import full_precision, quantised, reference_on
 from benchmarks.quality.methods import ANCHORED, NORMALISED
 from lfq_lightning.data import CalibrationData
 from lfq_lightning.grids import GRIDS, Grid
@@ -35,7 +33,7 @@ from lfq_lightning.plan import parse_grid
 
 RESULTS = Path(__file__).parent / "results" / "formats.csv"
 FALL_BACK = {"q2_k": "iq4_nl", "q3_k": "iq4_nl", "iq4_xs": "iq4_nl", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
-SEQUENCES, SELECTION, HELD_OUT, LENGTH = 136, 2, 32, 256
+SEQUENCES, SELECTION, LENGTH = 136, 2, 256
 INTEGERS = re.compile(r"w(\d)g(\d+)")
 PEERS = ("llama.cpp", "llama.cpp imatrix")
 OURS: dict[str, dict[str, Any]] = {
@@ -62,10 +60,7 @@ def main() -> None:
     given.work.mkdir(parents=True, exist_ok=True)
     name, _, checkpoint = given.model.partition("=")
     calibration, held_out = split_text(given.calibration, given.held_out_share, given.work)
-    tokenizer = open_checkpoint(checkpoint).tokenizer()
-    domains = {"held_out": held_out, "other": given.other}
-    sets = {domain: tokens_of(text, tokenizer, HELD_OUT, LENGTH) for domain, text in domains.items()}
-    reference = Reference(checkpoint, sets, texts=False)
+    reference = reference_on(checkpoint, held_out, given.other, LENGTH, texts=False)
     for seed in given.seeds:
         data = {"dataset": str(calibration), "seq_len": LENGTH, "seed": seed}
         data |= {"num_samples": SEQUENCES - SELECTION, "num_held_out": SELECTION}
@@ -131,11 +126,8 @@ def ours(
     if mixed:
         alike = {name: parse_grid(keys_of(kind)) for name, kind in kinds.items()}
         config["average_bits"] = average_bits(layers, alike, scale_bits)
-    file = folder.with_suffix(".json")
-    file.write_text(json.dumps({**config, "output": str(folder)}))
-    command = [sys.executable, "-m", "lfq_lightning", "run", "--config", str(file), "--overwrite", "true"]
     with folder.with_suffix(".log").open("w") as log:
-        subprocess.run(command, check=True, stdout=log, stderr=log)
+        subprocess.run(run_command(config, folder), check=True, stdout=log, stderr=log)
     return quantised(folder), average_bits(layers, PackedFolder(folder).schemes, scale_bits)
 
 

@@ -14,7 +14,6 @@ import argparse
 import csv
 import json
 import math
-import statistics
 import subprocess
 import sys
 from collections import defaultdict
@@ -28,21 +27,20 @@ import torch
 
 from benchmarks.cpu import cpu, cpu_seconds
 from benchmarks.quality.__main__ import (
-    HELD_OUT,
     SELECTION_AT_THE_END,
     append,
     dense_folder,
     finished,
+    run_command,
     split_text,
     versions_beside,
     write_tokens,
 )
-from benchmarks.quality.measure import Reference, quantised, tokens_of
+from benchmarks.quality.measure import Reference, quantised, reference_on
 from benchmarks.quality.methods import METHODS, Plan, Setting
-from lfq_lightning.models.checkpoints import open_checkpoint
+from benchmarks.quality.report import ROOT, Rows, mean, put_between_marks
 from lfq_lightning.report.chart import HEIGHT, WIDTH, Line, line_chart
 
-ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "frontier.csv"
 STEPS, LAST, BATCH = 120, 85, 8  # of the recipe at budget 1: steps a block, steps on the last, sequences a step
 BUDGETS = {f"recipe x{share:g}": share for share in (0.5, 1, 2, 4, 8)}
@@ -50,8 +48,6 @@ PEERS = {f"autoround {steps}": steps for steps in (50, 200, 1000)}
 CLOSED = ("gptq", "gptq+lfq", "fast")
 SEQUENCES, SEQ_LEN = 136, 256
 ACROSS, CELL = 3, (WIDTH + 20, HEIGHT + 40)  # charts in a row, and the place of each
-Rows = list[dict[str, str]]
-BEGIN, END = "<!-- frontier: begin -->", "<!-- frontier: end -->"
 
 
 def main() -> None:
@@ -104,10 +100,7 @@ class Frontier:
 
     @cached_property
     def reference(self) -> Reference:
-        tokenizer = open_checkpoint(self.checkpoint).tokenizer()
-        domains = {"held_out": self.held_out, "other": self.given.other}
-        sets = {name: tokens_of(text, tokenizer, HELD_OUT, SEQ_LEN) for name, text in domains.items()}
-        return Reference(self.checkpoint, sets, texts=False)
+        return reference_on(self.checkpoint, self.held_out, self.given.other, SEQ_LEN, texts=False)
 
     def fill(self, label: str, method: str, own: str | None, seed: int) -> None:
         """Make one row, unless it is there."""
@@ -150,10 +143,7 @@ class Frontier:
         config: dict[str, Any] = {"seed_everything": seed, "model": {"checkpoint": self.checkpoint}, "data": data}
         config["trainer"] = {"val_check_interval": 1.0}
         config |= json.loads(Path(own).read_text()) if own else {"plan": plan_of(method, bits, group)}
-        file = folder.with_suffix(".json")
-        file.write_text(json.dumps({**config, "output": str(folder)}))
-        command = [sys.executable, "-m", "lfq_lightning", "run", "--config", str(file), "--overwrite", "true"]
-        return command, sys.executable
+        return run_command(config, folder), sys.executable
 
 
 def report() -> None:
@@ -165,7 +155,7 @@ def report() -> None:
     for row in sorted(usual, key=lambda row: (row["model"], row["setting"])):
         panels[f"{row['model']}, {row['setting'].replace('w', 'W')}"].append(row)
     (ROOT / "docs" / "frontier.svg").write_text(_picture(panels), encoding="utf-8")
-    parts = [BEGIN, "![KL against CPU seconds](frontier.svg)", _table(usual, ("model", "setting", "method"))]
+    parts = ["![KL against CPU seconds](frontier.svg)", _table(usual, ("model", "setting", "method"))]
     of_text = {(row["model"], row["setting"], row["method"]) for row in rows if row not in usual}
     compared = [row for row in rows if (row["model"], row["setting"], row["method"]) in of_text]
     if compared:
@@ -173,9 +163,7 @@ def report() -> None:
             "Other amounts of text, or the model's own:\n\n"
             + _table(compared, ("model", "setting", "method", "sequences", "source"))
         )
-    page = ROOT / "docs" / "results.md"
-    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
-    page.write_text(before + "\n\n".join([*parts, END]) + rest.partition(END)[2], encoding="utf-8")
+    put_between_marks(ROOT / "docs" / "results.md", "frontier", "\n" + "\n\n".join(parts) + "\n")
 
 
 def _picture(panels: dict[str, Rows]) -> str:
@@ -216,11 +204,7 @@ def _points(rows: Rows, family: str) -> list[tuple[float, float]]:
     for row in rows:
         if row["method"].partition(" ")[0] == family:
             by_method[row["method"]].append(row)
-    return sorted((math.log2(_mean(own, "cpu_seconds")), _mean(own, "kl")) for own in by_method.values())
-
-
-def _mean(rows: Rows, column: str) -> float:
-    return statistics.mean(float(row[column]) for row in rows)
+    return sorted((math.log2(mean(own, "cpu_seconds")), mean(own, "kl")) for own in by_method.values())
 
 
 def _table(rows: Rows, groups: Sequence[str]) -> str:
@@ -237,7 +221,7 @@ def _table(rows: Rows, groups: Sequence[str]) -> str:
     titles = [*groups, "seeds", *(title for title, _ in columns.values())]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for names, own in sorted(cells.items()):
-        numbers = (f"{_mean(own, column):{form}}" for column, (_, form) in columns.items())
+        numbers = (f"{mean(own, column):{form}}" for column, (_, form) in columns.items())
         lines.append(f"| {' | '.join([*names, str(len(own)), *numbers])} |")
     return "\n".join(lines)
 

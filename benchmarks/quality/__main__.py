@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from benchmarks.quality.measure import Reference, full_precision, quantised, tokens_of
+from benchmarks.quality.measure import Reference, full_precision, quantised, reference_on
 from benchmarks.quality.methods import ABLATIONS, METHODS, RECIPE, Plan, Setting
 from lfq_lightning.data import CalibrationData
 from lfq_lightning.models.checkpoints import open_checkpoint
@@ -36,7 +36,7 @@ _, status, usage = os.wait4(subprocess.Popen(sys.argv[2:]).pid, 0)
 open(sys.argv[1], "w").write(str(usage.ru_maxrss * 1024))
 sys.exit(os.waitstatus_to_exitcode(status))
 """
-SEQUENCES, HELD_OUT = 136, 32
+SEQUENCES = 136
 SELECTION = 8
 SELECTION_AT_THE_END = 2  # where only the start and the end are compared, and no steps between
 
@@ -82,10 +82,7 @@ class Matrix:
 
     @cached_property
     def reference(self) -> Reference:
-        tokenizer = open_checkpoint(self.checkpoint).tokenizer()
-        domains = {"held_out": self.held_out, "other": self.given.other}
-        sets = {name: tokens_of(text, tokenizer, HELD_OUT, self.given.seq_len) for name, text in domains.items()}
-        return Reference(self.checkpoint, sets)
+        return reference_on(self.checkpoint, self.held_out, self.given.other, self.given.seq_len)
 
     def fill(self, label: str, method: str, seed: int) -> None:
         """Run one cell and append its row, unless the row is there."""
@@ -123,9 +120,7 @@ class Matrix:
         config = {"seed_everything": seed, "model": {"checkpoint": self.checkpoint}, "data": data, "plan": plan}
         if at_the_end:
             config["trainer"] = {"val_check_interval": 1.0}
-        file = folder.with_suffix(".json")
-        file.write_text(json.dumps({**config, "output": str(folder)}))
-        return [sys.executable, "-m", "lfq_lightning", "run", "--config", str(file), "--overwrite", "true"]
+        return run_command(config, folder)
 
     def _peer(self, tokens: Path, folder: Path, setting: Setting, times: int, seed: int) -> list[str]:
         script = Path(__file__).parent / "peer_auto_round.py"
@@ -138,6 +133,13 @@ def _setting(label: str, given: argparse.Namespace) -> Setting:
     bits, _, group = label.removeprefix("w").partition("g")
     size = int(group) if group else -1
     return Setting(int(bits), size, False, given.steps, given.batch_size, tuple(given.recipe))
+
+
+def run_command(config: dict[str, Any], folder: Path) -> list[str]:
+    """Write a run's config beside its folder; return the command that makes the run."""
+    file = folder.with_suffix(".json")
+    file.write_text(json.dumps({**config, "output": str(folder)}))
+    return [sys.executable, "-m", "lfq_lightning", "run", "--config", str(file), "--overwrite", "true"]
 
 
 def split_text(text: Path, share: float, work: Path) -> tuple[Path, Path]:

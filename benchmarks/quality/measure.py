@@ -17,6 +17,7 @@ from lfq_lightning.packed.load_model import load
 from lfq_lightning.token_set import TokenSet
 
 PROMPT_TOKENS, NEW_TOKENS, PROMPTS = 16, 48, 100
+HELD_OUT = 32  # sequences of each domain
 
 
 def full_precision(checkpoint: str) -> PreTrainedModel:
@@ -102,3 +103,11 @@ def tokens_of(text: Path, tokenizer: PreTrainedTokenizerBase, sequences: int, se
     if len(windows) < sequences:
         raise SystemExit(f"{text} has {len(windows)} windows of {seq_len} tokens, but {sequences} are needed.")
     return TokenSet.from_lists(windows[:sequences], seq_len)
+
+
+def reference_on(checkpoint: str, held_out: Path, other: Path, seq_len: int, texts: bool = True) -> Reference:
+    """Return the reference on the first windows of two texts, that of the calibration's domain first."""
+    tokenizer = open_checkpoint(checkpoint).tokenizer()
+    domains = {"held_out": held_out, "other": other}
+    sets = {name: tokens_of(text, tokenizer, HELD_OUT, seq_len) for name, text in domains.items()}
+    return Reference(checkpoint, sets, texts)

@@ -21,7 +21,6 @@ _FOLD = {  # rows of the README's table
     "stories15M, 2 bits": "stories15m, W2g32",
 }
 LFQ = ("+lfq", "+lfq anchored")  # suffixes of a method whose last block is by LFQ
-BEGIN, END = "<!-- quality: begin -->", "<!-- quality: end -->"
 COLUMNS = {
     "kl": ("KL to FP", "#.3g"),
     "top1_agreement": ("top-1", ".3f"),
@@ -41,12 +40,10 @@ def main() -> None:
         rows = list(csv.DictReader(file))
     tables = [f"## {title}\n\n{_table(group)}" for title, group in _groups(rows).items()]
     won, lfq = _lfq_table(rows)
-    text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     count = f"The last block by LFQ in place of MSE, KL lower at p < .01: {won}."
     lead = f"## LFQ on against off\n\n{count}\n\n{lfq}"
-    _replace(ROOT / "docs" / "results.md", text, "\n\n".join([_summary(rows), lead, *tables]))
-    readme = ROOT / "README.md"
-    _replace(readme, readme.read_text(encoding="utf-8"), _above_the_fold(rows))
+    put_between_marks(ROOT / "docs" / "results.md", "quality", "\n\n".join([_summary(rows), lead, *tables]))
+    put_between_marks(ROOT / "README.md", "quality", _above_the_fold(rows))
 
 
 def _groups(rows: Rows) -> dict[str, Rows]:
@@ -56,7 +53,7 @@ def _groups(rows: Rows) -> dict[str, Rows]:
     return dict(sorted(groups.items()))
 
 
-def _mean(rows: Rows, column: str) -> float:
+def mean(rows: Rows, column: str) -> float:
     """Return the mean of a column over the rows that have it (a row run beside other work has no seconds); or NaN."""
     values = [float(row[column]) for row in rows if row[column]]
     return statistics.mean(values) if values else float("nan")
@@ -78,7 +75,7 @@ def _table(rows: Rows) -> str:
         "|---" * (2 + len(COLUMNS)) + "|",
     ]
     for method, own in _by_method(rows).items():
-        numbers = (_shown(_mean(own, column), form) for column, (_, form) in COLUMNS.items())
+        numbers = (_shown(mean(own, column), form) for column, (_, form) in COLUMNS.items())
         lines.append(f"| {method} | {len(own)} | {' | '.join(numbers)} |")
     return "\n".join(lines)
 
@@ -93,7 +90,7 @@ def _summary(rows: Rows) -> str:
         cells = []
         for group in groups.values():
             own = [row for row in group if row["method"] == method]
-            cells.append(_shown(_mean(own, "kl"), COLUMNS["kl"][1]))
+            cells.append(_shown(mean(own, "kl"), COLUMNS["kl"][1]))
         lines.append(f"| {method} | {' | '.join(cells)} |")
     ratios = []
     for group in groups.values():
@@ -101,8 +98,8 @@ def _summary(rows: Rows) -> str:
         seeds = {row["seed"] for row in pair[0]} & {row["seed"] for row in pair[1]}
         ours, theirs = ([row for row in side if row["seed"] in seeds] for side in pair)
         if seeds:
-            change = _mean(ours, "kl") / _mean(theirs, "kl") - 1
-            time = _mean(ours, "seconds") / _mean(theirs, "seconds")
+            change = mean(ours, "kl") / mean(theirs, "kl") - 1
+            time = mean(ours, "seconds") / mean(theirs, "seconds")
             ratios.append(f"{change:+.0%}" + ("" if math.isnan(time) else f", {time:.2f}x the time"))
         else:
             ratios.append("")
@@ -116,12 +113,12 @@ def _above_the_fold(rows: Rows) -> str:
     lines = ["| | GPTQ | AWQ | AutoRound | recommended | against AutoRound |", "|---" * (2 + len(methods)) + "|"]
     for title, setting in _FOLD.items():
         group = next(group for name, group in _groups(rows).items() if name.startswith(setting))
-        means = {method: _mean([row for row in group if row["method"] == method], "kl") for method in methods}
+        means = {method: mean([row for row in group if row["method"] == method], "kl") for method in methods}
         cells = [_shown(mean, COLUMNS["kl"][1]) for mean in means.values()]
         cells[-1] = f"**{cells[-1]}**"
         pair = [[row for row in group if row["method"] == method] for method in (RECIPE, "autoround")]
         seeds = {row["seed"] for row in pair[0]} & {row["seed"] for row in pair[1]}
-        ours, theirs = (_mean([row for row in side if row["seed"] in seeds], "kl") for side in pair)
+        ours, theirs = (mean([row for row in side if row["seed"] in seeds], "kl") for side in pair)
         lines.append(f"| {title} | {' | '.join(cells)} | {ours / theirs - 1:+.0%} |")
     return "\n".join(lines)
 
@@ -161,11 +158,11 @@ def _paired(off: Rows, on: Rows) -> tuple[list[float], list[float]]:
     return one, other
 
 
-def _replace(file: Path, text: str, content: str) -> None:
-    """Put `content` between the marks."""
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    file.write_text(f"{before}{BEGIN}\n{content}\n{END}{after}", encoding="utf-8")
+def put_between_marks(file: Path, name: str, content: str) -> None:
+    """Replace what stands between `<!-- NAME: begin -->` and `<!-- NAME: end -->`."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    before, _, rest = file.read_text(encoding="utf-8").partition(begin)
+    file.write_text(f"{before}{begin}\n{content}\n{end}{rest.partition(end)[2]}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -50,17 +50,19 @@ class SoftTargetObjective(DivergenceObjective):
         if head.softcap is not None:
             return super().target(hidden, head)
         hidden = hidden / self.temperature
+        kept: dict[str, Tensor]
         if self._weight is None:
             lse, moment = logit_moment(hidden, head.weight)
-            kept, entropy = {"moment": moment}, lse - logit_mean(hidden, head.weight, moment)
+            kept = {"moment": moment}
         else:
             lse = log_sum_exp(hidden, head.weight)
             lse_kept, moment = logit_moment(hidden, self._weight)
             share = (lse_kept - lse).exp().clamp(max=1 - _LEAST)
-            moment, rest = moment * share[:, None], lse + (-share).log1p()
-            kept = {"moment": moment, "rest": rest, "rest_mean": (1 - share) * rest}
-            entropy = lse - logit_mean(hidden, head.weight, moment) - kept["rest_mean"]
-        return kept | ({"entropy": entropy} if self.minus_entropy else {})
+            rest = lse + (-share).log1p()
+            kept = {"moment": moment * share[:, None], "rest": rest, "rest_mean": (1 - share) * rest}
+        if self.minus_entropy:
+            kept["entropy"] = lse - logit_mean(hidden, head.weight, kept["moment"]) - kept.get("rest_mean", 0.0)
+        return kept
 
     def token_loss(self, hidden: Tensor, target: dict[str, Tensor], head: Head | None) -> Tensor:
         assert head is not None
