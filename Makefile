@@ -88,7 +88,7 @@ comparison: $(PEER)/installed $(MODEL) $(TINY)/config.json
 	done
 	$(BIN)/python -m benchmarks.quality.report
 
-# KL against CPU seconds, docs/frontier.svg: as `make comparison`, one thread each; two of these may run side by side.
+# KL against CPU seconds, docs/frontier-N.svg for each kind of CPU: as `make comparison`, one thread each; two of these may run side by side.
 FRONTIER = OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.frontier --other $(DATA)/wikitext2-valid.txt \
 	--peer-python $(PEER)/bin/python
 frontier: $(PEER)/installed $(TINY)/config.json

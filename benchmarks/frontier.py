@@ -6,7 +6,7 @@
 
 One row of a CSV each; a row that is there is not made again, so it may stop and go on at any time. Seconds are those of
 the processor, of the whole process that quantises (start, reading and writing included), so that work beside it does
-not count; compare rows of one kind of machine. All methods see the same tokens, as in `benchmarks.quality`; with
+not count; a row of another kind of CPU is another row. All methods see the same tokens, as in `benchmarks.quality`; with
 `--source self` our runs calibrate on text that the model writes. `--report` writes the chart and tables into docs.
 """
 
@@ -107,9 +107,9 @@ class Frontier:
         given = self.given
         cell = {"model": self.name, "setting": label, "method": method, "seed": str(seed)}
         cell |= {"sequences": str(given.sequences), "source": given.source}
-        if finished(cell, given.results):
-            return
         folder = given.work / "-".join(cell.values()).replace(" ", "-")
+        if finished(cell | {"cpu": cpu()}, given.results):
+            return
         bits, _, group = label.removeprefix("w").partition("g")
         command, python = self._command(method, own, int(bits), int(group) if group else -1, folder, seed)
         packages = ("torch", "transformers", "auto-round" if method in PEERS else "lfq-lightning")
@@ -147,15 +147,26 @@ class Frontier:
 
 
 def report() -> None:
-    """Write docs/frontier.svg and the tables of docs/results.md."""
+    """Write docs/frontier-N.svg, one for each kind of CPU, and the tables of docs/results.md."""
     with RESULTS.open(newline="") as file:
         rows = list(csv.DictReader(file))
+    by_cpu: dict[str, Rows] = defaultdict(list)
+    for row in sorted(rows, key=lambda row: (row["cpu"], row["model"], row["setting"])):
+        by_cpu[row["cpu"]].append(row)
+    parts = []
+    for number, (name, own) in enumerate(by_cpu.items(), start=1):
+        parts.append(f"### {name}\n\n![KL against CPU seconds](frontier-{number}.svg)\n\n{_tables(own, number)}")
+    put_between_marks(ROOT / "docs" / "results.md", "frontier", "\n" + "\n\n".join(parts) + "\n")
+
+
+def _tables(rows: Rows, number: int) -> str:
+    """Write the chart of one kind of CPU; return its tables."""
     usual = [row for row in rows if (row["sequences"], row["source"]) == (str(SEQUENCES), "text")]
     panels: dict[str, Rows] = defaultdict(list)
-    for row in sorted(usual, key=lambda row: (row["model"], row["setting"])):
+    for row in usual:
         panels[f"{row['model']}, {row['setting'].replace('w', 'W')}"].append(row)
-    (ROOT / "docs" / "frontier.svg").write_text(_picture(panels), encoding="utf-8")
-    parts = ["![KL against CPU seconds](frontier.svg)", _table(usual, ("model", "setting", "method"))]
+    (ROOT / "docs" / f"frontier-{number}.svg").write_text(_picture(panels), encoding="utf-8")
+    parts = [_table(usual, ("model", "setting", "method"))]
     of_text = {(row["model"], row["setting"], row["method"]) for row in rows if row not in usual}
     compared = [row for row in rows if (row["model"], row["setting"], row["method"]) in of_text]
     if compared:
@@ -163,7 +174,7 @@ def report() -> None:
             "Other amounts of text, or the model's own:\n\n"
             + _table(compared, ("model", "setting", "method", "sequences", "source"))
         )
-    put_between_marks(ROOT / "docs" / "results.md", "frontier", "\n" + "\n\n".join(parts) + "\n")
+    return "\n\n".join(parts)
 
 
 def _picture(panels: dict[str, Rows]) -> str:
