@@ -6,8 +6,8 @@
 
 One row of a CSV each; a row that is there is not made again, so it may stop and go on at any time. Seconds are those of
 the processor, of the whole process that quantises (start, reading and writing included), so that work beside it does
-not count; a row of another kind of CPU is another row. All methods see the same tokens, as in `benchmarks.quality`; with
-`--source self` our runs calibrate on text that the model writes. `--report` writes the chart and tables into docs.
+not count; a row of another kind of CPU is another row. All methods see the same tokens, as in `benchmarks.quality`;
+with `--source self` our runs calibrate on text that the model writes. `--report` writes charts and tables into docs.
 """
 
 import argparse

@@ -1,5 +1,11 @@
-"""Generation drift: how long a model's greedy answers stay those of full precision, whether they end, and repeat."""
+"""Generation drift: how long a model's greedy answers stay those of full precision, whether they end, and repeat.
 
+And how far it is from full precision along the latter's answers, by position: what an error in the keys and values of
+tokens long past would raise.
+"""
+
+from collections import defaultdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +17,11 @@ from lfq_lightning.data.self_generate import as_tokens, until_end
 from lfq_lightning.evaluation.batches import batch_size, in_batches
 from lfq_lightning.evaluation.evaluated_model import EvaluatedModel
 from lfq_lightning.evaluation.score import Measure, Score
+from lfq_lightning.evaluation.teacher_forced import Reading, TeacherForced, Totals, combine
 
 _GRAM = 4
 _BETTER = {"tokens_before_difference": True, "same_answer": True, "finished": None, "repetition": None}
+_FIRST_SPAN = 256  # tokens of an answer; each further span is as long as all before it
 _OWN_PROMPTS = Path(__file__).parent / "prompts.txt"
 
 
@@ -38,7 +46,7 @@ def greedy_answers(model: EvaluatedModel, prompts: list[list[int]], max_new_toke
 
 
 class Drift(Measure):
-    """Greedy answers against those of full precision.
+    """Greedy answers against those of full precision; and KL along those, for their tokens 1-256, 257-512, 513-1024 …
 
     Args:
         prompts: a file of them, see `read_prompts`; a few of our own if None.
@@ -50,6 +58,7 @@ class Drift(Measure):
 
     def begin(self, reference: EvaluatedModel, others: list[EvaluatedModel]) -> None:
         self._reference = reference
+        self._forced = TeacherForced(reference, others)
         self._asked = as_tokens(self.prompts, reference.tokenizer)
         check_tokens(self._asked, reference.vocab_size, reference.tokenizer)
 
@@ -58,7 +67,29 @@ class Drift(Measure):
         if model is self._reference:
             self._expected = answers
         values = drift_values(answers, self._expected, model.end_tokens())
-        return {"greedy answers": {name: Score.mean(column, _BETTER[name]) for name, column in values.items()}}
+        found = {name: Score.mean(column, _BETTER[name]) for name, column in values.items()}
+        return {"greedy answers": found | self._along(model)}
+
+    def _along(self, model: EvaluatedModel) -> dict[str, Score]:
+        """Return the KL along full precision's answers, by stretch of an answer."""
+        pairs = [(prompt, answer) for prompt, answer in zip(self._asked, self._expected, strict=True) if answer]
+        # the token before one is what predicts it
+        readings = [Reading([*p, *a[:-1]], spans(len(p) - 1, len(a))) for p, a in pairs]
+        by_span: dict[int, list[Totals]] = defaultdict(list)
+        for totals in self._forced.totals("full precision's answers", readings, model):
+            for number, of_span in enumerate(totals):
+                by_span[number].append(of_span)
+        ends = [_FIRST_SPAN << number for number in by_span]
+        names = [f"kl_tokens_{end // 2 + 1 if number else 1}_{end}" for number, end in enumerate(ends)]
+        return {name: combine(by_span[number])["kl"] for number, name in enumerate(names)}
+
+
+def spans(first: int, length: int) -> list[tuple[int, int]]:
+    """Return where an answer's stretches lie that begins after position `first`: 256 tokens, 256, 512, 1024 …"""
+    edges = [0]
+    while edges[-1] < length:
+        edges.append(min(length, max(_FIRST_SPAN, 2 * edges[-1])))
+    return [(first + start, first + end) for start, end in pairwise(edges)]
 
 
 def drift_values(answers: list[list[int]], reference: list[list[int]], ends: set[int]) -> dict[str, list[float]]:

@@ -13,10 +13,11 @@ from transformers import AutoModelForCausalLM
 from lfq_lightning.cli import main
 from lfq_lightning.evaluation.answers import Answers
 from lfq_lightning.evaluation.batches import in_batches
-from lfq_lightning.evaluation.drift import drift_values, repetition
+from lfq_lightning.evaluation.drift import drift_values, repetition, spans
 from lfq_lightning.evaluation.evaluated_model import EvaluatedModel
 from lfq_lightning.evaluation.paired import compare, mcnemar
 from lfq_lightning.evaluation.text_loss import text_windows
+from lfq_lightning.packed.load_model import load
 from tests.helpers import byte_tokenizer, fails, run, save_tiny
 
 
@@ -160,6 +161,44 @@ def test_greedy_answers_in_a_batch_are_those_alone(packed, chat_llama, tmp_path)
     found = json.loads((packed / "evaluation" / "evaluation.json").read_text())["parts"]["greedy answers"]
     assert found["same_answer"]["full precision"]["value"] == 1.0
     assert found["tokens_before_difference"][str(packed)]["examples"] == 3
+
+
+@pytest.mark.parametrize(
+    ("length", "expected"),
+    [
+        (1, [(5, 6)]),
+        (256, [(5, 261)]),
+        (257, [(5, 261), (261, 262)]),
+        (1024, [(5, 261), (261, 517), (517, 1029)]),
+    ],
+)
+def test_stretches_of_an_answer_double(length, expected):
+    assert spans(5, length) == expected
+
+
+def test_the_kl_along_full_precisions_answers_is_that_of_both_models_reading_them(
+    packed, chat_llama, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("lfq_lightning.evaluation.drift._FIRST_SPAN", 2)
+    (tmp_path / "p.txt").write_text("hello\nwhat is the answer?\n")
+    main(["eval", str(packed), "--prompts", str(tmp_path / "p.txt"), "--new-tokens", "6"])
+    found = json.loads((packed / "evaluation" / "evaluation.json").read_text())["parts"]["greedy answers"]
+    teacher, student = AutoModelForCausalLM.from_pretrained(chat_llama), load(packed, dequantize=True)[0]
+    model = EvaluatedModel(str(chat_llama), torch.device("cpu"), packed / "evaluation")
+    expected = {"kl_tokens_1_2": [], "kl_tokens_3_4": [], "kl_tokens_5_8": []}
+    for prompt in ("hello", "what is the answer?"):
+        chat = [{"role": "user", "content": prompt}]
+        ids = model.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
+        answer = model.answers[["greedy", ids, 6, [257]]]
+        whole = torch.tensor([ids + answer])
+        with torch.no_grad():
+            log_p, log_q = (each(whole).logits[0].double().log_softmax(-1) for each in (teacher, student))
+        kl = (log_p.exp() * (log_p - log_q)).sum(-1)[len(ids) - 1 : -1].tolist()
+        for name, part in zip(expected, (kl[:2], kl[2:4], kl[4:6]), strict=True):
+            expected[name] += part
+    for name, values in expected.items():
+        assert found[name][str(packed)]["value"] == pytest.approx(sum(values) / len(values), rel=1e-3), name
+        assert found[name]["full precision"]["value"] == pytest.approx(0, abs=1e-6)
 
 
 def test_parts_of_the_same_models_add_up(packed, text_file):
