@@ -24,17 +24,17 @@ def chat(folder: str, max_new_tokens: int) -> None:
     """
     from lfq_lightning.models.chat_template import Message
     from lfq_lightning.ops.path import best_device
-    from lfq_lightning.packed.generate import answer
+    from lfq_lightning.packed.generate import Writer, answer
     from lfq_lightning.packed.load_model import load
 
     model, tokenizer = load(folder, device=best_device())
     if not tokenizer.chat_template:
         raise UserError(f"{folder} has no chat template, so it is no chat model; use `lfq generate`.")
-    messages: list[Message] = []
+    writer, messages = Writer(model), list[Message]()
     while line := _line():
         messages.append({"role": "user", "content": line})
         messages.append(
-            {"role": "assistant", "content": answer(model, tokenizer, messages, max_new_tokens, stream=True)}
+            {"role": "assistant", "content": answer(writer, tokenizer, messages, max_new_tokens, stream=True)}
         )
 
 

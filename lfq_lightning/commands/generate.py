@@ -12,9 +12,9 @@ def main(arguments: list[str]) -> None:
     options = ours.parse_args(arguments)
     check_positive(options, "max_new_tokens")
     from lfq_lightning.ops.path import best_device
-    from lfq_lightning.packed.generate import answer
+    from lfq_lightning.packed.generate import Writer, answer
     from lfq_lightning.packed.load_model import load
 
     log_to_stderr()
     model, tokenizer = load(options.model, device=best_device())
-    answer(model, tokenizer, [{"role": "user", "content": options.prompt}], options.max_new_tokens, stream=True)
+    answer(Writer(model), tokenizer, [{"role": "user", "content": options.prompt}], options.max_new_tokens, stream=True)

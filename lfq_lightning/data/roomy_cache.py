@@ -1,11 +1,12 @@
 """A cache of keys and values with room to grow: a new token is written into it, not appended to a copy of it."""
 
-import inspect
 from typing import Any
 
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
+
+from lfq_lightning.models.cache_argument import cache_argument
 
 _ROOM = 64  # tokens by which a layer grows at once
 
@@ -35,11 +36,10 @@ class _RoomyLayer(DynamicLayer):
 
 
 def roomy_cache(model: PreTrainedModel) -> dict[str, DynamicCache]:
-    """Return an empty cache for one call of `generate`, under the name of its argument, which transformers has changed.
+    """Return an empty cache for one call of `generate` by the name of its argument.
 
     Layers that keep all tokens have room to grow.
     """
     cache = DynamicCache(config=model.config)
     cache.layers = [_RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    known = inspect.signature(model.forward).parameters
-    return {"cache" if "cache" in known else "past_key_values": cache}
+    return {cache_argument(model): cache}

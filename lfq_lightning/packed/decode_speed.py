@@ -12,12 +12,13 @@ from rich.table import Table
 from transformers.generation.streamers import BaseStreamer
 
 from lfq_lightning.ops.path import best_device
+from lfq_lightning.packed.generate import Writer
 from lfq_lightning.packed.load_model import load
 from lfq_lightning.peak_memory import peak_bytes
 
 
 class _Clock(BaseStreamer):
-    """Notes when `generate` hands on the prompt and then each token."""
+    """Notes when the writer hands on the prompt and then each token."""
 
     def __init__(self) -> None:
         self.ticks: list[float] = []
@@ -56,13 +57,10 @@ def measure(folder: str, packed: bool, prompt_tokens: int, new_tokens: int) -> D
     vocabulary = model.config.get_text_config().vocab_size
     prompt = torch.randint(0, vocabulary, (1, prompt_tokens), generator=generator).to(device)
     clock = _Clock()
-    settings = {"do_sample": False, "pad_token_id": 0, "streamer": clock}
-    with torch.no_grad():
-        model.generate(prompt[:, :8], max_new_tokens=2, min_new_tokens=2, **settings)  # type: ignore[operator]
+    writer = Writer(model)
+    for _ in range(2):  # the first time kernels are compiled, and the graph is captured
         clock.ticks.clear()
-        model.generate(  # type: ignore[operator]
-            prompt, max_new_tokens=new_tokens + 1, min_new_tokens=new_tokens + 1, **settings
-        )
+        writer.write(prompt, new_tokens + 1, set(), clock)
     begun, first, *rest = clock.ticks
     steps = [after - before for before, after in pairwise([first, *rest])]
     tensors = {t.data_ptr(): t.nbytes for t in [*model.parameters(), *model.buffers()]}

@@ -1,14 +1,68 @@
 """Let a loaded model answer, greedily, and show the answer while it comes."""
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers.generation.streamers import BaseStreamer
 
 from lfq_lightning.data.prompt_tokens import check_tokens, prompt_tokens
+from lfq_lightning.data.self_generate import end_ids
 from lfq_lightning.models.chat_template import Message, render
+from lfq_lightning.packed.decoder import Decoder, decodable
+
+_ROUNDED = 1024  # a cache's length is a multiple of so many tokens
+
+
+class Writer:
+    """A model that continues one prompt after another, greedily.
+
+    On a GPU it writes through a `Decoder`, whose graph later prompts use again; on a CPU, and where a model's step
+    cannot be captured, through transformers' `generate`.
+
+    Args:
+        model: as `load` gives it.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self._captures = model.device.type == "cuda" and decodable(model)
+        self._decoder: Decoder | None = None
+
+    def write(self, prompt: Tensor, max_new_tokens: int, ends: set[int], streamer: BaseStreamer | None) -> list[int]:
+        """Return the tokens that follow a prompt, int64 (1, T), up to one of `ends`, or all if there is none of these.
+
+        Each goes to the streamer as it comes.
+        """
+        if not self._captures:
+            with torch.no_grad():
+                output = self.model.generate(  # type: ignore[operator]
+                    prompt,
+                    attention_mask=torch.ones_like(prompt),
+                    do_sample=False,
+                    max_new_tokens=max_new_tokens,
+                    min_new_tokens=None if ends else max_new_tokens,
+                    eos_token_id=sorted(ends) or None,
+                    pad_token_id=min(ends, default=0),
+                    streamer=streamer,
+                )
+            return list(output[0, prompt.shape[1] :].tolist())
+        length = prompt.shape[1] + max_new_tokens
+        if self._decoder is None or self._decoder.length < length:
+            self._decoder = Decoder(self.model, -(-length // _ROUNDED) * _ROUNDED, graph=True)
+        found = []
+        if streamer is not None:
+            streamer.put(prompt.cpu())
+        for token in self._decoder.answer(prompt, max_new_tokens, ends):
+            found.append(token)
+            if streamer is not None:
+                streamer.put(torch.tensor([token]))
+        if streamer is not None:
+            streamer.end()
+        return found
 
 
 def answer(
-    model: PreTrainedModel,
+    writer: Writer,
     tokenizer: PreTrainedTokenizerBase,
     messages: list[Message],
     max_new_tokens: int,
@@ -18,7 +72,7 @@ def answer(
 
     Without a template the model continues the last message. With `stream` the text is printed as it comes.
     """
-    template = bool(tokenizer.chat_template)
+    model, template = writer.model, bool(tokenizer.chat_template)
     text = messages[-1]["content"]
     if template:
         text = render(tokenizer, messages, add_generation_prompt=True)
@@ -26,12 +80,5 @@ def answer(
     check_tokens([ids], model.config.get_text_config().vocab_size, tokenizer)
     inputs = torch.tensor([ids], device=model.device)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
-    with torch.no_grad():
-        output = model.generate(  # type: ignore[operator]
-            inputs,
-            attention_mask=torch.ones_like(inputs),
-            do_sample=False,
-            max_new_tokens=max_new_tokens,
-            streamer=streamer,
-        )
-    return str(tokenizer.decode(output[0, inputs.shape[1] :], skip_special_tokens=True))
+    ends = end_ids(model.generation_config, model.config, tokenizer)
+    return str(tokenizer.decode(writer.write(inputs, max_new_tokens, ends, streamer), skip_special_tokens=True))

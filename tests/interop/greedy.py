@@ -8,7 +8,7 @@ Exit code 1 if the greedy texts differ.
 import subprocess
 import sys
 
-from lfq_lightning.packed.generate import answer
+from lfq_lightning.packed.generate import Writer, answer
 from lfq_lightning.packed.load_model import load
 
 TOKENS = 60
@@ -35,7 +35,7 @@ def main() -> None:
     model, own_tokenizer = load(folder, dequantize=True)
     for parameter in model.parameters():  # the same products, so the same roundings, on any CPU
         parameter.data = parameter.data.to(model.config.dtype)  # rotary tables stay in fp32
-    ours = repr(answer(model, own_tokenizer, [{"role": "user", "content": prompt}], TOKENS))
+    ours = repr(answer(Writer(model), own_tokenizer, [{"role": "user", "content": prompt}], TOKENS))
     print(f"transformers alone: {theirs}\nlfq_lightning:      {ours}")
     sys.exit(0 if ours == theirs else 1)
 

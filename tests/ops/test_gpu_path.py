@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lfq_lightning.cli import main
-from lfq_lightning.packed.generate import answer
+from lfq_lightning.packed.generate import Writer, answer
 from lfq_lightning.packed.load_model import load
 from tests.helpers import save_tiny
 
@@ -58,7 +58,7 @@ def test_run_and_generate_by_kernels(text_file, tmp_path, monkeypatch):
             send(patched, way == "kernels", launched[way])
             main(["run", "--config", str(tmp_path / "config.json")])
             loaded, tokenizer = load(tmp_path / "kernels")
-            answers[way] = answer(loaded, tokenizer, [{"role": "user", "content": "hello"}], 2)
+            answers[way] = answer(Writer(loaded), tokenizer, [{"role": "user", "content": "hello"}], 2)
         found[way] = json.loads((tmp_path / way / "metrics.json").read_text())["held_out"]
     assert set(launched["kernels"]) == set(KITS)
     assert not launched["reference"]

@@ -1,0 +1,114 @@
+"""Decoder: greedy tokens one after another, keys and values in one place; on a GPU each step is one CUDA graph.
+
+An eager step launches some ten kernels a layer, each from Python and tens of microseconds after the last, which is more
+than a packed product takes. A graph launches them all at once: the token, its position and the cache stay where they
+are, so nothing has to come from the host.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import StaticCache, StaticLayer
+
+from lfq_lightning.models.cache_argument import cache_argument
+from lfq_lightning.models.experts import ExpertList
+
+# of a generation config: names of tokens, and how sampling is done, which greedy answers do not ask
+_IDLE = {"bos_token_id", "eos_token_id", "pad_token_id", "do_sample", "temperature", "top_k", "top_p", "min_p"}
+_IDLE |= {"transformers_version", "max_length", "max_new_tokens", "_from_model_config", "use_cache"}
+_WARM_UP = 3  # steps before the capture: kernels are compiled and workspaces allocated
+
+
+class Decoder:
+    """Greedy decoding of one sequence.
+
+    Args:
+        model: one that `decodable` takes, on the device where it runs.
+        length: tokens of a prompt and its answer at most.
+        graph: capture the step as a CUDA graph.
+    """
+
+    def __init__(self, model: PreTrainedModel, length: int, graph: bool) -> None:
+        self.model, self.length = model, length
+        self._cache = StaticCache(config=model.config, max_cache_len=length)
+        self._named = {cache_argument(model): self._cache, "use_cache": True}
+        self._token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+        self._graph = self._captured() if graph else None
+
+    @torch.no_grad()
+    def answer(self, prompt: Tensor, max_new_tokens: int, ends: set[int]) -> Iterator[int]:
+        """Yield the tokens of an answer as they come, one of `ends` included.
+
+        Args:
+            prompt: int64 (1, T), on the model's device; T + max_new_tokens must not exceed `length`.
+        """
+        assert prompt.shape[1] + max_new_tokens <= self.length
+        self._cache.reset()
+        self._next(prompt)
+        coming = self._sent()
+        for number in range(max_new_tokens):
+            token = coming
+            if number + 1 < max_new_tokens:  # the next step is queued before this one's token is waited for
+                self.step()
+                coming = self._sent()
+            yield (found := token())
+            if found in ends:
+                return
+
+    def step(self) -> None:
+        """Put the token that follows in place of the last one, and the last one's keys and values into the cache."""
+        if self._graph is None:
+            self._next(self._token)
+        else:
+            self._graph.replay()
+
+    def _next(self, ids: Tensor) -> None:
+        logits = self.model(input_ids=ids, **self._named).logits[:, -1:]
+        self._token.copy_(logits.argmax(-1))
+
+    @torch.no_grad()
+    def _captured(self) -> torch.cuda.CUDAGraph:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UP):
+                self._next(self._token)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._next(self._token)
+        return graph
+
+    def _sent(self) -> Callable[[], int]:
+        """Send the last token to the host; return what waits for it."""
+        if self._token.device.type != "cuda":
+            value = int(self._token)
+            return lambda: value
+        host = torch.empty(1, 1, dtype=torch.int64, pin_memory=True)
+        host.copy_(self._token, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+
+        def wait() -> int:
+            arrived.synchronize()
+            return int(host)
+
+        return wait
+
+
+def decodable(model: PreTrainedModel) -> bool:
+    """Return whether a Decoder gives this model's greedy answers, and its step can be captured.
+
+    Not so: windows and recurrent states, whose position the host counts; experts, of which the host calls those that
+    were chosen; a generation config that changes logits.
+    """
+    generation = model.generation_config
+    settings = {} if generation is None else generation.to_diff_dict()
+    if not model._can_compile_fullgraph or any(value and name not in _IDLE for name, value in settings.items()):
+        return False
+    layers = StaticCache(config=model.config, max_cache_len=1).layers
+    return all(type(layer) is StaticLayer for layer in layers) and not any(
+        isinstance(module, ExpertList) for module in model.modules()
+    )

@@ -1,0 +1,106 @@
+"""Decoding through a cache in one place: the tokens of transformers' `generate`, and a step that can be captured."""
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers.cache_utils import StaticCache
+
+from lfq_lightning.models.cache_argument import cache_argument
+from lfq_lightning.models.meta_model import meta_model
+from lfq_lightning.packed.decoder import Decoder, decodable
+from lfq_lightning.packed.generate import Writer
+from lfq_lightning.packed.load_model import load
+from tests.helpers import run, save_tiny
+
+
+@pytest.fixture(params=["packed", "dense"])
+def model(request, config):
+    path = config()
+    run(path)
+    return load(path.parent / "run", dequantize=request.param == "dense")[0]
+
+
+def theirs(model, prompt, tokens):
+    with torch.no_grad():
+        output = model.generate(prompt, do_sample=False, max_new_tokens=tokens, min_new_tokens=tokens, pad_token_id=0)
+    return output[0, prompt.shape[1] :].tolist()
+
+
+def test_answers_are_those_of_generate_one_prompt_after_another(model):
+    assert decodable(model)
+    decoder = Decoder(model, 40, graph=False)
+    for prompt in ([[7, 50, 3, 100, 9]], [[4]], [[9, 8, 200, 6, 5, 4, 3, 2, 1]]):
+        ids = torch.tensor(prompt)
+        expected = theirs(model, ids, 20)
+        assert list(decoder.answer(ids, 20, set())) == expected
+        end = expected[4]
+        assert list(decoder.answer(ids, 20, {end})) == expected[: expected.index(end) + 1]
+
+
+def test_what_a_capture_records_has_the_bits_of_an_eager_step(model, monkeypatch):
+    """Where a stream is captured transformers leaves out what reads values; what it does then has the same bits.
+
+    And the step compiles without a break, so nothing in it waits for the host (there, heads come in another order).
+    """
+    prompt = torch.tensor([[7, 50, 3, 100, 9]])
+
+    def decode(forward, captures=False):
+        cache, found = StaticCache(config=model.config, max_cache_len=16), []
+        named = {cache_argument(model): cache, "use_cache": True}
+        with torch.no_grad():
+            token = model(input_ids=prompt, **named).logits[:, -1:].argmax(-1)
+            with monkeypatch.context() as patched:
+                if captures:
+                    patched.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+                for _ in range(5):
+                    found.append(forward(input_ids=token, **named).logits)
+                    token = found[-1].argmax(-1)
+        return torch.cat(found)
+
+    torch.compiler.reset()
+    eager = decode(model)
+    assert torch.equal(decode(model, captures=True), eager)
+    compiled = decode(torch.compile(model, backend="eager", fullgraph=True))
+    torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-4)
+
+
+def test_what_cannot_be_captured_is_written_by_generate(tmp_path):
+    windows = save_tiny(tmp_path / "windows", "mistral", sliding_window=4)
+    experts = save_tiny(tmp_path / "experts", "qwen2_moe", decoder_sparse_step=1, mlp_only_layers=[])
+    for folder in (windows, experts):
+        assert not decodable(meta_model(AutoConfig.from_pretrained(folder), folder))
+    plain = AutoModelForCausalLM.from_pretrained(save_tiny(tmp_path / "plain"))
+    assert decodable(plain)
+    plain.generation_config = GenerationConfig(eos_token_id=257, repetition_penalty=1.3)
+    assert not decodable(plain)
+
+
+def test_a_writer_stops_at_an_end_and_tells_the_streamer(model):
+    heard = []
+
+    class Streamer:
+        def put(self, value):
+            heard.extend(value.flatten().tolist())
+
+        def end(self):
+            heard.append("end")
+
+    prompt = torch.tensor([[7, 50, 3]])
+    expected = theirs(model, prompt, 8)
+    ends = {expected[3]}
+    cut = expected[: expected.index(expected[3]) + 1]
+    assert Writer(model).write(prompt, 8, ends, Streamer()) == cut
+    assert heard == [7, 50, 3, *cut, "end"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_captured_step_writes_what_an_eager_one_writes(config):
+    path = config()
+    run(path)
+    model, _ = load(path.parent / "run", device="cuda")
+    prompt = torch.tensor([[7, 50, 3, 100, 9]], device="cuda")
+    captured, eager = Decoder(model, 32, graph=True), Decoder(model, 32, graph=False)
+    for _ in range(2):
+        assert list(captured.answer(prompt, 20, set())) == list(eager.answer(prompt, 20, set()))
+    assert Writer(model).write(prompt, 20, set(), None) == list(eager.answer(prompt, 20, set()))
