@@ -22,9 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.cpu import cpu_seconds
-from benchmarks.quality.__main__ import append, finished, run_command, split_text
+from benchmarks.quality.__main__ import run_command, split_text
 from benchmarks.quality.measure import full_precision, quantised, reference_on
 from benchmarks.quality.methods import ANCHORED, NORMALISED
+from benchmarks.rows import append, finished
 from lfq_lightning.data import CalibrationData
 from lfq_lightning.grids import GRIDS, Grid
 from lfq_lightning.models.checkpoints import open_checkpoint

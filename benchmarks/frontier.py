@@ -28,9 +28,7 @@ import torch
 from benchmarks.cpu import cpu, cpu_seconds
 from benchmarks.quality.__main__ import (
     SELECTION_AT_THE_END,
-    append,
     dense_folder,
-    finished,
     run_command,
     split_text,
     versions_beside,
@@ -39,6 +37,7 @@ from benchmarks.quality.__main__ import (
 from benchmarks.quality.measure import Reference, quantised, reference_on
 from benchmarks.quality.methods import METHODS, Plan, Setting
 from benchmarks.quality.report import ROOT, Rows, mean, put_between_marks
+from benchmarks.rows import append, finished
 from lfq_lightning.report.chart import HEIGHT, WIDTH, Line, line_chart
 
 RESULTS = ROOT / "benchmarks" / "results" / "frontier.csv"

@@ -68,7 +68,7 @@ def blocks(work: Path) -> None:
 def wide(work: Path) -> None:
     """Calibrate one block and the head of Llama-3.1-70B's sizes through the final module, on short sequences."""
     model = work / "llama-70b-1"
-    _save_wide(model)
+    save_wide(model, WIDE, blocks=1)
     flexround = {"name": "flexround", "bits": 4, "group_size": 128, "rank": 1024}  # LRQ, for the memory
     training = {"steps": 3, "batch_size": 2, "optimizer": "adamw8bit", "activation_checkpointing": True}
     plan = [{"match": "last", "quantizer": flexround, "objective": "logit_ce", **training}]
@@ -83,14 +83,20 @@ def wide(work: Path) -> None:
 
 
 def run(
-    work: Path, name: str, model: Path, plan: list[dict[str, Any]], data: dict[str, Any], precision: str = "32-true"
+    work: Path,
+    name: str,
+    model: Path,
+    plan: list[dict[str, Any]],
+    data: dict[str, Any],
+    precision: str = "32-true",
+    accelerator: str = "cpu",
 ) -> tuple[float, int]:
     """Run `lfq run`; return its seconds and its peak resident bytes, both as it measures them itself.
 
     (What the system reports of a child includes the memory of the process that started it.)
     """
     config = work / f"{name}.json"
-    trainer = {"accelerator": "cpu", "precision": precision, "logger": False}
+    trainer = {"accelerator": accelerator, "precision": precision, "logger": False}
     content = {"model": {"checkpoint": str(model)}, "data": data, "plan": plan, "trainer": trainer}
     config.write_text(json.dumps({**content, "output": str(work / name)}))
     command = [sys.executable, "-m", "lfq_lightning", "run", "--config", str(config), "--overwrite", "true"]
@@ -99,30 +105,35 @@ def run(
     return metrics["seconds"], metrics["peak_bytes"]
 
 
-def _save_wide(folder: Path) -> None:
-    """Save one block, embedding, norm and head, shard by shard: together they are more than half of the memory here."""
+def save_wide(folder: Path, shape: dict[str, int], blocks: int) -> None:
+    """Save blocks, embedding, norm and head, shard by shard: of a 70B's sizes they are more than half of 24 GB."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = LlamaConfig(**WIDE, vocab_size=VOCABULARY, num_hidden_layers=1, eos_token_id=256, bos_token_id=None)
+    shape = {"vocab_size": VOCABULARY, **shape}
+    config = LlamaConfig(**shape, num_hidden_layers=blocks, eos_token_id=256, bos_token_id=None)
     config.architectures, config.dtype = ["LlamaForCausalLM"], torch.bfloat16
     config.save_pretrained(folder)
     save_tokenizer(folder)
-    hidden, between, heads = WIDE["hidden_size"], WIDE["intermediate_size"], WIDE["num_key_value_heads"] * 128
+    hidden, between, heads = shape["hidden_size"], shape["intermediate_size"], shape["num_key_value_heads"]
+    heads *= hidden // shape["num_attention_heads"]
     shapes = {"self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (heads, hidden)}
     shapes |= {"self_attn.v_proj": (heads, hidden), "self_attn.o_proj": (hidden, hidden)}
     shapes |= {"mlp.gate_proj": (between, hidden), "mlp.up_proj": (between, hidden), "mlp.down_proj": (hidden, between)}
-    block = {f"model.layers.0.{name}.weight": shape for name, shape in shapes.items()}
-    norms = {f"model.layers.0.{name}_layernorm.weight": (hidden,) for name in ("input", "post_attention")}
-    shards = [block, {"model.embed_tokens.weight": (VOCABULARY, hidden)}, {"lm_head.weight": (VOCABULARY, hidden)}]
-    shards.append({**norms, "model.norm.weight": (hidden,)})
+    shards: list[dict[str, tuple[int, ...]]] = []
+    norms: dict[str, tuple[int, ...]] = {"model.norm.weight": (hidden,)}
+    for index in range(blocks):
+        shards.append({f"model.layers.{index}.{name}.weight": size for name, size in shapes.items()})
+        norms |= {f"model.layers.{index}.{name}_layernorm.weight": (hidden,) for name in ("input", "post_attention")}
+    words = (shape["vocab_size"], hidden)
+    shards += [{"model.embed_tokens.weight": words}, {"lm_head.weight": words}, norms]
     torch.manual_seed(0)
     weight_map = {}
     for number, shard in enumerate(shards):
         file = f"model-{number}.safetensors"
         tensors = {
-            name: torch.ones(shape, dtype=torch.bfloat16)
-            if len(shape) == 1
-            else torch.randn(shape, dtype=torch.bfloat16) * shape[1] ** -0.5
-            for name, shape in shard.items()
+            name: torch.ones(size, dtype=torch.bfloat16)
+            if len(size) == 1
+            else torch.randn(size, dtype=torch.bfloat16) * size[1] ** -0.5
+            for name, size in shard.items()
         }
         save_file(tensors, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file)

@@ -10,8 +10,6 @@ seconds count for both. Held-out text comes from the rest of the calibration tex
 """
 
 import argparse
-import csv
-import fcntl
 import json
 import subprocess
 import sys
@@ -25,6 +23,7 @@ from safetensors.torch import save_file
 
 from benchmarks.quality.measure import Reference, full_precision, quantised, reference_on
 from benchmarks.quality.methods import ABLATIONS, METHODS, RECIPE, Plan, Setting
+from benchmarks.rows import append, finished
 from lfq_lightning.data import CalibrationData
 from lfq_lightning.models.checkpoints import open_checkpoint
 
@@ -203,25 +202,6 @@ def _seconds_taken_over(folder: Path, base: Path) -> float:
         for run in (folder, base)
     )
     return sum(seconds for fingerprint, seconds in theirs.items() if fingerprint in ours)
-
-
-def finished(cell: dict[str, str], results: Path) -> bool:
-    """Tell whether a CSV has a row with these values."""
-    if not results.exists():
-        return False
-    with results.open(newline="") as file:
-        return any(all(row[key] == value for key, value in cell.items()) for row in csv.DictReader(file))
-
-
-def append(results: Path, row: dict[str, str]) -> None:
-    """Add a row to a CSV; other processes may do so too."""
-    results.parent.mkdir(exist_ok=True)
-    with results.open("a", newline="") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        writer = csv.DictWriter(file, list(row))
-        if file.tell() == 0:
-            writer.writeheader()
-        writer.writerow(row)
 
 
 def versions_beside(python: str, names: tuple[str, ...]) -> str:

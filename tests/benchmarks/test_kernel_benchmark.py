@@ -1,5 +1,6 @@
 """The kernels' benchmark as far as it goes without a GPU: its list, its refusal, and that each side runs."""
 
+import re
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import torch
 pytest.importorskip("triton")
 
 from benchmarks.kernels import cases
+from benchmarks.kernels.__main__ import passed
 
 
 def run(*options: str) -> subprocess.CompletedProcess[str]:
@@ -29,6 +31,17 @@ def test_refuses_without_a_gpu():
     done = run()
     assert done.returncode == 1
     assert done.stderr.strip() == "benchmarks.kernels needs a CUDA GPU; --dry-run lists the cases without one."
+
+
+def test_a_green_operation_is_one_whose_tests_ran_and_passed(tmp_path):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junit-xml={tmp_path / 'all.xml'}"]
+    subprocess.run([*command, "tests/ops/test_bitstream.py", "-k", "test_same_bytes"], check=True)
+    report = (tmp_path / "all.xml").read_text()
+    assert passed(tmp_path / "all.xml", "bitstream")
+    assert not passed(tmp_path / "all.xml", "soft_round")  # none of its tests ran
+    for name in ("skipped", "failure", "error"):
+        (tmp_path / "bad.xml").write_text(re.sub(r"(<testcase[^>]*?) ?/>", rf"\1><{name}/></testcase>", report))
+        assert not passed(tmp_path / "bad.xml", "bitstream")
 
 
 @pytest.mark.parametrize(
