@@ -6,6 +6,8 @@ Ways: `eager`, transformers' `generate`; `static`, our decoder's step launched b
 CUDA graph; `compiled`, transformers' `generate` with a static cache, which it compiles with CUDA graphs itself. A row
 has the share of what the bytes of a step allow at the copy bandwidth that the card shows. Rows go to
 benchmarks/results/decode.csv as they come; one that is there, of this card and this code, is not made again.
+Layers that read the same input are one product, as `load` has them, but for the model named `apart`.
+
 `--dry-run` runs all ways but the graph on a CPU, on a small model, and writes no row.
 """
 
@@ -25,6 +27,7 @@ from benchmarks.kernels.__main__ import copy_rate
 from benchmarks.rows import ROOT, append, code_digest, finished
 from lfq_lightning.grids import IntegerGrid
 from lfq_lightning.packed.decoder import Decoder
+from lfq_lightning.packed.merge_layers import merge_layers
 from lfq_lightning.packed.packed_linear import PackedLinear
 from lfq_lightning.quantized_tensor import QuantizedTensor
 
@@ -39,7 +42,7 @@ LLAMA_8B = {
 }
 SMALL = LLAMA_8B | {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": 512}
 SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2}
-WIDTHS = (4, None, 3, 2)  # bits; None is bf16
+MODELS = ("W4g128", "bf16", "W3g128", "W4g128 apart", "W2g128")
 GROUP = 128
 PROMPT, NEW, LENGTH = 128, 128, 1024  # tokens; the length of a static cache
 WAYS = ("graph", "static", "eager", "compiled")
@@ -51,24 +54,24 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing later than that")
     given = parser.parse_args()
     if given.dry_run:
-        for bits in WIDTHS:
-            model = random_model(SMALL, bits, "cpu")
+        for name in MODELS:
+            model = random_model(SMALL, name, "cpu")
             for way in WAYS[1:]:
                 seconds = step_seconds(model, way, 8, 6)
-                print(f"{_name(bits)} {way}: {1 / seconds:.1f} tokens/s, {step_bytes(model, 8) / 1e6:.2f} MB a step")
+                print(f"{name} {way}: {1 / seconds:.1f} tokens/s, {step_bytes(model, 8) / 1e6:.2f} MB a step")
         return
     if not torch.cuda.is_available():
         parser.exit(1, "benchmarks.decode needs a CUDA GPU; --dry-run goes without one.\n")
     begun, rate = time.monotonic(), 0.0
-    for bits in WIDTHS:
+    for name in MODELS:
         model = None
         for way in WAYS:
-            cell = {"device": torch.cuda.get_device_name(), "model": f"Llama-3 8B's shapes, {_name(bits)}", "way": way}
+            cell = {"device": torch.cuda.get_device_name(), "model": f"Llama-3 8B's shapes, {name}", "way": way}
             cell |= {"code": code_digest("packed", "ops/packed_matmul")}
             if finished(cell, RESULTS) or time.monotonic() - begun > given.seconds:
                 continue
             rate = rate or copy_rate()
-            model = model or random_model(LLAMA_8B, bits, "cuda")
+            model = model or random_model(LLAMA_8B, name, "cuda")
             seconds, read = step_seconds(model, way, PROMPT, NEW), step_bytes(model, PROMPT + NEW // 2)
             row = cell | {"tokens_per_second": f"{1 / seconds:.1f}", "microseconds": f"{seconds * 1e6:.0f}"}
             row |= {"gigabytes": f"{read / 1e9:.3f}", "share_of_copy": f"{read / seconds / rate:.3f}"}
@@ -79,24 +82,23 @@ def main() -> None:
         torch.cuda.empty_cache()
 
 
-def _name(bits: int | None) -> str:
-    return "bf16" if bits is None else f"W{bits}g{GROUP}"
-
-
-def random_model(shape: dict[str, int], bits: int | None, device: str) -> LlamaForCausalLM:
+def random_model(shape: dict[str, int], name: str, device: str) -> LlamaForCausalLM:
     """Return a Llama of random weights, made on the device; all but embeddings and head packed if there are bits."""
+    bits = int(name[1]) if name.startswith("W") else None
     config = LlamaConfig(**shape, rope_parameters={"rope_type": "default", "rope_theta": 5e5})
     with torch.device("meta"):
         model = LlamaForCausalLM(config).bfloat16().eval()
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and bits is not None and name != "lm_head":
-            model.set_submodule(name, PackedLinear(_random_weight(module, bits, device), None))
+    for path, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and bits is not None and path != "lm_head":
+            model.set_submodule(path, PackedLinear(_random_weight(module, bits, device), None))
+    if not name.endswith("apart"):
+        merge_layers(model)
     rotary = type(model.model.rotary_emb)(config).to(device)
     model.model.rotary_emb = rotary
-    for name, parameter in list(model.named_parameters()):
+    for path, parameter in list(model.named_parameters()):
         if parameter.is_meta:
             drawn = torch.randn(parameter.shape, dtype=torch.bfloat16, device=device) * 0.02
-            owner, _, own = name.rpartition(".")
+            owner, _, own = path.rpartition(".")
             setattr(model.get_submodule(owner), own, nn.Parameter(drawn, requires_grad=False))
     model.generation_config.eos_token_id = model.generation_config.bos_token_id = None
     return model

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lfq_lightning.models.checkpoints.checkpoint import read_generation_config, read_tokenizer
 from lfq_lightning.models.meta_model import assign_weights, meta_model
 from lfq_lightning.models.widen import widen
+from lfq_lightning.packed.merge_layers import merge_layers
 from lfq_lightning.packed.packed_folder import PackedFolder
 from lfq_lightning.packed.packed_linear import PackedLinear
 from lfq_lightning.peak_memory import return_freed_memory
@@ -59,6 +60,8 @@ def load(
     assign_weights(model, weights, packed.path)
     model.to(device)  # type: ignore[arg-type]  # what is left: rotary tables
     widen(model)
+    if merged := merge_layers(model):
+        log.info("%d packed layers share a product with those that read the same input", merged)
     if ways:
         log.info("packed layers on %s: %s", device, ", ".join(f"{number} by {way}" for way, number in ways.items()))
     if generation is not None:

@@ -1,5 +1,6 @@
 """PackedLinear: a linear layer whose weight stays packed in memory."""
 
+import torch
 from torch import Tensor, nn
 
 from lfq_lightning.errors import UserError
@@ -51,6 +52,21 @@ class PackedLinear(nn.Module):
             buffers = {"packed": packed, "scale": quantized.scale, "zero_point": quantized.zero_point}
         for name, tensor in buffers.items():
             self.register_buffer(name, tensor, persistent=False)
+
+    @classmethod
+    def joined(cls, layers: list["PackedLinear"]) -> "PackedLinear":
+        """Return one layer with all outputs of some that go through the Triton kernel and are alike but for these."""
+        first, joined = layers[0], cls.__new__(cls)
+        nn.Module.__init__(joined)
+        for name in ("in_features", "scheme", "scale_dtype", "device_type", "way"):
+            setattr(joined, name, getattr(first, name))
+        joined.out_features = sum(layer.out_features for layer in layers)
+        biases: list[Tensor] = [layer.bias for layer in layers if layer.bias is not None]
+        joined.bias = nn.Parameter(torch.cat(biases), requires_grad=False) if biases else None
+        joined.register_buffer("packed", torch.cat([layer.packed for layer in layers], dim=2), persistent=False)
+        joined.register_buffer("grid", torch.cat([layer.grid for layer in layers], dim=1), persistent=False)
+        joined.register_buffer("arrivals", first.arrivals, persistent=False)
+        return joined
 
     def forward(self, x: Tensor) -> Tensor:
         device = next(self.buffers()).device
