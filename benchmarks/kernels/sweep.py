@@ -33,13 +33,14 @@ SHORT = [
     (1, 28672, 8192, 2),
     (1, 28672, 8192, 3),
     (1, 4096, 4096, 4),
+    (1, 28672, 8192, 4),
     (16, 28672, 8192, 2),
     (16, 28672, 8192, 3),
     (256, 28672, 8192, 3),
     (256, 28672, 8192, 4),
 ]
-FEW = list(product((32, 64, 128), (1, 2, 4), (2, 3, 4), (2, 4, 8)))  # outputs, warps, stages, programs of a processor
-MANY = list(product((64, 128, 256), (4, 8), (2, 3), (1, 2)))
+FEW = list(product((32, 64, 128), (1, 2, 4), (2, 3, 4), (0, 2, 4, 8)))  # outputs, warps, stages, resident
+MANY = list(product((64, 128, 256), (4, 8), (2, 3), (0, 1, 2)))
 MOST_ROWS_OF_FEW = 32
 
 
@@ -53,7 +54,7 @@ def main() -> None:
             sys.exit("benchmarks.kernels.sweep --dry-run needs TRITON_INTERPRET=1.")
         for rows, _, _, bits in SHORT:
             every = list(candidates(rows, bits))
-            shapes = {each.outputs: each for each in every}.values()
+            shapes = {(each.outputs, each.resident == 0): each for each in every}.values()
             wrong = [label(each) for each in shapes if difference(each, rows, bits, "cpu") > 1]
             print(f"W{bits} {rows} rows: {len(every)} candidates, wrong: {wrong or 'none'}", flush=True)
             if wrong:

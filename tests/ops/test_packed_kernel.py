@@ -1,5 +1,7 @@
 """The packed product's kernels against fp64."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -71,6 +73,16 @@ def test_programs_share_blocks(multiprocessors, most_shared, outputs, rows, kern
     torch.testing.assert_close(found.double(), exact, rtol=1e-2, atol=2e-2 * float(found.abs().max()))
     assert torch.equal(found, kernel.matmul(x, weight)), "summed in a fixed order"
     assert not weight.arrivals.any(), "ready for the next product"
+
+
+def test_one_program_a_block(kernel_device, monkeypatch):
+    usual = kernel.block_of
+    monkeypatch.setattr(kernel, "block_of", lambda *given: replace(usual(*given), resident=0))
+    quantized = random_tensor(70, 960, IntegerGrid(3, 320, symmetric=False), device=kernel_device)
+    weight, x = kernel.tile(quantized), torch.randn(2, 960, device=kernel_device).half()
+    exact = x.double() @ quantized.dequantize().double().T
+    found = kernel.matmul(x, weight)
+    torch.testing.assert_close(found.double(), exact, rtol=1e-2, atol=2e-2 * float(found.abs().max()))
 
 
 def test_other_dtypes_are_computed_in_that_of_the_scales(kernel_device):

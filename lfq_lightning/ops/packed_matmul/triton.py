@@ -125,7 +125,7 @@ def _multiply(
     (m, k), (tiles, _, n, c) = x.shape, words.shape
     block = block_of(m, bits, _has_much_shared_memory(x.device))
     blocks = triton.cdiv(n, block.outputs) * triton.cdiv(m, block.rows)
-    shared = blocks <= len(arrivals)
+    shared = block.resident > 0 and blocks <= len(arrivals)
     programs = min(block.resident * multiprocessors, blocks * tiles) if shared else blocks
     out = torch.empty(m, n, dtype=x.dtype, device=x.device)
     parts = torch.empty(2 * programs * shared, block.rows, block.outputs, dtype=torch.float32, device=x.device)
@@ -162,7 +162,7 @@ class Block:
     words: int  # of a slice at a time, at most
     warps: int
     stages: int
-    resident: int  # programs of a multiprocessor that run at once
+    resident: int  # programs of a multiprocessor that run at once and share all blocks; 0: one program a block
 
 
 # by (rows, bits): outputs, words, warps, stages, programs of a multiprocessor; up to 16 rows as measured on an H100
