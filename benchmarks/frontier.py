@@ -44,6 +44,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "frontier.csv"
 STEPS, LAST, BATCH = 120, 85, 8  # of the recipe at budget 1: steps a block, steps on the last, sequences a step
 BUDGETS = {f"recipe x{share:g}": share for share in (0.5, 1, 2, 4, 8)}
 PEERS = {f"autoround {steps}": steps for steps in (50, 200, 1000)}
+BESIDE = "autoround 200"  # its default
 CLOSED = ("gptq", "gptq+lfq", "fast")
 SEQUENCES, SEQ_LEN = 136, 256
 ACROSS, CELL = 3, (WIDTH + 20, HEIGHT + 40)  # charts in a row, and the place of each
@@ -166,6 +167,10 @@ def _tables(rows: Rows, number: int) -> str:
         panels[f"{row['model']}, {row['setting'].replace('w', 'W')}"].append(row)
     (ROOT / "docs" / f"frontier-{number}.svg").write_text(_picture(panels), encoding="utf-8")
     parts = [_table(usual, ("model", "setting", "method"))]
+    if any(row["method"] == BESIDE for row in usual):
+        parts.append(
+            f"KL and CPU seconds as shares of those of {BESIDE}, on the seeds that both have:\n\n" + _shares(usual)
+        )
     of_text = {(row["model"], row["setting"], row["method"]) for row in rows if row not in usual}
     compared = [row for row in rows if (row["model"], row["setting"], row["method"]) in of_text]
     if compared:
@@ -233,6 +238,27 @@ def _table(rows: Rows, groups: Sequence[str]) -> str:
     for names, own in sorted(cells.items()):
         numbers = (f"{mean(own, column):{form}}" for column, (_, form) in columns.items())
         lines.append(f"| {' | '.join([*names, str(len(own)), *numbers])} |")
+    return "\n".join(lines)
+
+
+def _shares(rows: Rows) -> str:
+    """Return a table of each method's KL and seconds, in each setting, as shares of the peer's."""
+    places = sorted({(row["model"], row["setting"]) for row in rows})
+    by: dict[tuple[str, str, str], dict[str, dict[str, str]]] = defaultdict(dict)
+    for row in rows:
+        by[row["model"], row["setting"], row["method"]][row["seed"]] = row
+    lines = [f"| method | {' | '.join(' '.join(place) for place in places)} |", "|---" * (1 + len(places)) + "|"]
+    for method in sorted({row["method"] for row in rows} - {BESIDE}):
+        cells = []
+        for place in places:
+            own, peer = by[*place, method], by[*place, BESIDE]
+            seeds = sorted(own.keys() & peer.keys())
+            pairs = [([own[seed] for seed in seeds], [peer[seed] for seed in seeds])] if seeds else []
+            shares = [
+                (mean(a, "kl") / mean(b, "kl"), mean(a, "cpu_seconds") / mean(b, "cpu_seconds")) for a, b in pairs
+            ]
+            cells.append("".join(f"{kl:.2f} in {seconds:.2f}" for kl, seconds in shares))
+        lines.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -4,7 +4,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from benchmarks.frontier import BUDGETS, CLOSED, _picture, _points, _table, plan_of
+from benchmarks.frontier import BUDGETS, CLOSED, _picture, _points, _shares, _table, plan_of
 from lfq_lightning.plan import Plan, Rule
 
 
@@ -43,3 +43,9 @@ def test_the_table_has_means_and_the_number_of_seeds():
     lines = _table(ROWS, ("model", "method")).splitlines()
     assert lines[0] == "| model | method | seeds | KL to FP | KL, other domain | top-1 | CPU seconds |"
     assert "| m | recipe x1 | 2 | 0.400 | 2.00 | 0.500 | 8 |" in lines
+
+
+def test_shares_are_of_the_seeds_that_both_have():
+    lines = _shares([*ROWS, row("autoround 200", 3, 1000, 1.0)]).splitlines()
+    assert lines[0] == "| method | m w3g96 |"
+    assert lines[2:] == ["| recipe x1 | 0.75 in 0.50 |", "| recipe x2 | 0.25 in 1.33 |"]
