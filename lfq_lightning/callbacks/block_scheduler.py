@@ -94,7 +94,7 @@ class BlockScheduler(BlockCallback):
             solutions = bench.restore(*fit.shards.shipped(plan)) if plan.stage.from_shards else bench.solve()
         solved = bench.train_from(solutions)
         if plan.learned:
-            bench.ranks.shard(module)
+            bench.ranks.shard(module, module.block.layers if len(plan.indices) > 1 else ())
         state = BlockState(module, fit.fingerprint, bench.ranks)
         with bench.forward_only():
             start_loss, start_hidden = bench.held_out()

@@ -1,7 +1,7 @@
 """Ranks: the processes of a run, and what they tell each other. One process is one rank, and nothing is sent."""
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -112,15 +112,20 @@ class Ranks:
         if self.size > 1:
             gc.collect()
 
-    def shard(self, module: nn.Module) -> None:
-        """Keep of each parameter of `module` a share per rank; it is whole while the module runs (FSDP2)."""
+    def shard(self, module: nn.Module, parts: Iterable[nn.Module] = ()) -> None:
+        """Keep of each parameter of `module` a share per rank; it is whole while the module runs (FSDP2).
+
+        Those of `parts` of it are so only while their part runs: of a whole model no rank holds more than a layer.
+        """
         if self.size > 1:
-            fully_shard(module, mesh=self.mesh, reshard_after_forward=True)
+            for each in (*parts, module):
+                fully_shard(each, mesh=self.mesh, reshard_after_forward=True)
 
     def gather(self, module: nn.Module) -> None:
         """Make the parameters of a sharded module whole on every rank."""
-        if isinstance(module, FSDPModule):
-            module.unshard()
+        for part in module.modules():
+            if isinstance(part, FSDPModule):
+                part.unshard()
 
     def gathered(self, tensor: Tensor) -> Tensor | None:
         """Return all of a tensor of which each rank may hold a share, on the first rank's CPU; None on the others."""
