@@ -5,7 +5,9 @@ than a packed product takes. A graph launches them all at once: the token, its p
 are, so nothing has to come from the host.
 """
 
+import inspect
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +35,9 @@ class Decoder:
     def __init__(self, model: PreTrainedModel, length: int, graph: bool) -> None:
         self.model, self.length = model, length
         self._cache = StaticCache(config=model.config, max_cache_len=length)
-        self._named = {cache_argument(model): self._cache, "use_cache": True}
+        self._named: dict[str, Any] = {cache_argument(model): self._cache, "use_cache": True}
+        if "logits_to_keep" in inspect.signature(model.forward).parameters:
+            self._named["logits_to_keep"] = 1  # of a long prompt they would be gigabytes
         self._token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
         self._graph = self._captured() if graph else None
 

@@ -48,6 +48,7 @@ class Writer:
             return list(output[0, prompt.shape[1] :].tolist())
         length = prompt.shape[1] + max_new_tokens
         if self._decoder is None or self._decoder.length < length:
+            self._decoder = None  # its cache is released before there is another
             self._decoder = Decoder(self.model, -(-length // _ROUNDED) * _ROUNDED, graph=True)
         found = []
         if streamer is not None:
