@@ -4,7 +4,7 @@
 
 Random weights; 128 sequences of 2048 tokens, 200 steps of 8, as AutoRound's authors time it. A row has the seconds of a
 middle block and of the last, as the journal has them, the run's peak of memory, what `lfq plan` says of the run at the
-matmul rate that the card shows, and the projection: 31 middle blocks, the last, and what is neither. Rows go to
+matmul rate that the card shows, and the projection: 31 middle blocks, the last, and once what is neither. Rows go to
 benchmarks/results/calibrate_8b.csv; one that is there, of this card and this code, is not made again. `--dry-run` does
 the same on a CPU with a small model and writes no row.
 """
@@ -54,7 +54,6 @@ def main() -> None:
         parser.exit(1, "benchmarks.calibrate_8b needs a CUDA GPU; --dry-run goes without one.\n")
     begun = time.monotonic()
     given.work.mkdir(parents=True, exist_ok=True)
-    (given.work / "text.txt").write_text((ROOT / "LICENSE").read_text() * 40)
     for name, plan in plans(*((4, 2) if given.dry_run else (200, 8))).items():
         device = "cpu" if given.dry_run else torch.cuda.get_device_name()
         cell = {"device": device, "run": name, "code": code_digest("calibration", "quantizers", "objectives", "ops")}
@@ -68,6 +67,9 @@ def main() -> None:
 
 def measure(work: Path, name: str, plan: list[dict[str, Any]], dry: bool) -> dict[str, float]:
     """Return the columns of a run."""
+    work = work / ("small" if dry else "8b")
+    work.mkdir(exist_ok=True)
+    (work / "text.txt").write_text((ROOT / "LICENSE").read_text() * 40)
     model = work / "model"
     if not (model / "model.safetensors.index.json").is_file():
         sizes = {key: value for key, value in LLAMA_8B.items() if key != "num_hidden_layers"}

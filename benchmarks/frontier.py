@@ -168,9 +168,7 @@ def _tables(rows: Rows, number: int) -> str:
     (ROOT / "docs" / f"frontier-{number}.svg").write_text(_picture(panels), encoding="utf-8")
     parts = [_table(usual, ("model", "setting", "method"))]
     if any(row["method"] == BESIDE for row in usual):
-        parts.append(
-            f"KL and CPU seconds as shares of those of {BESIDE}, on the seeds that both have:\n\n" + _shares(usual)
-        )
+        parts.append(f"As shares of {BESIDE}, KL *in* CPU seconds, on the seeds that both have:\n\n" + _shares(usual))
     of_text = {(row["model"], row["setting"], row["method"]) for row in rows if row not in usual}
     compared = [row for row in rows if (row["model"], row["setting"], row["method"]) in of_text]
     if compared:
@@ -253,11 +251,9 @@ def _shares(rows: Rows) -> str:
         for place in places:
             own, peer = by[*place, method], by[*place, BESIDE]
             seeds = sorted(own.keys() & peer.keys())
-            pairs = [([own[seed] for seed in seeds], [peer[seed] for seed in seeds])] if seeds else []
-            shares = [
-                (mean(a, "kl") / mean(b, "kl"), mean(a, "cpu_seconds") / mean(b, "cpu_seconds")) for a, b in pairs
-            ]
-            cells.append("".join(f"{kl:.2f} in {seconds:.2f}" for kl, seconds in shares))
+            a, b = ([rows_of[seed] for seed in seeds] for rows_of in (own, peer))
+            kl, seconds = (mean(a, name) / mean(b, name) if seeds else 0 for name in ("kl", "cpu_seconds"))
+            cells.append(f"{kl:.2f} in {seconds:.2f}" if seeds else "")
         lines.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -22,11 +22,13 @@ step() {
     timeout $((seconds + 30)) "$PYTHON" -m "$@" --seconds "$seconds" "${DRY[@]}" || { echo "== $name failed"; failed=1; }
 }
 
-if [ ${#DRY[@]} -eq 0 ]; then  # a decoder that is wrong is not worth timing; kernels are tested before their rows
-    timeout 90 "$PYTHON" -m pytest -q -m gpu tests/packed/test_decoder.py tests/packed/test_packed_linear.py || failed=1
+decodes=1  # what decodes wrongly is not timed; kernels are tested before their rows
+if [ ${#DRY[@]} -eq 0 ]; then
+    tests=(tests/packed/test_decoder.py tests/packed/test_merge_layers.py tests/packed/test_packed_linear.py)
+    timeout 120 "$PYTHON" -m pytest -q -m gpu "${tests[@]}" || { echo "== the decoder's tests failed"; failed=1 decodes=0; }
 fi
 step 25 "kernels without rows" benchmarks.kernels --only fake_quant soft_round bitstream gptq_solve linear_soft_ce
-step 25 "decoding" benchmarks.decode
+if [ $decodes -eq 1 ]; then step 25 "decoding" benchmarks.decode; fi
 step 25 "a calibration of an 8B's blocks" benchmarks.calibrate_8b --work "$WORK"
 step 10 "packed products" benchmarks.kernels --only packed_matmul
 step 15 "other blocks for packed products" benchmarks.kernels.sweep

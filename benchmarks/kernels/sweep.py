@@ -19,10 +19,12 @@ from dataclasses import replace
 from itertools import product
 
 import torch
+from triton.runtime.errors import OutOfResources
 
 from benchmarks.kernels import cases
 from benchmarks.kernels.__main__ import OURS, copy_rate, time_side
 from benchmarks.rows import ROOT, append, code_digest, finished
+from lfq_lightning.errors import one_line
 from lfq_lightning.grids import IntegerGrid
 from lfq_lightning.ops.packed_matmul import triton as kernel
 from lfq_lightning.quantized_tensor import QuantizedTensor
@@ -78,7 +80,8 @@ def main() -> None:
 
 def candidates(rows: int, bits: int) -> list[kernel.Block]:
     """Return the kernel's own block, then others, nearest first; sums take half of a thread's registers at most."""
-    own = kernel.block_of(rows, bits, torch.cuda.is_available())
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    own = kernel.block_of(rows, bits, kernel._has_much_shared_memory(device))
     others = []
     for outputs, warps, stages, resident in FEW if rows <= MOST_ROWS_OF_FEW else MANY:
         other = replace(own, outputs=outputs, warps=warps, stages=stages, resident=resident)
@@ -106,8 +109,8 @@ def timed(block: kernel.Block, case: cases.Case, rows: int, bits: int, rate: flo
         else:
             with _choosing(block):
                 micros, _ = time_side(case.sides()[OURS]())
-    except Exception as error:  # more shared memory or registers than there are: a result
-        note = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
+    except OutOfResources as error:  # more shared memory or registers than there are: a result
+        note = one_line(error)[:100]
     share = f"{case.bytes / (micros / 1e6) / rate:.3f}"
     return {"microseconds": f"{micros:.1f}", "share_of_copy": share, "note": note}
 

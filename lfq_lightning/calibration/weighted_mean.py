@@ -7,7 +7,7 @@ from lfq_lightning.distributed.ranks import Ranks
 
 
 class WeightedMean:
-    """A mean of means over tokens, each weighted by its tokens; what it is given stays on its device until then.
+    """A mean of means over tokens, each weighted by its tokens; these stay on their device until `value` is asked for.
 
     Args:
         ranks: who has the other batches.

@@ -115,16 +115,17 @@ class Ranks:
     def shard(self, module: nn.Module, parts: Iterable[nn.Module] = ()) -> None:
         """Keep of each parameter of `module` a share per rank; it is whole while the module runs (FSDP2).
 
-        Those of `parts` of it are so only while their part runs: of a whole model no rank holds more than a layer.
+        Parameters of one of its `parts` are whole only while that part runs.
         """
         if self.size > 1:
             for each in (*parts, module):
                 fully_shard(each, mesh=self.mesh, reshard_after_forward=True)
 
     def gather(self, module: nn.Module) -> None:
-        """Make the parameters of a sharded module whole on every rank."""
+        """Make the parameters of a sharded module whole on every rank, and leave them so."""
         for part in module.modules():
             if isinstance(part, FSDPModule):
+                part.set_reshard_after_forward(False, recurse=False)
                 part.unshard()
 
     def gathered(self, tensor: Tensor) -> Tensor | None:

@@ -58,7 +58,7 @@ class Drift(Measure):
 
     def begin(self, reference: EvaluatedModel, others: list[EvaluatedModel]) -> None:
         self._reference = reference
-        self._forced = TeacherForced(reference, others)
+        self._forced = None if any(model.has_packed_head for model in others) else TeacherForced(reference, others)
         self._asked = as_tokens(self.prompts, reference.tokenizer)
         check_tokens(self._asked, reference.vocab_size, reference.tokenizer)
 
@@ -71,10 +71,12 @@ class Drift(Measure):
         return {"greedy answers": found | self._along(model)}
 
     def _along(self, model: EvaluatedModel) -> dict[str, Score]:
-        """Return the KL along full precision's answers, by stretch of an answer."""
+        """Return the KL along full precision's answers, by stretch of an answer; nothing for heads that stay packed."""
+        if self._forced is None:
+            return {}
         pairs = [(prompt, answer) for prompt, answer in zip(self._asked, self._expected, strict=True) if answer]
-        # the token before one is what predicts it
-        readings = [Reading([*p, *a[:-1]], spans(len(p) - 1, len(a))) for p, a in pairs]
+        # what stands before a token predicts it; the last token is read too, so that each one's successor is known
+        readings = [Reading([*p, *a], spans(len(p) - 1, len(a))) for p, a in pairs]
         by_span: dict[int, list[Totals]] = defaultdict(list)
         for totals in self._forced.totals("full precision's answers", readings, model):
             for number, of_span in enumerate(totals):

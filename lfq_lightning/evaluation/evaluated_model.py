@@ -42,11 +42,12 @@ class EvaluatedModel:
 
     def __init__(self, source: str, device: torch.device, folder: Path, packed: bool = False) -> None:
         self.source, self.device, self.packed = source, device, packed
-        path = Path(source).expanduser()
+        path, self.has_packed_head = Path(source).expanduser(), False
         if _quantised(path):
             self.checkpoint = None
             opened = PackedFolder(path)
             self.config, files = opened.config, [path / file for file in opened.files]
+            self.has_packed_head = packed and opened.family.head in opened.schemes
         else:
             self.checkpoint = open_checkpoint(source)
             self.config, files = self.checkpoint.config, self.checkpoint.weight_files()
@@ -62,6 +63,7 @@ class EvaluatedModel:
         self.digest = hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
         self.answers = Answers(folder / f"answers-{self.digest}.jsonl")
         self._model: PreTrainedModel | None = None
+        self.kept_head: Head | None = None  # of the reference, for all that is compared with it once it is released
 
     @property
     def model(self) -> PreTrainedModel:

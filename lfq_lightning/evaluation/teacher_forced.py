@@ -43,7 +43,6 @@ class TeacherForced:
     def __init__(self, reference: EvaluatedModel, others: list[EvaluatedModel]) -> None:
         self._reference, self._others = reference, others
         self._hidden: dict[tuple[int, ...], Tensor] = {}
-        self._head: Head | None = None
 
     def totals(self, name: str, readings: list[Reading], model: EvaluatedModel) -> list[list[Totals]]:
         """Return each reading's totals, by span. `name` is for the progress bar."""
@@ -54,11 +53,11 @@ class TeacherForced:
                 f"{name}, full precision", missing, 1, lambda some: model.hidden(some[0].token_ids)
             ):
                 self._hidden[tuple(reading.token_ids)] = hidden.cpu()
-            if missing and self._head is None:
-                self._head = model.head()
+            if missing and model.kept_head is None:
+                model.kept_head = model.head()
         open_ones = [reading for reading in readings if self._question(reading) not in model.answers]
         if open_ones:
-            teacher, student = self._head, model.head()
+            teacher, student = self._reference.kept_head, model.head()
             assert teacher is not None
 
             def run(some: list[Reading]) -> list[Totals]:

@@ -1,5 +1,7 @@
 """Let a loaded model answer, greedily, and show the answer while it comes."""
 
+import logging
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
@@ -7,8 +9,11 @@ from transformers.generation.streamers import BaseStreamer
 
 from lfq_lightning.data.prompt_tokens import check_tokens, prompt_tokens
 from lfq_lightning.data.self_generate import end_ids
+from lfq_lightning.errors import one_line
 from lfq_lightning.models.chat_template import Message, render
 from lfq_lightning.packed.decoder import Decoder, decodable
+
+log = logging.getLogger(__name__)
 
 _ROUNDED = 1024  # a cache's length is a multiple of so many tokens
 
@@ -49,7 +54,12 @@ class Writer:
         length = prompt.shape[1] + max_new_tokens
         if self._decoder is None or self._decoder.length < length:
             self._decoder = None  # its cache is released before there is another
-            self._decoder = Decoder(self.model, -(-length // _ROUNDED) * _ROUNDED, graph=True)
+            try:
+                self._decoder = Decoder(self.model, -(-length // _ROUNDED) * _ROUNDED, graph=True)
+            except (RuntimeError, TypeError) as error:  # its step asks the host, which a capture forbids
+                log.info("tokens are launched one by one: the step cannot be captured (%s)", one_line(error))
+                self._captures = False
+                return self.write(prompt, max_new_tokens, ends, streamer)
         found = []
         if streamer is not None:
             streamer.put(prompt.cpu())

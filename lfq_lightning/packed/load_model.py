@@ -61,6 +61,7 @@ def load(
     model.to(device)  # type: ignore[arg-type]  # what is left: rotary tables
     widen(model)
     if merged := merge_layers(model):
+        torch.cuda.empty_cache()  # the layers were copied
         log.info("%d packed layers share a product with those that read the same input", merged)
     if ways:
         log.info("packed layers on %s: %s", device, ", ".join(f"{number} by {way}" for way, number in ways.items()))

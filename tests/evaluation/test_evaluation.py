@@ -163,6 +163,14 @@ def test_greedy_answers_in_a_batch_are_those_alone(packed, chat_llama, tmp_path)
     assert found["tokens_before_difference"][str(packed)]["examples"] == 3
 
 
+@pytest.mark.parametrize("tokens", ["1", "3"])  # a stretch of one token
+def test_answers_of_one_token(packed, tokens, monkeypatch):
+    monkeypatch.setattr("lfq_lightning.evaluation.drift._FIRST_SPAN", 2)
+    main(["eval", str(packed), "--new-tokens", tokens])
+    found = json.loads((packed / "evaluation" / "evaluation.json").read_text())["parts"]["greedy answers"]
+    assert found["kl_tokens_1_2"][str(packed)]["value"] > 0 and ("kl_tokens_3_4" in found) == (tokens == "3")
+
+
 @pytest.mark.parametrize(
     ("length", "expected"),
     [

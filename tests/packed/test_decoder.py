@@ -7,9 +7,12 @@ from transformers.cache_utils import StaticCache
 
 from lfq_lightning.models.cache_argument import cache_argument
 from lfq_lightning.models.meta_model import meta_model
+from lfq_lightning.packed import generate
 from lfq_lightning.packed.decoder import Decoder, decodable
 from lfq_lightning.packed.generate import Writer
 from lfq_lightning.packed.load_model import load
+from lfq_lightning.packed.merge_layers import MergedPart
+from lfq_lightning.packed.packed_linear import PackedLinear
 from tests.helpers import run, save_tiny
 
 
@@ -73,6 +76,23 @@ def test_what_cannot_be_captured_is_written_by_generate(tmp_path):
     assert decodable(plain)
     plain.generation_config = GenerationConfig(eos_token_id=257, repetition_penalty=1.3)
     assert not decodable(plain)
+    plain.generation_config = GenerationConfig(repetition_penalty=1.0, num_beams=1, do_sample=True, top_p=0.9)
+    assert decodable(plain)
+    plain.config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    assert not decodable(plain)
+
+
+def test_a_step_that_turns_out_not_to_be_capturable_is_written_by_generate(model, monkeypatch, caplog):
+    def refuse(*_, **__):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(generate, "Decoder", refuse)
+    writer = Writer(model)
+    writer._captures = True
+    prompt = torch.tensor([[7, 50, 3]])
+    with caplog.at_level("INFO"):
+        assert writer.write(prompt, 8, set(), None) == theirs(model, prompt, 8)
+    assert "cannot be captured (operation not permitted" in caplog.text
 
 
 def test_a_writer_stops_at_an_end_and_tells_the_streamer(model):
@@ -95,12 +115,18 @@ def test_a_writer_stops_at_an_end_and_tells_the_streamer(model):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_captured_step_writes_what_an_eager_one_writes(config):
-    path = config()
+def test_a_captured_step_writes_what_an_eager_one_writes(config, tmp_path):
+    shape = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
+    checkpoint = save_tiny(tmp_path / "model", dtype=torch.bfloat16, **shape)
+    grid = {"name": "rtn", "bits": 4, "group_size": 32}
+    path = config(model={"checkpoint": str(checkpoint)}, plan=[{"match": "all", "quantizer": grid}])
     run(path)
     model, _ = load(path.parent / "run", device="cuda")
-    prompt = torch.tensor([[7, 50, 3, 100, 9]], device="cuda")
+    assert {module.way for module in model.modules() if isinstance(module, PackedLinear)} == {"Triton kernel"}
+    assert any(isinstance(module, MergedPart) for module in model.modules())
     captured, eager = Decoder(model, 32, graph=True), Decoder(model, 32, graph=False)
-    for _ in range(2):
-        assert list(captured.answer(prompt, 20, set())) == list(eager.answer(prompt, 20, set()))
-    assert Writer(model).write(prompt, 20, set(), None) == list(eager.answer(prompt, 20, set()))
+    for prompt in ([[7, 50, 3, 100, 9]], [[4, 8]]):
+        ids = torch.tensor(prompt, device="cuda")
+        expected = list(eager.answer(ids, 20, set()))
+        assert list(captured.answer(ids, 20, set())) == expected
+        assert Writer(model).write(ids, 20, set(), None) == expected
