@@ -163,6 +163,22 @@ def test_greedy_answers_in_a_batch_are_those_alone(packed, chat_llama, tmp_path)
     assert found["tokens_before_difference"][str(packed)]["examples"] == 3
 
 
+def test_a_head_that_stays_packed_is_not_asked_for_its_weights(config, tmp_path):
+    model = save_tiny(tmp_path / "model", chat=True, tied=False)
+    grid = {"name": "rtn", "bits": 8, "group_size": 16}
+    path = config(
+        model={"checkpoint": str(model)}, plan=[{"match": name, "quantizer": grid} for name in ("head", "all")]
+    )
+    run(path)
+    folder = path.parent / "run"
+    main(["eval", str(folder), "--packed", "--new-tokens", "3"])
+    found = json.loads((folder / "evaluation" / "evaluation.json").read_text())["parts"]["greedy answers"]
+    assert "same_answer" in found and not any("kl" in name for name in found)
+    main(["eval", str(folder), "--new-tokens", "3"])
+    found = json.loads((folder / "evaluation" / "evaluation.json").read_text())["parts"]["greedy answers"]
+    assert "kl_tokens_1_256" in found
+
+
 @pytest.mark.parametrize("tokens", ["1", "3"])  # a stretch of one token
 def test_answers_of_one_token(packed, tokens, monkeypatch):
     monkeypatch.setattr("lfq_lightning.evaluation.drift._FIRST_SPAN", 2)
