@@ -14,12 +14,12 @@ import json
 import statistics
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from benchmarks.decode import LLAMA_8B
 from benchmarks.kernels.__main__ import matmul_rate
+from benchmarks.quality.methods import METHODS, RECIPE, Plan, Setting
 from benchmarks.rows import ROOT, append, code_digest, finished
 from benchmarks.scale import run, save_wide
 from lfq_lightning.planning.plan_run import Machine, plan_config
@@ -29,19 +29,6 @@ RESULTS = ROOT / "benchmarks" / "results" / "calibrate_8b.csv"
 BLOCKS, OF = 5, LLAMA_8B["num_hidden_layers"]
 SMALL = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2, "num_key_value_heads": 1}
 SMALL |= {"vocab_size": 512}
-GRID = {"bits": 4, "group_size": 128, "symmetric": False}
-NORMALISED = {"name": "mse", "normalised": True}
-
-
-def plans(steps: int, batch_size: int) -> dict[str, list[dict[str, Any]]]:
-    """Return what is timed: GPTQ, and the recommended recipe."""
-    adaround = {"name": "adaround", **GRID, "init": "awq"}
-    rest = {"match": "all", "quantizer": adaround, "objective": NORMALISED, "steps": steps, "batch_size": batch_size}
-    lfq = [{"name": "logit_ce", "weight": 1, "coverage": 0.99}, {**NORMALISED, "weight": 5}]
-    return {
-        "recipe": [{**rest, "match": "last", "objective": lfq}, rest],
-        "gptq": [{"match": "all", "quantizer": {"name": "gptq", **GRID}}],
-    }
 
 
 def main() -> None:
@@ -54,18 +41,21 @@ def main() -> None:
         parser.exit(1, "benchmarks.calibrate_8b needs a CUDA GPU; --dry-run goes without one.\n")
     begun = time.monotonic()
     given.work.mkdir(parents=True, exist_ok=True)
-    for name, plan in plans(*((4, 2) if given.dry_run else (200, 8))).items():
+    steps, batch_size = (4, 2) if given.dry_run else (200, 8)
+    setting = Setting(4, 128, False, steps, batch_size, (steps, steps, batch_size))
+    for name in (RECIPE, "gptq"):
         device = "cpu" if given.dry_run else torch.cuda.get_device_name()
         cell = {"device": device, "run": name, "code": code_digest("calibration", "quantizers", "objectives", "ops")}
         if (not given.dry_run and finished(cell, RESULTS)) or time.monotonic() - begun > given.seconds:
             continue
-        row = cell | {key: f"{value:.4g}" for key, value in measure(given.work, name, plan, given.dry_run).items()}
+        found = measure(given.work, name, METHODS[name](setting), given.dry_run)
+        row = cell | {key: f"{value:.4g}" for key, value in found.items()}
         print(*row.values(), flush=True)
         if not given.dry_run:
             append(RESULTS, row)
 
 
-def measure(work: Path, name: str, plan: list[dict[str, Any]], dry: bool) -> dict[str, float]:
+def measure(work: Path, name: str, plan: Plan, dry: bool) -> dict[str, float]:
     """Return the columns of a run."""
     work = work / ("small" if dry else "8b")
     work.mkdir(exist_ok=True)

@@ -22,12 +22,12 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.generation.streamers import BaseStreamer
 
 from benchmarks.kernels.__main__ import copy_rate
 from benchmarks.rows import ROOT, append, code_digest, finished
 from lfq_lightning.errors import one_line
 from lfq_lightning.grids import IntegerGrid
+from lfq_lightning.packed.decode_speed import Clock
 from lfq_lightning.packed.decoder import Decoder
 from lfq_lightning.packed.merge_layers import merge_layers
 from lfq_lightning.packed.packed_linear import PackedLinear
@@ -140,19 +140,6 @@ def step_bytes(model: LlamaForCausalLM, tokens: int) -> int:
     return sum(weights.values()) + on_cpu - embeddings + cache
 
 
-class _Clock(BaseStreamer):
-    """Notes when tokens come."""
-
-    def __init__(self) -> None:
-        self.ticks: list[float] = []
-
-    def put(self, value: Tensor) -> None:
-        self.ticks.append(time.perf_counter())
-
-    def end(self) -> None:
-        """Nothing is held back."""
-
-
 def step_seconds(model: LlamaForCausalLM, way: str, prompt_tokens: int, new_tokens: int) -> float:
     """Return the median seconds of a token."""
     prompt = torch.randint(0, model.config.vocab_size, (1, prompt_tokens), device=model.device)
@@ -169,7 +156,7 @@ def _ways(
 
     def by_generate(**settings: object) -> Callable[[], Iterator[float]]:
         def answer() -> Iterator[float]:
-            clock = _Clock()
+            clock = Clock()
             model.generate(
                 prompt, do_sample=False, max_new_tokens=new_tokens, pad_token_id=0, streamer=clock, **settings
             )

@@ -17,7 +17,7 @@ from lfq_lightning.packed.load_model import load
 from lfq_lightning.peak_memory import peak_bytes
 
 
-class _Clock(BaseStreamer):
+class Clock(BaseStreamer):
     """Notes when the writer hands on the prompt and then each token."""
 
     def __init__(self) -> None:
@@ -56,7 +56,7 @@ def measure(folder: str, packed: bool, prompt_tokens: int, new_tokens: int) -> D
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.config.get_text_config().vocab_size
     prompt = torch.randint(0, vocabulary, (1, prompt_tokens), generator=generator).to(device)
-    clock = _Clock()
+    clock = Clock()
     writer = Writer(model)
     long = device.type == "cuda"  # there kernels are compiled first, and a graph of that length is captured
     writer.write(prompt if long else prompt[:, :8], new_tokens + 1 if long else 2, set(), None)
