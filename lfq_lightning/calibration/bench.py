@@ -1,6 +1,6 @@
 """Bench: where one block at a time stands, between the two streams of activations that run through all of them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 
@@ -27,6 +27,8 @@ from lfq_lightning.precision import compute_dtype, stream_dtype
 from lfq_lightning.quantized_tensor import QuantizedTensor
 from lfq_lightning.stages import BlockPlan
 from lfq_lightning.token_set import TokenSet
+
+Shipped = tuple[dict[str, Tensor], dict[str, QuantizedTensor]]
 
 _SAMPLED_TOKENS = 2**14  # what an objective sees before it keeps anything of the teacher
 
@@ -63,6 +65,7 @@ class Bench(nn.Module):
         self.seed = seed
         self.first_step = 0  # of the block's training: one that resumes does not begin at 0
         self._current: CalibrationBlock | None = None
+        self._parts: list[DecoderBlock] = []
         self._cache_error: CacheError | None = None
         self._folds = FoundFolds()
         self.splits = Splits(
@@ -92,24 +95,27 @@ class Bench(nn.Module):
         return self._cache_error
 
     def read(self, plan: BlockPlan) -> DecoderBlock:
-        """Return a block in full precision, fp32, on the device."""
-        return self.skeleton.block(plan.indices, plan.activation_checkpointing).to(self.device)
+        """Return a block in full precision, fp32, on the device; without weights if it starts from shards."""
+        block = self.skeleton.block(plan.indices, plan.activation_checkpointing, empty=plan.stage.from_shards)
+        return block if plan.stage.from_shards else block.to(self.device)
 
     def place(self, block: DecoderBlock, plan: BlockPlan) -> CalibrationBlock:
         """Put a block on the bench, with its objective; what it is compared by decides which module it becomes."""
         objective, clips = plan.objective.build(), bool(self.trainer.gradient_clip_val)
+        objective.to(self.device)
         module: CalibrationBlock
         if objective.logit_space:
-            module = FinalBlockModule(block, objective, plan, self.head(), clips).to(self.device)
+            module = FinalBlockModule(block, objective, plan, self.head(), clips)
         else:
-            module = BlockModule(block, objective, plan, clips).to(self.device)
+            module = BlockModule(block, objective, plan, clips)
         self._current, self.first_step = module, 0
+        self._parts = block.parts() if plan.stage.from_shards else [block]
         self._cache_error = CacheError(block, self.ranks)
         return module
 
     def clear(self) -> None:
         """Free the block, with its optimizer; the next one is read only then."""
-        self._current = self._cache_error = None
+        self._current, self._parts, self._cache_error = None, [], None
         self.trainer.strategy.optimizers, self.trainer.strategy.lr_scheduler_configs = [], []
         self.ranks.release()
 
@@ -131,36 +137,54 @@ class Bench(nn.Module):
             split.set_target(self._target, self.device)
         self._check_finite("full-precision", [split.teacher for split in self.splits.each()])
 
-    def solve(self) -> dict[str, Solution]:
-        """Fold scales and quantise the block's layers in closed form, on the student stream. Raises UserError."""
+    def solve(self) -> dict[str, QuantizedTensor]:
+        """Fold scales and quantise the block's layers in closed form, on the student stream; begin training there.
+
+        Returns the codes of the layers that are not trained. Raises UserError.
+        """
         train, dtype = self.splits.train, self.skeleton.checkpoint.dtype
         inputs, reference = (partial(way, self.device) for way in (train.student_batches, train.reference_batches))
         block, plan = self.current.block, self.current.plan
         try:
             family = self.skeleton.checkpoint.family
             observed = fold_scales(block, plan.layers, inputs, family, dtype, self.ranks, self._folds)
-            return solve(block, plan.layers, inputs, dtype, reference, self.ranks, observed)
+            solutions = solve(block, plan.layers, inputs, dtype, reference, self.ranks, observed)
         except ArithmeticError as error:
             raise UserError(f"block {plan.index}: {error}; try trainer.precision 32-true or more samples.") from error
+        self._train_from(block, solutions)
+        return {name: solution.quantized for name, solution in solutions.items()}
 
-    def restore(self, weights: dict[str, Tensor], codes: dict[str, QuantizedTensor]) -> dict[str, Solution]:
-        """Give the block the weights that are on disk, and the student stream what enters the first of its layers."""
+    def restore(self, read: Callable[[int], Shipped]) -> None:
+        """Begin training at what is on disk, and give the student stream what enters the first of the block's layers.
+
+        One layer is whole at a time: each rank keeps its share of it before the next is read.
+
+        Args:
+            read: returns the weights that have shipped of a decoder layer, and the codes of its planned layers.
+        """
         for split, tokens in zip(self.splits.each(), self.tokens, strict=True):
             split.restart_student(self._embed(tokens, shipped=True))
-        self.current.block.load(weights)
-        return {
-            name: Solution(quantized.to(self.device), quantized.exact().to(self.device))
-            for name, quantized in codes.items()
-        }
+        for index, part in zip(self.current.plan.indices, self._parts, strict=True):
+            weights, codes = read(index)
+            part.load(weights, self.device)
+            starts = {
+                name: Solution(quantized.to(self.device), quantized.exact().to(self.device))
+                for name, quantized in codes.items()
+            }
+            del weights, codes
+            self._train_from(part, starts)
+            self.ranks.shard(*part.layers)
 
-    def train_from(self, solutions: dict[str, Solution]) -> dict[str, QuantizedTensor]:
-        """Let layers that are trained begin at their solutions; return the codes of the others."""
-        block = self.current.block
+    def _train_from(self, block: DecoderBlock, solutions: dict[str, Solution]) -> None:
+        """Let layers that are trained begin at their solutions, which are taken out: they are released one by one."""
         for name, layer in self.current.plan.layers.items():
-            if layer.learned is not None:
-                start = solutions.pop(name)  # what training starts from is released when its layer has it
+            if layer.learned is not None and name in solutions:
+                start = solutions.pop(name)
                 block.train_linear(name, layer.learned.build(start.latent, start.quantized).to(self.device))
-        return {name: solution.quantized for name, solution in solutions.items()}
+
+    def shard(self) -> None:
+        """Leave each rank its share of the block's parameters; what it trains is whole only while it runs."""
+        self.ranks.shard(*(self.current.block.layers if len(self.current.plan.indices) > 1 else ()), self.current)
 
     # ---- its training ------------------------------------------------------------------------------------------------
 
@@ -191,15 +215,26 @@ class Bench(nn.Module):
 
     # ---- behind it ---------------------------------------------------------------------------------------------------
 
-    def advance_student(self) -> dict[str, float]:
+    def parts(self) -> Iterator[DecoderBlock]:
+        """Yield the block, whole on every rank; of a stage that starts from shards its layers, one at a time.
+
+        Each is to be shipped and passed by before the next.
+        """
+        for part in self._parts:
+            with self.ranks.whole(self.current if part is self.current.block else part):
+                yield part
+            if part is not self.current.block:
+                part.release()
+
+    def advance_student(self, part: DecoderBlock) -> dict[str, float]:
         """Move the student stream on with the weights that ship; return the errors of `keys` and `values` (CacheError).
 
         Raises UserError if the stream is not finite.
         """
         errors: dict[str, float] = {}
-        self.splits.train.advance_student(self.current.block, self.device)
+        self.splits.train.advance_student(part, self.device)
         with self.cache_error.comparing_student(self.splits.held_out.masks(), errors):
-            self.splits.held_out.advance_student(self.current.block, self.device)
+            self.splits.held_out.advance_student(part, self.device)
         self._check_finite("quantised", [split.student for split in self.splits.each()])
         return errors
 
@@ -207,7 +242,7 @@ class Bench(nn.Module):
         """Move both streams past a block that is done: in full precision, and with the `weights` that ship."""
         for split in self.splits.each():
             split.advance_teacher(block, self.device)
-        block.load(weights)
+        block.load(weights, self.device)
         for split in self.splits.each():
             split.advance_student(block, self.device)
 

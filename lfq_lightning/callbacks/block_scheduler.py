@@ -2,6 +2,7 @@
 
 import logging
 import time
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from lfq_lightning.peak_memory import peak_bytes, reset_peak
 from lfq_lightning.plan import Plan
 from lfq_lightning.planning.block_flops import seconds_left
 from lfq_lightning.planning.preflight import check_same_precision
+from lfq_lightning.quantized_tensor import QuantizedTensor
+from lfq_lightning.report.weight_statistics import weight_statistics
 from lfq_lightning.runs.block_state import BlockState
 from lfq_lightning.runs.fingerprint import block_fingerprint, outer_fingerprint
 from lfq_lightning.runs.open_run import open_run
@@ -87,14 +90,18 @@ class BlockScheduler(BlockCallback):
         for listener in listeners(bench.trainer):
             listener.on_block_start(bench.trainer, plan)
         read = bench.read(plan)
-        fit.fingerprint = block_fingerprint(fit.fingerprint, plan, read.tensors())
+        weights = {} if plan.stage.from_shards else read.tensors()  # there they are in the fingerprints before
+        fit.fingerprint = block_fingerprint(fit.fingerprint, plan, weights)
         module = bench.place(read, plan)
         with bench.forward_only():
             bench.run_teacher()
-            solutions = bench.restore(*fit.shards.shipped(plan)) if plan.stage.from_shards else bench.solve()
-        solved = bench.train_from(solutions)
+            solved: dict[str, QuantizedTensor] = {}
+            if plan.stage.from_shards:
+                bench.restore(partial(fit.shards.shipped, plan))
+            else:
+                solved = bench.solve()
         if plan.learned:
-            bench.ranks.shard(module, module.block.layers if len(plan.indices) > 1 else ())
+            bench.shard()
         state = BlockState(module, fit.fingerprint, bench.ranks)
         with bench.forward_only():
             start_loss, start_hidden = bench.held_out()
@@ -118,14 +125,17 @@ class BlockScheduler(BlockCallback):
         run, block, bench = self.run, self.block, fit.bench
         plan, start_hidden = block.plan, block.start_hidden
         block.state.load_best()
-        bench.ranks.gather(bench.current)
-        shipped = block.solved | bench.current.block.ship()
-        fit.shards.write_block(plan, bench.current.block, shipped)
+        weights: dict[str, dict[str, float]] = {}
+        for part in bench.parts():
+            shipped = block.solved | part.ship()
+            fit.shards.write_block(plan, part, shipped)
+            with bench.forward_only():
+                cache_error = bench.advance_student(part)
+            weights |= {name: weight_statistics(quantized) for name, quantized in shipped.items()}
         with bench.forward_only():
-            cache_error = bench.advance_student()
             kl = block.lens.kl(bench.splits.held_out.student, bench.head()) if plan.learned else block.start_kl
             eta = seconds_left(fit.started, run.plans, fit.taken, plan.index, run.skeleton, run.data)
-            report = block.report(bench, shipped, kl, cache_error, eta)
+            report = block.report(bench, weights, kl, cache_error, eta)
         run.meter.keep(report.peak_bytes)
         del block  # the next one is read when it is free
         self._block = None

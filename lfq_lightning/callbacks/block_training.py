@@ -14,7 +14,6 @@ from lfq_lightning.calibration.weighted_mean import WeightedMean
 from lfq_lightning.callbacks.block_callback import BlockReport
 from lfq_lightning.peak_memory import peak_bytes
 from lfq_lightning.quantized_tensor import QuantizedTensor
-from lfq_lightning.report.weight_statistics import weight_statistics
 from lfq_lightning.runs.block_state import BlockState, read_facts
 from lfq_lightning.runs.shards import Shards
 from lfq_lightning.runs.spent import Meter
@@ -86,12 +85,12 @@ class BlockInTraining:
     def report(
         self,
         bench: Bench,
-        shipped: dict[str, QuantizedTensor],
+        weights: dict[str, dict[str, float]],
         kl_after: float,
         cache_error: dict[str, float],
         eta_seconds: float,
     ) -> BlockReport:
-        """Return what became of it."""
+        """Return what became of it; `weights` are the statistics of each layer."""
         return BlockReport(
             index=self.plan.index,
             name=self.plan.stage.title or " + ".join(bench.current.block.names),
@@ -106,7 +105,7 @@ class BlockInTraining:
             cache_error=cache_error,
             seconds=time.perf_counter() - self.started,
             peak_bytes=peak_bytes(bench.device),
-            weights={name: weight_statistics(quantized) for name, quantized in shipped.items()},
+            weights=weights,
             eta_seconds=eta_seconds,
         )
 

@@ -1,7 +1,8 @@
 """Ranks: the processes of a run, and what they tell each other. One process is one rank, and nothing is sent."""
 
 import gc
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -112,21 +113,26 @@ class Ranks:
         if self.size > 1:
             gc.collect()
 
-    def shard(self, module: nn.Module, parts: Iterable[nn.Module] = ()) -> None:
-        """Keep of each parameter of `module` a share per rank; it is whole while the module runs (FSDP2).
+    def shard(self, *modules: nn.Module) -> None:
+        """Keep of each parameter of the modules a share per rank; it is whole while its module runs (FSDP2).
 
-        Parameters of one of its `parts` are whole only while that part runs.
+        Modules come before those that they are parts of. One that is sharded already is left as it is.
         """
         if self.size > 1:
-            for each in (*parts, module):
-                fully_shard(each, mesh=self.mesh, reshard_after_forward=True)
+            for module in modules:
+                if not isinstance(module, FSDPModule):
+                    fully_shard(module, mesh=self.mesh, reshard_after_forward=True)
 
-    def gather(self, module: nn.Module) -> None:
-        """Make the parameters of a sharded module whole on every rank, and leave them so."""
-        for part in module.modules():
-            if isinstance(part, FSDPModule):
-                part.set_reshard_after_forward(False, recurse=False)
-                part.unshard()
+    @contextmanager
+    def whole(self, module: nn.Module) -> Iterator[None]:
+        """Keep the parameters of a sharded module whole on every rank, while it runs and after."""
+        sharded = [part for part in module.modules() if isinstance(part, FSDPModule)]
+        for part in sharded:
+            part.set_reshard_after_forward(False, recurse=False)
+            part.unshard()
+        yield
+        for part in sharded:
+            part.reshard()
 
     def gathered(self, tensor: Tensor) -> Tensor | None:
         """Return all of a tensor of which each rank may hold a share, on the first rank's CPU; None on the others."""

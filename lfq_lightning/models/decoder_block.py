@@ -70,11 +70,27 @@ class DecoderBlock(nn.Module):
             for key, tensor in (*layer.named_parameters(), *((n, b) for n, b in layer.named_buffers() if n in stored))
         }
 
-    def load(self, weights: dict[str, Tensor]) -> None:
-        """Put weights and biases in place by full name; in fp32, whatever their dtype."""
+    def load(self, weights: dict[str, Tensor], device: torch.device) -> None:
+        """Put weights and biases in place by full name; in fp32, whatever their dtype, on the device."""
         for name, layer in zip(self.names, self.layers, strict=True):
             own = {key: cast(weights[f"{name}.{key}"], torch.float32) for key in layer.state_dict()}
-            layer.load_state_dict(own)
+            layer.load_state_dict(own, assign=True)
+            layer.to(device).requires_grad_(False)
+
+    def parts(self) -> "list[DecoderBlock]":
+        """Return each layer as a block of its own; the modules are the same."""
+        return [
+            DecoderBlock([name], [layer], [arguments], self.activation_checkpointing, self.passage, first)
+            for first, (name, layer, arguments) in enumerate(
+                zip(self.names, self.layers, self._arguments, strict=True), self.first
+            )
+        ]
+
+    def release(self) -> None:
+        """Free what the layers hold, also where something else holds the layers."""
+        for layer in self.layers:
+            for name, _ in list(layer.named_children()):
+                delattr(layer, name)
 
     def train_linear(self, name: str, quantizer: LearnedQuantizer) -> None:
         """Let a linear layer take its weight from a learned quantizer from now on.

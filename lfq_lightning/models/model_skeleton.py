@@ -176,11 +176,14 @@ class ModelSkeleton:
         """Return how many columns of a stream are hidden states: D, or more where a model has several."""
         return self._found().width
 
-    def block(self, indices: range, activation_checkpointing: bool = False) -> DecoderBlock:
-        """Read consecutive layers in fp32 as one block, ready for any number of sequences of the embedded length."""
+    def block(self, indices: range, activation_checkpointing: bool = False, empty: bool = False) -> DecoderBlock:
+        """Read consecutive layers in fp32 as one block, ready for any number of sequences of the embedded length.
+
+        An `empty` one has no weights yet, and nothing is read.
+        """
         arguments = [self._recorders[index].arguments for index in indices]
         names = [self.block_name(index) for index in indices]
-        layers = [self._layer(index) for index in indices]
+        layers = [self._empty_layer(index) if empty else self._layer(index) for index in indices]
         passage = self._passage if self._passage is not None and self._passage.needed else None
         return DecoderBlock(names, layers, arguments, activation_checkpointing, passage, indices.start)
 
@@ -284,10 +287,13 @@ class ModelSkeleton:
     def _layer(self, index: int) -> nn.Module:
         prefix = self._block_prefixes[index]
         tensors = self.checkpoint.tensors(self.block_names(index))
-        layer = copy.deepcopy(self._meta_blocks[index])
+        layer = self._empty_layer(index)
         weights = {name.removeprefix(prefix): cast(tensor, torch.float32) for name, tensor in tensors.items()}
         layer.load_state_dict(weights, assign=True)
         return layer.requires_grad_(False)
+
+    def _empty_layer(self, index: int) -> nn.Module:
+        return copy.deepcopy(self._meta_blocks[index])
 
     def initialise(self, block: nn.Module) -> None:
         """Let transformers give new weights to the modules of a block, as it does where some weights are absent."""

@@ -98,7 +98,7 @@ def block_memory(plan: BlockPlan, skeleton: ModelSkeleton, setting: Setting) -> 
     config, width = skeleton.checkpoint.text_config, skeleton.checkpoint.dtype.itemsize
     weights = sum(o * i for o, i in shapes.values())
     widest = max(max(shape) for shape in shapes.values())
-    block = 4 * weights
+    block = 0 if plan.stage.from_shards else 4 * weights
     head = setting.compute_bytes * config.vocab_size * config.hidden_size  # for the lens, the targets and the loss
     if skeleton.outer_layers["head"] in setting.shipped:
         head *= 2
@@ -107,8 +107,10 @@ def block_memory(plan: BlockPlan, skeleton: ModelSkeleton, setting: Setting) -> 
     here = max(1, setting.samples // setting.ranks // 2)
     tokens = min(max(setting.seq_len, TOKENS_AT_ONCE), here * setting.seq_len)
     forward = tokens * (3 * widest + 6 * config.hidden_size) * max(setting.compute_bytes, setting.stream_bytes)
-    read = block + (width * weights // len(plan.indices) if width != 4 else 0)
-    solve = max(block + forward + head, plan.stage.start_bytes(weights))
+    read = block + (width * weights // len(plan.indices) if width != 4 and block else 0)
+    solve = block + forward + head
+    if plan.stage.from_shards:  # a layer at a time: its weights, its codes, and the weights that round to them
+        solve = max(solve, sum(_held(plan, shapes)) // setting.ranks + 9 * weights // len(plan.indices))
     solved, folded, beside = 0, 0, dict[int, int]()  # what the other experts' stacks hold, observed in the same pass
     for names, layer in _stacks(shapes, plan.solved):
         columns, rows = shapes[names[0]][1], sum(shapes[name][0] for name in names)
@@ -130,16 +132,13 @@ def block_memory(plan: BlockPlan, skeleton: ModelSkeleton, setting: Setting) -> 
 def _train(plan: BlockPlan, shapes: dict[str, tuple[int, int]], setting: Setting, head: int) -> int:
     if not plan.learned:
         return 0
-    trained = frozen = saved = largest = codes = 0
+    trained, frozen = _held(plan, shapes)
+    saved = largest = codes = 0
     for name, (o, i) in shapes.items():
         layer = plan.layers.get(name)
         if layer is None or layer.learned is None:
-            frozen += 4 * o * i
             codes += o * i if layer is not None else 0
             continue
-        own = _parameters(layer, o, i)
-        trained += own[0]
-        frozen += 4 * own[1]
         saved += o * i * (setting.compute_bytes if setting.on_gpu else 9 + setting.compute_bytes)
         largest = max(largest, o * i)
     width = max(max(shape) for shape in shapes.values())
@@ -150,11 +149,25 @@ def _train(plan: BlockPlan, shapes: dict[str, tuple[int, int]], setting: Setting
     activations = layers * tokens * (5 * width + 12 * min(min(shape) for shape in shapes.values())) * 4
     loss = head + tokens * width * 4 + _LOSS_TILES if plan.logit_space else 0
     # parameters, their best values and their optimizer's state are shared out; a gradient is as large as a parameter
-    shared = (_kept_in_training(plan, trained) + frozen) // setting.ranks
-    whole = (4 * trained + frozen) if setting.ranks > 1 else 0  # gathered while the block runs
+    parameters = _kept_in_training(plan, trained // 4) + frozen
+    shared, whole, gradients = parameters // setting.ranks, 0, trained
+    if setting.ranks > 1:  # gathered while a layer runs, the next one beside it
+        at_once = min(2, len(plan.indices))
+        whole = (trained + frozen) * at_once // len(plan.indices)
+        gradients = trained if at_once == 1 else trained // setting.ranks + trained // len(plan.indices)
     # gradients grow while what was kept for them shrinks
-    backward = max(saved + activations, 4 * trained) + (12 if setting.on_gpu else 24) * largest
+    backward = max(saved + activations, gradients) + (12 if setting.on_gpu else 24) * largest
     return shared + whole + codes + backward + loss
+
+
+def _held(plan: BlockPlan, shapes: dict[str, tuple[int, int]]) -> tuple[int, int]:
+    """Return the bytes of the parameters that a block trains, and of those that it holds beside them."""
+    trained = frozen = 0
+    for name, (o, i) in shapes.items():
+        layer = plan.layers.get(name)
+        own = (0, o * i) if layer is None or layer.learned is None else _parameters(layer, o, i)
+        trained, frozen = trained + 4 * own[0], frozen + 4 * own[1]
+    return trained, frozen
 
 
 def _kept_in_training(plan: BlockPlan, trained: int) -> int:

@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lfq_lightning.calibration.bench import Bench
+from lfq_lightning.calibration.bench import Bench, Shipped
 from lfq_lightning.distributed.ranks import Ranks
 from lfq_lightning.errors import UserError
 from lfq_lightning.formats import PackFormat
@@ -51,10 +51,10 @@ class Shards:
         self._write(0, kept)
 
     def write_block(self, plan: BlockPlan, block: DecoderBlock, shipped: dict[str, QuantizedTensor]) -> None:
-        """Write a block: the `shipped` layers packed, everything else as it is."""
+        """Write a block, or a part of one: the `shipped` layers packed, everything else as it is."""
         replaced = {f"{name}.weight" for name in shipped}
         dense = {name: tensor for name, tensor in block.tensors().items() if name not in replaced}
-        for index, layer in zip(plan.indices, block.names, strict=True):
+        for index, layer in enumerate(block.names, block.first):
             prefix = f"{layer}."
             tensors = {name: cast(t, self.dtype).cpu() for name, t in dense.items() if name.startswith(prefix)}
             for name, quantized in shipped.items():
@@ -63,11 +63,12 @@ class Shards:
                     self.schemes[name] = quantized.scheme
             self._write(index + 1, tensors, again=plan.stage.replaces_shards)
 
-    def shipped(self, plan: BlockPlan) -> tuple[dict[str, Tensor], dict[str, QuantizedTensor]]:
-        """Return the weights that this run has shipped of a block, and the codes of its planned layers."""
-        stored = dict(ChainMap(*self._read(EarlierRun(self.folder.path, resumes=True), plan).values()))
-        codes = {name: self.format.unpack(name, stored, self.schemes[name]) for name in plan.layers}
-        return self.format.dequantize(stored, self.schemes), codes
+    def shipped(self, plan: BlockPlan, index: int) -> Shipped:
+        """Return the weights that this run has shipped of a decoder layer, and the codes of its planned layers."""
+        stored = self._read(EarlierRun(self.folder.path, resumes=True), index)
+        packed = {layer for layer in map(self.format.packed_name, stored) if layer is not None}
+        codes = {name: self.format.unpack(name, stored, self.schemes[name]) for name in plan.layers if name in packed}
+        return self.format.dequantize(stored, {name: self.schemes[name] for name in packed}), codes
 
     def take_over(
         self, earlier: EarlierRun, plans: list[BlockPlan], first: int, fingerprint: str, bench: Bench, meter: Meter
@@ -84,7 +85,7 @@ class Shards:
                 raise UserError(f"reuse: {earlier.path} did not begin with this model and plan; omit reuse.")
             if report is None:
                 return plan.index, fingerprint
-            shards = self._read(earlier, plan)
+            shards = {index + 1: self._read(earlier, index) for index in plan.indices}
             stored = dict(ChainMap(*shards.values()))
             packed = {self.format.packed_name(name) for name in stored}
             schemes = {name: layer.scheme for name, layer in plan.layers.items() if name in packed}
@@ -102,8 +103,8 @@ class Shards:
             fingerprint = found
         return plans[-1].index, fingerprint
 
-    def _read(self, run: EarlierRun, plan: BlockPlan) -> dict[int, dict[str, Tensor]]:
-        return {index + 1: run.shard(index + 1, self.folder.shards, self.folder.family) for index in plan.indices}
+    def _read(self, run: EarlierRun, index: int) -> dict[str, Tensor]:
+        return run.shard(index + 1, self.folder.shards, self.folder.family)
 
     def _write(self, number: int, tensors: dict[str, Tensor], again: bool = False) -> None:
         self.ranks.once(lambda: self.folder.write_shard(number, tensors, again))

@@ -150,10 +150,6 @@ class Stage(ABC):
     def __repr__(self) -> str:  # stands in fingerprints
         return f"{type(self).__name__}()"
 
-    def start_bytes(self, weights: int) -> int:
-        """Return the bytes of a block of so many weights, with what they start from, before training."""
-        return 4 * weights
-
 
 class LaterStage(Stage, ABC):
     """A stage that one rule asks for, by `match: NAME`; it ends a run."""

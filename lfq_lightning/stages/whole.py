@@ -50,6 +50,3 @@ class Whole(LaterStage):
         except UserError as error:
             raise UserError(f"{rule.where}: {error}") from error
         return rule.plan(len(before), range(len(skeleton)), layers, skeleton)
-
-    def start_bytes(self, weights: int) -> int:
-        return 9 * weights  # the block, its codes, and the weights that round to them

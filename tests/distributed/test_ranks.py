@@ -156,6 +156,12 @@ def test_learned_nearly_so(runs, name):
             assert ours[key] == pytest.approx(theirs[key], rel=1e-3)
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_of_the_whole_model_a_rank_holds_its_share(runs, rank):
+    """As its three layers are read one after another, and when all are."""
+    assert json.loads((runs / f"held by {rank}").read_text()) == pytest.approx([0, 1 / 6, 1 / 3, 1 / 2], abs=0.01)
+
+
 def test_bf16_nearly_so(runs):
     one, two = (metrics(runs / which / "bf16")["held_out"]["kl"] for which in ("one", "two"))
     assert abs(one - two) < 0.02 * one
