@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from lfq_lightning.calibration.prefetch import prefetch
@@ -15,7 +16,7 @@ from lfq_lightning.token_set import TokenSet
 
 TOKENS_AT_ONCE = 2048  # in a forward when nothing is trained: below 1024 a CPU's bf16 products take twice as long
 
-Batch = dict[str, Any]  # inputs (B, T, D), target {name: (B, T, …)}, mask (B, T), weight: see `ActivationCache.batch`
+Batch = dict[str, Any]  # inputs (B, T, D), target {name: (B, T, …)}, mask, kept, weight: see `ActivationCache.batch`
 
 
 class ActivationCache:
@@ -67,6 +68,7 @@ class ActivationCache:
     def batch(self, indices: list[int]) -> Batch:
         """Return this rank's part of a batch of sequences, which are numbered over all ranks.
 
+        `mask` (B, T) is False at pads; `kept` (M,) int64 are the places of all other tokens among B·T.
         `weight` is this rank's share of the batch's tokens times the number of ranks: with it, the mean over ranks of
         each rank's mean over tokens is the mean over the batch's tokens.
         """
@@ -77,10 +79,12 @@ class ActivationCache:
         hidden = self.teacher[local][..., : self.width]
         target |= {"hidden": hidden, "next_token": self.next_token[local]}
         tokens, all_tokens = (sum(self.lengths[index] for index in some) for some in (mine, indices))
+        mask = self.mask[local]
         return {
             "inputs": self.student[local],
             "target": target,
-            "mask": self.mask[local],
+            "mask": mask,
+            "kept": mask.flatten().nonzero()[:, 0],
             "weight": tokens * size / all_tokens,
         }
 
@@ -216,7 +220,14 @@ class BatchLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         made = (self.cache.batch(indices) for indices in self.batches)
+        if self.cache.store.device.type == "cuda":
+            made = (apply_to_collection(batch, Tensor, _pinned) for batch in made)
         return prefetch(made) if self.cache.store.reads_ahead else made
+
+
+def _pinned(tensor: Tensor) -> Tensor:
+    """Return it in memory from which a GPU copies without letting the host wait."""
+    return tensor if tensor.is_cuda else tensor.pin_memory()
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ class CalibrationBlock(LightningModule, ABC):
 
     def loss(self, hidden: Tensor, batch: Batch) -> Tensor:
         """Return the objective's loss of the block's outputs `hidden` (B, T, D) for the batch they came from."""
-        return self.objective.loss(hidden, batch["target"], batch["mask"], self.head)
+        return self.objective.loss(hidden, batch["target"], batch["kept"], self.head)
 
     def quantizers(self) -> list[LearnedQuantizer]:
         """Return what is trained."""

@@ -49,18 +49,19 @@ class Objective(nn.Module, ABC):
     def token_loss(self, hidden: Tensor, target: dict[str, Tensor], head: Head | None) -> Tensor:
         """Return the loss of each token (M,) of the student's `hidden` (M, D); the rows of `target` match."""
 
-    def loss(self, hidden: Tensor, target: dict[str, Tensor], mask: Tensor, head: Head | None) -> Tensor:
-        """Return the mean loss over unmasked tokens, a scalar in fp32.
+    def loss(self, hidden: Tensor, target: dict[str, Tensor], kept: Tensor, head: Head | None) -> Tensor:
+        """Return the mean loss over tokens that are no pads, a scalar in fp32.
 
         Args:
             hidden: (B, T, D), the student's block outputs.
             target: tensors (B, T, …).
-            mask: bool (B, T), False at pads.
+            kept: int64 (M,), where among B·T tokens those are; a mask's number of them a GPU would have to tell first.
 
         Raises UserError if `token_loss` does not return one number per token.
         """
-        rows = {name: value[mask] for name, value in target.items()}
-        return self.checked_loss(self.view(hidden[mask], head), rows, head).float().mean()
+        rows = {name: value.flatten(0, 1).index_select(0, kept) for name, value in target.items()}
+        seen = self.view(hidden.flatten(0, 1).index_select(0, kept), head)
+        return self.checked_loss(seen, rows, head).float().mean()
 
     def checked_target(self, hidden: Tensor, head: Head | None) -> dict[str, Tensor]:
         """Return `target`. Raises UserError if it is no dict of tensors with a row per token."""
