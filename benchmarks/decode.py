@@ -31,6 +31,7 @@ from lfq_lightning.packed.decode_speed import Clock
 from lfq_lightning.packed.decoder import Decoder
 from lfq_lightning.packed.merge_layers import merge_layers
 from lfq_lightning.packed.packed_linear import PackedLinear
+from lfq_lightning.packed.sampler import Sampler
 from lfq_lightning.quantized_tensor import QuantizedTensor
 
 RESULTS = ROOT / "benchmarks" / "results" / "decode.csv"
@@ -165,7 +166,7 @@ def _ways(
         return answer
 
     def by_decoder(graph: bool) -> Callable[[], Iterator[float]]:
-        decoder = Decoder(model, max(LENGTH, prompt.shape[1] + new_tokens), graph)
+        decoder = Decoder(model, max(LENGTH, prompt.shape[1] + new_tokens), graph, Sampler())
 
         def answer() -> Iterator[float]:
             for _ in decoder.answer(prompt, new_tokens, set()):

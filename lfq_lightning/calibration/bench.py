@@ -154,14 +154,17 @@ class Bench(nn.Module):
         self._train_from(block, solutions)
         return {name: solution.quantized for name, solution in solutions.items()}
 
-    def restore(self, read: Callable[[int], Shipped]) -> None:
+    def restore(self, read: Callable[[int], Shipped]) -> dict[str, QuantizedTensor]:
         """Begin training at what is on disk, and give the student stream what enters the first of the block's layers.
 
         One layer is whole at a time: each rank keeps its share of it before the next is read.
 
         Args:
             read: returns the weights that have shipped of a decoder layer, and the codes of its planned layers.
+
+        Returns the codes of the layers that are not trained.
         """
+        solved: dict[str, QuantizedTensor] = {}
         for split, tokens in zip(self.splits.each(), self.tokens, strict=True):
             split.restart_student(self._embed(tokens, shipped=True))
         for index, part in zip(self.current.plan.indices, self._parts, strict=True):
@@ -173,7 +176,10 @@ class Bench(nn.Module):
             }
             del weights, codes
             self._train_from(part, starts)
-            self.ranks.shard(*part.layers)
+            solved |= {name: solution.quantized for name, solution in starts.items()}
+            if self.current.plan.learned:
+                self.ranks.shard(*part.layers)
+        return solved
 
     def _train_from(self, block: DecoderBlock, solutions: dict[str, Solution]) -> None:
         """Let layers that are trained begin at their solutions, which are taken out: they are released one by one."""

@@ -24,7 +24,6 @@ from lfq_lightning.peak_memory import peak_bytes, reset_peak
 from lfq_lightning.plan import Plan
 from lfq_lightning.planning.block_flops import seconds_left
 from lfq_lightning.planning.preflight import check_same_precision
-from lfq_lightning.quantized_tensor import QuantizedTensor
 from lfq_lightning.report.weight_statistics import weight_statistics
 from lfq_lightning.runs.block_state import BlockState
 from lfq_lightning.runs.fingerprint import block_fingerprint, outer_fingerprint
@@ -95,11 +94,7 @@ class BlockScheduler(BlockCallback):
         module = bench.place(read, plan)
         with bench.forward_only():
             bench.run_teacher()
-            solved: dict[str, QuantizedTensor] = {}
-            if plan.stage.from_shards:
-                bench.restore(partial(fit.shards.shipped, plan))
-            else:
-                solved = bench.solve()
+            solved = bench.restore(partial(fit.shards.shipped, plan)) if plan.stage.from_shards else bench.solve()
         if plan.learned:
             bench.shard()
         state = BlockState(module, fit.fingerprint, bench.ranks)
@@ -127,7 +122,7 @@ class BlockScheduler(BlockCallback):
         block.state.load_best()
         weights: dict[str, dict[str, float]] = {}
         for part in bench.parts():
-            shipped = block.solved | part.ship()
+            shipped = {name: block.solved[name] for name in part.linears() if name in block.solved} | part.ship()
             fit.shards.write_block(plan, part, shipped)
             with bench.forward_only():
                 cache_error = bench.advance_student(part)

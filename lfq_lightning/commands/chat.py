@@ -1,9 +1,20 @@
 """`lfq chat MODEL`: talk with a packed model."""
 
 import sys
+from typing import TYPE_CHECKING
 
-from lfq_lightning.commands.command_line import MODEL_DIR, check_positive, log_to_stderr, parser
+from lfq_lightning.commands.command_line import (
+    MODEL_DIR,
+    add_sampling,
+    check_positive,
+    log_to_stderr,
+    parser,
+    sampler_of,
+)
 from lfq_lightning.errors import UserError
+
+if TYPE_CHECKING:
+    from lfq_lightning.packed.sampler import Sampler
 
 
 def main(arguments: list[str]) -> None:
@@ -11,13 +22,15 @@ def main(arguments: list[str]) -> None:
     ours = parser("chat", "Talk with a packed model; an empty line ends it.")
     ours.add_argument("model", metavar="MODEL", help=MODEL_DIR)
     ours.add_argument("--max-new-tokens", type=int, default=300, help="longest answer (default: 300)")
+    add_sampling(ours)
     options = ours.parse_args(arguments)
     check_positive(options, "max_new_tokens")
+    sampler = sampler_of(options)
     log_to_stderr()
-    chat(options.model, options.max_new_tokens)
+    chat(options.model, options.max_new_tokens, sampler)
 
 
-def chat(folder: str, max_new_tokens: int) -> None:
+def chat(folder: str, max_new_tokens: int, sampler: "Sampler") -> None:
     """Read a line, print the answer, remember both; until the input ends or an empty line.
 
     Raises UserError if the model has no chat template.
@@ -30,7 +43,7 @@ def chat(folder: str, max_new_tokens: int) -> None:
     model, tokenizer = load(folder, device=best_device())
     if not tokenizer.chat_template:
         raise UserError(f"{folder} has no chat template, so it is no chat model; use `lfq generate`.")
-    writer, messages = Writer(model), list[Message]()
+    writer, messages = Writer(model, sampler), list[Message]()
     while line := _line():
         messages.append({"role": "user", "content": line})
         messages.append(

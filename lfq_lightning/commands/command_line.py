@@ -3,8 +3,12 @@
 import argparse
 import logging
 import sys
+from typing import TYPE_CHECKING
 
 from lfq_lightning.errors import UserError
+
+if TYPE_CHECKING:
+    from lfq_lightning.packed.sampler import Sampler
 
 MODEL_DIR = "a packed model: output folder of `lfq run` or `lfq export`, or another tool's"
 
@@ -19,6 +23,23 @@ def check_positive(options: argparse.Namespace, *names: str) -> None:
     for name in names:
         if vars(options)[name] is not None and vars(options)[name] < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1.")
+
+
+def add_sampling(ours: argparse.ArgumentParser) -> None:
+    """Add the options of `sampler_of`."""
+    ours.add_argument("--temperature", type=float, default=0.0, help="draw tokens; 0 takes the likeliest (default: 0)")
+    ours.add_argument("--top-p", type=float, default=1.0, help="share of the probability drawn from (default: 1)")
+    ours.add_argument("--seed", type=int, default=0, help="of what is drawn (default: 0)")
+
+
+def sampler_of(options: argparse.Namespace) -> "Sampler":
+    """Return the sampler that the options ask for, its generator seeded. Raises UserError."""
+    import torch
+
+    from lfq_lightning.packed.sampler import Sampler
+
+    torch.manual_seed(options.seed)
+    return Sampler(options.temperature, options.top_p)
 
 
 def log_to_stderr() -> None:

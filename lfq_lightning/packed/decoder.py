@@ -1,4 +1,4 @@
-"""Decoder: greedy tokens one after another, keys and values in one place; on a GPU each step is one CUDA graph.
+"""Decoder: tokens one after another, keys and values in one place; on a GPU each step is one CUDA graph.
 
 An eager step launches some 46 kernels a layer, each from Python and tens of microseconds after the last, which is more
 than a packed product takes. A graph launches them all at once: the token, its position and the cache stay where they
@@ -18,8 +18,9 @@ from transformers.cache_utils import StaticCache, StaticLayer
 
 from lfq_lightning.models.cache_argument import cache_argument
 from lfq_lightning.models.experts import ExpertList
+from lfq_lightning.packed.sampler import Sampler
 
-# settings of a generation config that change greedy answers, but for these values
+# settings of a generation config that change answers, whoever chooses the tokens, but for these values
 _NEUTRAL = {"repetition_penalty": 1, "encoder_repetition_penalty": 1, "num_beams": 1, "guidance_scale": 1}
 _CHANGE = {"no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id"}
 _CHANGE |= {"forced_eos_token_id", "exponential_decay_length_penalty", "min_length", "min_new_tokens", "sequence_bias"}
@@ -29,17 +30,18 @@ _WARM_UP = 3  # steps before the capture: kernels are compiled and workspaces al
 
 
 class Decoder:
-    """Greedy decoding of one sequence.
+    """Decoding of one sequence.
 
     Args:
         model: one that `decodable` takes, on the device where it runs.
         length: tokens of a prompt and its answer at most.
         graph: capture the step as a CUDA graph.
+        sampler: which chooses each token.
     """
 
-    def __init__(self, model: PreTrainedModel, length: int, graph: bool) -> None:
+    def __init__(self, model: PreTrainedModel, length: int, graph: bool, sampler: Sampler) -> None:
         assert length > _WARM_UP
-        self.model, self.length = model, length
+        self.model, self.length, self.sampler = model, length, sampler
         self._cache = StaticCache(config=model.config, max_cache_len=length)
         self._named: dict[str, Any] = {cache_argument(model): self._cache, "use_cache": True}
         if "logits_to_keep" in inspect.signature(model.forward).parameters:
@@ -77,8 +79,8 @@ class Decoder:
                 self._graph.replay()
 
     def _next(self, ids: Tensor) -> None:
-        logits = self.model(input_ids=ids, **self._named).logits[:, -1:]
-        self._token.copy_(logits.argmax(-1))
+        logits = self.model(input_ids=ids, **self._named).logits[:, -1]
+        self._token.copy_(self.sampler(logits))
 
     def _on_device(self) -> AbstractContextManager[Any]:
         """Make the model's GPU the current one, whose stream graphs and events are on."""
@@ -118,10 +120,10 @@ class Decoder:
 
 
 def decodable(model: PreTrainedModel) -> bool:
-    """Return whether a Decoder gives this model's greedy answers, and no known reason keeps its step from a graph.
+    """Return whether a Decoder gives this model's answers, and no known reason keeps its step from a graph.
 
     Not so: windows and recurrent states, whose position the host counts; experts, of which the host calls those that
-    were chosen; rotary tables that follow the length; a generation config that changes greedy answers.
+    were chosen; rotary tables that follow the length; a generation config that changes logits.
     """
     generation = model.generation_config
     settings = {} if generation is None else generation.to_dict()

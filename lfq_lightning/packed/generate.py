@@ -1,10 +1,10 @@
-"""Let a loaded model answer, greedily, and show the answer while it comes."""
+"""Let a loaded model answer, and show the answer while it comes."""
 
 import logging
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
 from lfq_lightning.data.prompt_tokens import check_tokens, prompt_tokens
@@ -12,6 +12,7 @@ from lfq_lightning.data.self_generate import end_ids
 from lfq_lightning.errors import one_line
 from lfq_lightning.models.chat_template import Message, render
 from lfq_lightning.packed.decoder import Decoder, decodable
+from lfq_lightning.packed.sampler import Chosen, Sampler
 
 log = logging.getLogger(__name__)
 
@@ -19,17 +20,19 @@ _ROUNDED = 1024  # a cache's length is a multiple of so many tokens
 
 
 class Writer:
-    """A model that continues one prompt after another, greedily.
+    """A model that continues one prompt after another.
 
     On a GPU it writes through a `Decoder`, whose graph later prompts use again; on a CPU, and where a model's step
     cannot be captured, through transformers' `generate`.
 
     Args:
         model: as `load` gives it.
+        sampler: which chooses each token; greedy if not said.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, sampler: Sampler | None = None) -> None:
         self.model = model
+        self.sampler = sampler or Sampler()
         self._captures = model.device.type == "cuda" and decodable(model)
         self._decoder: Decoder | None = None
 
@@ -44,6 +47,7 @@ class Writer:
                     prompt,
                     attention_mask=torch.ones_like(prompt),
                     do_sample=False,
+                    logits_processor=LogitsProcessorList([Chosen(self.sampler)]) if self.sampler.temperature else None,
                     max_new_tokens=max_new_tokens,
                     min_new_tokens=None if ends else max_new_tokens,
                     eos_token_id=sorted(ends) or None,
@@ -55,7 +59,7 @@ class Writer:
         if self._decoder is None or self._decoder.length < length:
             self._decoder = None  # its cache is released before there is another
             try:
-                self._decoder = Decoder(self.model, -(-length // _ROUNDED) * _ROUNDED, graph=True)
+                self._decoder = Decoder(self.model, -(-length // _ROUNDED) * _ROUNDED, True, self.sampler)
             except (RuntimeError, TypeError) as error:  # its step asks the host, which a capture forbids
                 log.info("tokens are launched one by one: the step cannot be captured (%s)", one_line(error))
                 self._captures = False
@@ -79,7 +83,7 @@ def answer(
     max_new_tokens: int,
     stream: bool = False,
 ) -> str:
-    """Return the model's greedy answer to a conversation, put through its chat template if it has one.
+    """Return the model's answer to a conversation, put through its chat template if it has one.
 
     Without a template the model continues the last message. With `stream` the text is printed as it comes.
     """

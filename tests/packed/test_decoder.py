@@ -13,6 +13,7 @@ from lfq_lightning.packed.generate import Writer
 from lfq_lightning.packed.load_model import load
 from lfq_lightning.packed.merge_layers import MergedPart
 from lfq_lightning.packed.packed_linear import PackedLinear
+from lfq_lightning.packed.sampler import Sampler
 from tests.helpers import run, save_tiny
 
 
@@ -31,7 +32,7 @@ def theirs(model, prompt, tokens):
 
 def test_answers_are_those_of_generate_one_prompt_after_another(model):
     assert decodable(model)
-    decoder = Decoder(model, 40, graph=False)
+    decoder = Decoder(model, 40, graph=False, sampler=Sampler())
     for prompt in ([[7, 50, 3, 100, 9]], [[4]], [[9, 8, 200, 6, 5, 4, 3, 2, 1]]):
         ids = torch.tensor(prompt)
         expected = theirs(model, ids, 20)
@@ -124,7 +125,7 @@ def test_a_captured_step_writes_what_an_eager_one_writes(config, tmp_path):
     model, _ = load(path.parent / "run", device="cuda")
     assert {module.way for module in model.modules() if isinstance(module, PackedLinear)} == {"Triton kernel"}
     assert any(isinstance(module, MergedPart) for module in model.modules())
-    captured, eager = Decoder(model, 32, graph=True), Decoder(model, 32, graph=False)
+    captured, eager = (Decoder(model, 32, graph, Sampler()) for graph in (True, False))
     for prompt in ([[7, 50, 3, 100, 9]], [[4, 8]]):
         ids = torch.tensor(prompt, device="cuda")
         expected = list(eager.answer(ids, 20, set()))
