@@ -10,7 +10,7 @@ def main(arguments: list[str]) -> None:
     ours = parser("plan", "Print what a run will hold, write and compute, and whether it fits; needs no weights.")
     ours.add_argument("--config", required=True, help="the run's YAML; more of its keys may follow, as for `lfq run`")
     ours.add_argument("--model", help="another model: a folder, a config.json, or a hub id")
-    ours.add_argument("--gpus", help="GPUs of each node, as 8x80GB; this machine's CPU if not given")
+    ours.add_argument("--gpus", help="GPUs of each node, as 8x80GB; this machine's GPU, or CPU, if not given")
     ours.add_argument("--nodes", type=int, default=1, help="how many nodes (1)")
     ours.add_argument("--tflops", type=float, help="bf16 TFLOP/s that each GPU sustains")
     options, keys = ours.parse_known_args(arguments)
@@ -19,6 +19,8 @@ def main(arguments: list[str]) -> None:
 
     named = ["--model.checkpoint", options.model] if options.model else []
     config = read_config(["run", "--config", options.config, *keys, *named, "--output", "planned"])
-    machine = parse_machine(options.gpus, options.nodes, options.tflops, config.trainer.precision)
+    machine = parse_machine(
+        options.gpus, options.nodes, options.tflops, config.trainer.precision, config.trainer.accelerator
+    )
     if not print_plan(config.model.checkpoint, plan_config(config, machine), machine):
         sys.exit(1)

@@ -15,6 +15,7 @@ from lfq_lightning.models.checkpoints import open_checkpoint
 from lfq_lightning.models.checkpoints.shape_checkpoint import ShapeCheckpoint
 from lfq_lightning.models.model_skeleton import ModelSkeleton
 from lfq_lightning.models.widen import has_room
+from lfq_lightning.ops.path import best_device
 from lfq_lightning.peak_memory import host_bytes
 from lfq_lightning.plan import Plan
 from lfq_lightning.planning.block_flops import block_flops
@@ -34,7 +35,7 @@ from lfq_lightning.registry import plugin_name
 from lfq_lightning.stages import BlockPlan, LaterStage, Rule
 
 _GPU_RATE = 300e12  # FLOP/s of bf16 products that an H100 sustains in such work; stated, not measured
-_PRODUCT_SIZE = 1024
+_PRODUCT_SIZE = {"cpu": 1024, "cuda": 8192}  # of the product that tells the rate
 
 
 @dataclass(frozen=True)
@@ -105,19 +106,21 @@ class RunPlan:
         return max(calibrating, self.writing) + self.process
 
 
-def parse_machine(gpus: str | None, nodes: int, tflops: float | None, precision: str) -> Machine:
-    """Read `8x80GB`, or take this machine's CPU for None. Raises UserError."""
+def parse_machine(
+    gpus: str | None, nodes: int, tflops: float | None, precision: str, accelerator: str = "auto"
+) -> Machine:
+    """Read `8x80GB`; for None take what a run with that accelerator would use here. Raises UserError."""
     if nodes < 1:
         raise UserError(f"--nodes: {nodes} must be at least 1.")
     if tflops is not None and not tflops > 0:
         raise UserError(f"--tflops: {tflops} must be positive.")
     if gpus is None:
-        rate, source = (
-            (tflops * 1e12, "stated")
-            if tflops
-            else (_measured_rate(_planned(precision, on_gpu=False)), "measured here")
-        )
-        return Machine(nodes, 1, host_bytes(), False, rate, source)
+        device = best_device() if accelerator in ("auto", "gpu", "cuda") else torch.device("cpu")
+        on_gpu = device.type == "cuda"
+        size = torch.cuda.get_device_properties(device).total_memory if on_gpu else host_bytes()
+        if tflops:
+            return Machine(nodes, 1, size, on_gpu, tflops * 1e12, "stated")
+        return Machine(nodes, 1, size, on_gpu, _measured_rate(_planned(precision, on_gpu), device), "measured here")
     match = re.fullmatch(r"(?:(\d+)\s*x\s*)?(\d+(?:\.\d+)?)\s*GB", gpus, re.IGNORECASE)
     if match is None or match[1] == "0":
         raise UserError(f"--gpus: {gpus!r} is not understood; write the number and memory of a node's GPUs, as 8x80GB.")
@@ -268,14 +271,18 @@ def _range(same: list[BlockPlan]) -> str:
     return f"{span}  {'+'.join(quantizers) or 'full precision'}  {same[0].objective.name}"
 
 
-def _measured_rate(precision: str) -> float:
-    matrix = torch.randn(_PRODUCT_SIZE, _PRODUCT_SIZE, dtype=compute_dtype(precision))
+def _measured_rate(precision: str, device: torch.device) -> float:
+    size = _PRODUCT_SIZE[device.type]
+    matrix = torch.randn(size, size, dtype=compute_dtype(precision), device=device)
+    finish = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     best = float("inf")
     for _ in range(5):
+        finish()
         started = time.perf_counter()
         matrix @ matrix
+        finish()
         best = min(best, time.perf_counter() - started)
-    return 2.0 * _PRODUCT_SIZE**3 / best
+    return 2.0 * size**3 / best
 
 
 def _gb(size: float) -> str:

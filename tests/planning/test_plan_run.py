@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,8 +14,10 @@ from lfq_lightning.data import CalibrationData
 from lfq_lightning.models.checkpoints import open_checkpoint
 from lfq_lightning.models.checkpoints.shape_checkpoint import ShapeCheckpoint
 from lfq_lightning.models.model_skeleton import ModelSkeleton
+from lfq_lightning.peak_memory import host_bytes
 from lfq_lightning.plan import Rule
-from lfq_lightning.planning.plan_run import Machine, plan_run
+from lfq_lightning.planning import plan_run as planning
+from lfq_lightning.planning.plan_run import Machine, parse_machine, plan_run
 from lfq_lightning.precision import choose_precision
 from tests.helpers import ROOT, thorough_but
 
@@ -37,7 +40,7 @@ from lfq_lightning.cli import main
 from lfq_lightning.planning.plan_run import parse_machine, plan_config
 from lfq_lightning.run import read_config
 config = read_config(["run", "--config", sys.argv[1]])
-planned = plan_config(config, parse_machine(None, 1, 1.0, config.trainer.precision))
+planned = plan_config(config, parse_machine(None, 1, 1.0, config.trainer.precision, "cpu"))
 main(["run", "--config", sys.argv[1]])
 print(json.dumps({"memory": planned.cpu_peak, "output": planned.output}))
 """
@@ -82,6 +85,16 @@ def test_large_models_from_their_shapes(capsys):
     sixteen = capsys.readouterr().out
     assert "1 process(es)" in one and "16 process(es)" in sixteen
     assert "0 … 78  flexround  mse" in sixteen
+
+
+def test_a_gpu_that_is_here_is_planned_for_unless_the_run_is_on_the_cpu(monkeypatch):
+    monkeypatch.setattr(planning, "best_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(planning, "_measured_rate", lambda precision, device: {"cuda": 5e14, "cpu": 1e11}[device.type])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 * 10**9))
+    assert parse_machine(None, 1, None, "auto") == Machine(1, 1, 80 * 10**9, True, 5e14, "measured here")
+    assert parse_machine(None, 1, 300, "auto", "gpu") == Machine(1, 1, 80 * 10**9, True, 3e14, "stated")
+    here = parse_machine(None, 1, None, "auto", "cpu")
+    assert (here.on_gpu, here.rate, here.device_bytes) == (False, 1e11, host_bytes())
 
 
 def test_what_does_not_fit_or_cannot_be(capsys, tmp_path):
