@@ -13,9 +13,9 @@ quickstart: $(VENV)/installed $(MODEL)
 	@echo '> What is the capital of France?'
 	@$(BIN)/lfq generate runs/quickstart "What is the capital of France?" --max-new-tokens 60
 
-# Two processes of one thread each: most of the time goes into Python.
+# Two processes of one thread each: most of the time goes into Python. Files in their order: those of few tests take long.
 test: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
