@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.decode import LLAMA_8B
-from benchmarks.kernels.__main__ import matmul_rate
+from benchmarks.kernels.__main__ import copy_rate, matmul_rate
 from benchmarks.quality.methods import METHODS, RECIPE, Plan, Setting
 from benchmarks.rows import ROOT, append, code_digest, finished
 from benchmarks.scale import run, save_wide
@@ -70,7 +70,8 @@ def measure(work: Path, name: str, plan: Plan, dry: bool) -> dict[str, float]:
     seconds, peak = run(work, name, model, plan, data, precision, accelerator)
     config = read_config(["run", "--config", str(work / f"{name}.json")])
     rate = 1e11 if dry else matmul_rate(torch.bfloat16)
-    planned = plan_config(config, Machine(1, 1, 2**40, not dry, rate, "measured"))
+    bandwidth = 1e10 if dry else copy_rate()
+    planned = plan_config(config, Machine(1, 1, 2**40, not dry, rate, bandwidth, "measured"))
     blocks = [json.loads(line)["seconds"] for line in (work / name / "journal.jsonl").read_text().splitlines()]
     middle, last = statistics.median(blocks[1:-1]), blocks[-1]
     return {
@@ -80,7 +81,7 @@ def measure(work: Path, name: str, plan: Plan, dry: bool) -> dict[str, float]:
         "planned_seconds": planned.seconds,
         "peak_gigabytes": peak / 1e9,
         "planned_peak_gigabytes": (planned.cpu_peak if dry else planned.device_peak) / 1e9,
-        "share_of_matmul": planned.flop / sum(blocks) / rate,
+        "share_of_matmul": planned.work.flop / sum(blocks) / rate,
         "projected_seconds": (OF - 1) * middle + last + seconds - sum(blocks),
     }
 

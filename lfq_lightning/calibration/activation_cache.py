@@ -74,14 +74,14 @@ class ActivationCache:
         """
         size = self.ranks.size
         mine = [index for index in indices if index % size == self.ranks.rank]
-        local = [index // size for index in mine]
-        target = {name: value[local] for name, value in self.target.items()}
-        hidden = self.teacher[local][..., : self.width]
+        local = torch.tensor([index // size for index in mine])
+        target = {name: _rows(value, local) for name, value in self.target.items()}
+        hidden = _rows(self.teacher, local)[..., : self.width]
         target |= {"hidden": hidden, "next_token": self.next_token[local]}
         tokens, all_tokens = (sum(self.lengths[index] for index in some) for some in (mine, indices))
         mask = self.mask[local]
         return {
-            "inputs": self.student[local],
+            "inputs": _rows(self.student, local),
             "target": target,
             "mask": mask,
             "kept": mask.flatten().nonzero()[:, 0],
@@ -227,7 +227,12 @@ class BatchLoader:
 
 def _pinned(tensor: Tensor) -> Tensor:
     """Return it in memory from which a GPU copies without letting the host wait."""
-    return tensor if tensor.is_cuda else tensor.pin_memory()
+    return tensor if tensor.is_cuda else tensor.contiguous().pin_memory()
+
+
+def _rows(stream: Tensor, sequences: Tensor) -> Tensor:
+    """Return some sequences of a stream, wherever that lies; the host does not wait."""
+    return stream.index_select(0, sequences.to(stream.device, non_blocking=True))
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from lfq_lightning.errors import UserError
 from lfq_lightning.models.decoder_block import DecoderBlock
 from lfq_lightning.models.head import Head
 from lfq_lightning.models.model_skeleton import ModelSkeleton
+from lfq_lightning.peak_memory import return_freed_memory
 from lfq_lightning.precision import compute_dtype, stream_dtype
 from lfq_lightning.quantized_tensor import QuantizedTensor
 from lfq_lightning.stages import BlockPlan
@@ -177,19 +178,22 @@ class Bench(nn.Module):
             del weights, codes
             self._train_from(part, starts)
             solved |= {name: solution.quantized for name, solution in starts.items()}
-            if self.current.plan.learned:
-                self.ranks.shard(*part.layers)
+            self.ranks.shard(*part.layers)
+            del starts
+            return_freed_memory()
         return solved
 
     def _train_from(self, block: DecoderBlock, solutions: dict[str, Solution]) -> None:
         """Let layers that are trained begin at their solutions, which are taken out: they are released one by one."""
-        for name, layer in self.current.plan.layers.items():
-            if layer.learned is not None and name in solutions:
-                start = solutions.pop(name)
-                block.train_linear(name, layer.learned.build(start.latent, start.quantized).to(self.device))
+        learned = {name: layer.learned for name, layer in self.current.plan.layers.items() if name in solutions}
+        with torch.enable_grad(), torch.autocast(self.device.type, enabled=False):  # what they make may be trained
+            for name, quantizer in learned.items():
+                if quantizer is not None:
+                    start = solutions.pop(name)
+                    block.train_linear(name, quantizer.build(start.latent, start.quantized).to(self.device))
 
     def shard(self) -> None:
-        """Leave each rank its share of the block's parameters; what it trains is whole only while it runs."""
+        """Leave each rank its share of the block's parameters; a layer is whole only while it runs."""
         self.ranks.shard(*(self.current.block.layers if len(self.current.plan.indices) > 1 else ()), self.current)
 
     # ---- its training ------------------------------------------------------------------------------------------------

@@ -22,7 +22,8 @@ from lfq_lightning.evaluation.held_out import final_metrics
 from lfq_lightning.ops.path import describe
 from lfq_lightning.peak_memory import peak_bytes, reset_peak
 from lfq_lightning.plan import Plan
-from lfq_lightning.planning.block_flops import seconds_left
+from lfq_lightning.planning.block_work import seconds_left
+from lfq_lightning.planning.memory_estimate import Setting
 from lfq_lightning.planning.preflight import check_same_precision
 from lfq_lightning.report.weight_statistics import weight_statistics
 from lfq_lightning.runs.block_state import BlockState
@@ -89,13 +90,13 @@ class BlockScheduler(BlockCallback):
         for listener in listeners(bench.trainer):
             listener.on_block_start(bench.trainer, plan)
         read = bench.read(plan)
-        weights = {} if plan.stage.from_shards else read.tensors()  # there they are in the fingerprints before
-        fit.fingerprint = block_fingerprint(fit.fingerprint, plan, weights)
+        # a stage that starts from shards has its weights in the fingerprints before; they are not kept in a name
+        fit.fingerprint = block_fingerprint(fit.fingerprint, plan, {} if plan.stage.from_shards else read.tensors())
         module = bench.place(read, plan)
         with bench.forward_only():
             bench.run_teacher()
             solved = bench.restore(partial(fit.shards.shipped, plan)) if plan.stage.from_shards else bench.solve()
-        if plan.learned:
+        if plan.learned or plan.stage.from_shards:
             bench.shard()
         state = BlockState(module, fit.fingerprint, bench.ranks)
         with bench.forward_only():
@@ -129,10 +130,11 @@ class BlockScheduler(BlockCallback):
             weights |= {name: weight_statistics(quantized) for name, quantized in shipped.items()}
         with bench.forward_only():
             kl = block.lens.kl(bench.splits.held_out.student, bench.head()) if plan.learned else block.start_kl
-            eta = seconds_left(fit.started, run.plans, fit.taken, plan.index, run.skeleton, run.data)
+            setting = Setting.of(run.data, bench.trainer.precision, bench.ranks.size, bench.device.type != "cpu")
+            eta = seconds_left(fit.started, run.plans, fit.taken, plan.index, run.skeleton, setting)
             report = block.report(bench, weights, kl, cache_error, eta)
         run.meter.keep(report.peak_bytes)
-        del block  # the next one is read when it is free
+        del block, part  # the next one is read when it is free
         self._block = None
         bench.clear()
         written = run.folder.checksums(range(plan.indices.start + 1, plan.indices.stop + 1))

@@ -34,6 +34,8 @@ def add_sampling(ours: argparse.ArgumentParser) -> None:
 
 def sampler_of(options: argparse.Namespace) -> "Sampler":
     """Return the sampler that the options ask for, its generator seeded. Raises UserError."""
+    if not 0 <= options.seed < 2**63:
+        raise UserError(f"--seed {options.seed} must be at least 0 and below 2^63.")
     import torch
 
     from lfq_lightning.packed.sampler import Sampler

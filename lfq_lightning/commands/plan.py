@@ -19,8 +19,9 @@ def main(arguments: list[str]) -> None:
 
     named = ["--model.checkpoint", options.model] if options.model else []
     config = read_config(["run", "--config", options.config, *keys, *named, "--output", "planned"])
+    trainer = config.trainer
     machine = parse_machine(
-        options.gpus, options.nodes, options.tflops, config.trainer.precision, config.trainer.accelerator
+        options.gpus, options.nodes, options.tflops, trainer.precision, trainer.accelerator, trainer.devices
     )
     if not print_plan(config.model.checkpoint, plan_config(config, machine), machine):
         sys.exit(1)

@@ -125,7 +125,7 @@ class Ranks:
 
     @contextmanager
     def whole(self, module: nn.Module) -> Iterator[None]:
-        """Keep the parameters of a sharded module whole on every rank, while it runs and after."""
+        """Make the parameters of a sharded module whole on every rank, inside."""
         sharded = [part for part in module.modules() if isinstance(part, FSDPModule)]
         for part in sharded:
             part.set_reshard_after_forward(False, recurse=False)

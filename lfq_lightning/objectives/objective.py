@@ -55,7 +55,7 @@ class Objective(nn.Module, ABC):
         Args:
             hidden: (B, T, D), the student's block outputs.
             target: tensors (B, T, …).
-            kept: int64 (M,), where among B·T tokens those are; a mask's number of them a GPU would have to tell first.
+            kept: int64 (M,), their places among the B·T tokens. With a mask the host would wait while a GPU counts.
 
         Raises UserError if `token_loss` does not return one number per token.
         """

@@ -20,7 +20,7 @@ class Sampler:
         temperature: of the softmax; 0 is greedy.
         top_p: nucleus sampling (arXiv 1904.09751, section 3.1); 1 is all tokens.
 
-    Raises UserError for a temperature below 0, or top_p not in (0, 1].
+    Raises UserError for a temperature below 0, top_p not in (0, 1], or a top_p that greedy would ignore.
     """
 
     temperature: float = 0.0
@@ -31,6 +31,8 @@ class Sampler:
             raise UserError(f"temperature {self.temperature} must be 0, which is greedy, or positive.")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p {self.top_p} must be above 0 and at most 1.")
+        if self.top_p < 1 and not self.temperature:
+            raise UserError(f"top_p {self.top_p} is for tokens that are drawn; give a temperature too.")
 
     def __call__(self, logits: Tensor) -> Tensor:
         """Return a token int64 (…, 1) for each row of logits (…, V)."""

@@ -7,10 +7,12 @@ from math import prod
 import torch
 
 from lfq_lightning.calibration.activation_cache import TOKENS_AT_ONCE
+from lfq_lightning.data import CalibrationData
 from lfq_lightning.models.experts import in_expert
 from lfq_lightning.models.model_skeleton import ModelSkeleton
 from lfq_lightning.optimizers import OPTIMIZERS
 from lfq_lightning.peak_memory import resident_bytes
+from lfq_lightning.precision import compute_dtype, stream_dtype
 from lfq_lightning.quantized_tensor import QuantizedTensor
 from lfq_lightning.quantizers import ClosedFormQuantizer
 from lfq_lightning.stages import BlockPlan, LayerPlan
@@ -45,6 +47,22 @@ class Setting:
     compute_bytes: int
     stream_bytes: int
     shipped: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(
+        cls, data: CalibrationData, precision: str, ranks: int, on_gpu: bool, shipped: Iterable[str] = ()
+    ) -> "Setting":
+        """Return that of a run; its precision is not `auto`."""
+        return cls(
+            ranks=ranks,
+            on_gpu=on_gpu,
+            samples=data.num_samples,
+            held_out=data.num_held_out,
+            seq_len=data.seq_len,
+            compute_bytes=compute_dtype(precision).itemsize,
+            stream_bytes=stream_dtype(precision).itemsize,
+            shipped=frozenset(shipped),
+        )
 
 
 @dataclass(frozen=True)
@@ -110,7 +128,8 @@ def block_memory(plan: BlockPlan, skeleton: ModelSkeleton, setting: Setting) -> 
     read = block + (width * weights // len(plan.indices) if width != 4 and block else 0)
     solve = block + forward + head
     if plan.stage.from_shards:  # a layer at a time: its weights, its codes, and the weights that round to them
-        solve = max(solve, sum(_held(plan, shapes)) // setting.ranks + 9 * weights // len(plan.indices))
+        codes = sum(o * i for name, (o, i) in shapes.items() if name in plan.layers and not plan.layers[name].learned)
+        solve = max(solve, sum(_held(plan, shapes)) // setting.ranks + 9 * weights // len(plan.indices) + codes)
     solved, folded, beside = 0, 0, dict[int, int]()  # what the other experts' stacks hold, observed in the same pass
     for names, layer in _stacks(shapes, plan.solved):
         columns, rows = shapes[names[0]][1], sum(shapes[name][0] for name in names)

@@ -1,13 +1,16 @@
 """Plan a run: what it will hold, write and compute, and whether it fits, from config and shapes alone."""
 
 import re
+import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from jsonargparse import Namespace
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from lfq_lightning.data import CalibrationData
 from lfq_lightning.errors import UserError
@@ -18,7 +21,7 @@ from lfq_lightning.models.widen import has_room
 from lfq_lightning.ops.path import best_device
 from lfq_lightning.peak_memory import host_bytes
 from lfq_lightning.plan import Plan
-from lfq_lightning.planning.block_flops import block_flops
+from lfq_lightning.planning.block_work import Work, block_work
 from lfq_lightning.planning.choose_grids import largest_grids
 from lfq_lightning.planning.memory_estimate import (
     BlockMemory,
@@ -30,12 +33,14 @@ from lfq_lightning.planning.memory_estimate import (
     stream_bytes,
 )
 from lfq_lightning.planning.preflight import check_shares, check_training, output_bytes
-from lfq_lightning.precision import AUTO, choose_precision, compute_dtype, product_dtype, stream_dtype
+from lfq_lightning.precision import AUTO, choose_precision, compute_dtype, product_dtype
 from lfq_lightning.registry import plugin_name
 from lfq_lightning.stages import BlockPlan, LaterStage, Rule
 
 _GPU_RATE = 300e12  # FLOP/s of bf16 products that an H100 sustains in such work; stated, not measured
+_GPU_BANDWIDTH = 2.4e12  # bytes/s; likewise
 _PRODUCT_SIZE = {"cpu": 1024, "cuda": 8192}  # of the product that tells the rate
+_SUM_SIZE = {"cpu": 2**20, "cuda": 2**26}  # of the sum that tells the bandwidth
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,9 @@ class Machine:
         device_bytes: memory of each device; on a CPU, of the machine.
         on_gpu: devices are GPUs.
         rate: FLOP/s of each device's matrix products.
-        rate_source: where that number is from.
+        bandwidth: bytes/s that its other operations read and write.
+        rate_source: where the rate is from.
+        here: it is this machine.
     """
 
     nodes: int
@@ -56,7 +63,9 @@ class Machine:
     device_bytes: int
     on_gpu: bool
     rate: float
+    bandwidth: float
     rate_source: str
+    here: bool = False
 
     @property
     def ranks(self) -> int:
@@ -76,7 +85,7 @@ class RunPlan:
         streams_on_device: how many of them lie on the GPU.
         output: bytes of the result.
         state: bytes of a block's saved training, at most.
-        flop: of all blocks.
+        work: of all blocks.
         seconds: of all blocks.
         writing: bytes of the whole model, if it writes its own calibration data; else 0.
     """
@@ -89,7 +98,7 @@ class RunPlan:
     streams_on_device: int
     output: int
     state: int
-    flop: float
+    work: Work
     seconds: float
     writing: int
 
@@ -107,9 +116,14 @@ class RunPlan:
 
 
 def parse_machine(
-    gpus: str | None, nodes: int, tflops: float | None, precision: str, accelerator: str = "auto"
+    gpus: str | None,
+    nodes: int,
+    tflops: float | None,
+    precision: str,
+    accelerator: str = "auto",
+    devices: list[int] | str | int | None = None,
 ) -> Machine:
-    """Read `8x80GB`; for None take what a run with that accelerator would use here. Raises UserError."""
+    """Read `8x80GB`; for None take what a run with that accelerator and devices would use here. Raises UserError."""
     if nodes < 1:
         raise UserError(f"--nodes: {nodes} must be at least 1.")
     if tflops is not None and not tflops > 0:
@@ -118,14 +132,16 @@ def parse_machine(
         device = best_device() if accelerator in ("auto", "gpu", "cuda") else torch.device("cpu")
         on_gpu = device.type == "cuda"
         size = torch.cuda.get_device_properties(device).total_memory if on_gpu else host_bytes()
+        count, bandwidth = _count(devices) if on_gpu else 1, _measured_bandwidth(device)
         if tflops:
-            return Machine(nodes, 1, size, on_gpu, tflops * 1e12, "stated")
-        return Machine(nodes, 1, size, on_gpu, _measured_rate(_planned(precision, on_gpu), device), "measured here")
+            return Machine(nodes, count, size, on_gpu, tflops * 1e12, bandwidth, "stated", here=True)
+        rate = _measured_rate(choose_precision(precision, device.type), device)
+        return Machine(nodes, count, size, on_gpu, rate, bandwidth, "measured here", here=True)
     match = re.fullmatch(r"(?:(\d+)\s*x\s*)?(\d+(?:\.\d+)?)\s*GB", gpus, re.IGNORECASE)
     if match is None or match[1] == "0":
         raise UserError(f"--gpus: {gpus!r} is not understood; write the number and memory of a node's GPUs, as 8x80GB.")
     rate = tflops * 1e12 if tflops else _GPU_RATE
-    return Machine(nodes, int(match[1] or 1), int(float(match[2]) * 1e9), True, rate, "stated")
+    return Machine(nodes, int(match[1] or 1), int(float(match[2]) * 1e9), True, rate, _GPU_BANDWIDTH, "stated")
 
 
 def plan_config(config: Namespace, machine: Machine) -> RunPlan:
@@ -143,7 +159,7 @@ def plan_run(
 
     Raises UserError for what `lfq run` would refuse.
     """
-    precision = _planned(precision, machine.on_gpu)
+    precision = _planned(precision, machine)
     checkpoint = open_checkpoint(model) if model.endswith(".gguf") else ShapeCheckpoint(model)
     skeleton = ModelSkeleton(checkpoint)
     parsed = Plan(largest_grids(rules, skeleton) if chosen else rules)
@@ -152,22 +168,12 @@ def plan_run(
     check_shares(machine.ranks, data)
     check_training(machine.ranks, plans)
     outer = parsed.outer(skeleton)
-    setting = Setting(
-        ranks=machine.ranks,
-        on_gpu=machine.on_gpu,
-        samples=data.num_samples,
-        held_out=data.num_held_out,
-        seq_len=data.seq_len,
-        compute_bytes=compute_dtype(precision).itemsize,
-        stream_bytes=stream_dtype(precision).itemsize,
-        shipped=frozenset(outer),
-    )
+    setting = Setting.of(data, precision, machine.ranks, machine.on_gpu, outer)
     different: dict[str, list[BlockPlan]] = {}
     for plan in plans:
         different.setdefault(_kind(plan), []).append(plan)
     blocks = {_range(same): block_memory(same[0], skeleton, setting) for same in different.values()}
-    tokens, held_out = data.num_samples * data.seq_len, data.num_held_out * data.seq_len
-    flop = sum(block_flops(plan, skeleton, tokens, held_out, data.seq_len) for plan in plans)
+    work = sum((block_work(plan, skeleton, setting) for plan in plans), start=Work(0.0, 0.0))
     streams = stream_bytes(skeleton, plans, setting)
     return RunPlan(
         blocks=blocks,
@@ -182,17 +188,24 @@ def plan_run(
         streams_on_device=min(streams, data.budgets(machine.devices)[0]) if machine.on_gpu else 0,
         output=output_bytes(skeleton, plans, outer),
         state=max(state_bytes(same[0], skeleton) for same in different.values()),
-        flop=flop,
-        seconds=flop / (machine.rate * machine.ranks),
+        work=work,
+        seconds=work.seconds(machine.rate, machine.bandwidth) / machine.ranks,
         writing=_all_weights(skeleton, machine.on_gpu) if data.generated else 0,
     )
 
 
-def _planned(precision: str, on_gpu: bool) -> str:
-    """Return what `auto` will be where the run is to happen: on GPUs that need not be here, or on this CPU."""
-    if precision == AUTO and on_gpu:
+def _planned(precision: str, machine: Machine) -> str:
+    """Return what `auto` will be where the run is to happen: here, or on GPUs that are taken to multiply in bf16."""
+    if precision == AUTO and machine.on_gpu and not machine.here:
         return "bf16-mixed"
-    return choose_precision(precision, "cpu")
+    return choose_precision(precision, "gpu" if machine.on_gpu else "cpu")
+
+
+def _count(devices: list[int] | str | int | None) -> int:
+    """Return how many GPUs `trainer.devices` names; one if it is not said."""
+    if isinstance(devices, list):
+        return len(devices)
+    return torch.cuda.device_count() if devices in ("auto", -1, "-1") else int(devices or 1)
 
 
 def _all_weights(skeleton: ModelSkeleton, on_gpu: bool) -> int:
@@ -236,8 +249,9 @@ def print_plan(model: str, plan: RunPlan, machine: Machine) -> bool:
         )
     console.print(f"disk: result {_gb(plan.output)}, a block's saved training up to {_gb(plan.state)}")
     console.print(
-        f"work: {plan.flop:.2e} FLOP, about {_time(plan.seconds)} at {machine.rate / 1e12:.3g} TFLOP/s a process "
-        f"({machine.rate_source}; --tflops states another)"
+        f"work: {plan.work.flop:.2e} FLOP, {plan.work.bytes:.2e} bytes beside them; about {_time(plan.seconds)} at "
+        f"{machine.rate / 1e12:.3g} TFLOP/s ({machine.rate_source}; --tflops states another) and "
+        f"{machine.bandwidth / 1e9:.3g} GB/s a process"
     )
     fits = held <= machine.device_bytes
     console.print("it fits" if fits else f"it does not fit: {_cure(plan, machine)}")
@@ -272,17 +286,27 @@ def _range(same: list[BlockPlan]) -> str:
 
 
 def _measured_rate(precision: str, device: torch.device) -> float:
-    size = _PRODUCT_SIZE[device.type]
-    matrix = torch.randn(size, size, dtype=compute_dtype(precision), device=device)
+    size, dtype = _PRODUCT_SIZE[device.type], compute_dtype(precision)
+    one, other = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
+    return 2.0 * size**3 / _seconds(lambda: one @ other, device)
+
+
+def _measured_bandwidth(device: torch.device) -> float:
+    one, other = (torch.randn(_SUM_SIZE[device.type], device=device) for _ in range(2))
+    return 3.0 * one.nbytes / _seconds(lambda: one + other, device)
+
+
+def _seconds(work: Callable[[], Tensor], device: torch.device) -> float:
+    """Return the median time of seven calls, after one that does not count."""
     finish = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    best = float("inf")
-    for _ in range(5):
+    times = []
+    for _ in range(8):
         finish()
         started = time.perf_counter()
-        matrix @ matrix
+        work()
         finish()
-        best = min(best, time.perf_counter() - started)
-    return 2.0 * size**3 / best
+        times.append(time.perf_counter() - started)
+    return statistics.median(times[1:])
 
 
 def _gb(size: float) -> str:

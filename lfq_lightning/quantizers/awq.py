@@ -59,6 +59,10 @@ class AWQ(NearestQuantizer):
     def solve_bytes(cls, rows: int, columns: int) -> int:
         return 4 * (columns**2 + 5 * rows * columns)
 
+    @classmethod
+    def solve_work(cls, rows: int, columns: int) -> tuple[float, float]:
+        return 43.0 * rows * columns**2, 7600.0 * rows * columns  # a scale for each candidate of s
+
     def statistics(self) -> list[Tensor]:
         return [self.hessian, self.activation, self.tokens]
 

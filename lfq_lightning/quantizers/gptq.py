@@ -131,6 +131,10 @@ class GPTQ(ClosedFormQuantizer):
     def solve_bytes(cls, rows: int, columns: int) -> int:
         return 4 * (7 * columns**2 + 11 * rows * columns)
 
+    @classmethod
+    def solve_work(cls, rows: int, columns: int) -> tuple[float, float]:
+        return 1.0 * rows * columns**2 + columns**3, 2500.0 * rows * columns
+
     def _corrected(self, factor: Tensor, back: Tensor) -> Tensor:
         """Return the weight (O, I) to round; `factor` is in processing order, which `back` undoes."""
         if self.shift is None:

@@ -162,6 +162,12 @@ def test_of_the_whole_model_a_rank_holds_its_share(runs, rank):
     assert json.loads((runs / f"held by {rank}").read_text()) == pytest.approx([0, 1 / 6, 1 / 3, 1 / 2], abs=0.01)
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_block_is_gone_before_the_next_is_placed(runs, rank):
+    alive = (runs / f"alive on {rank}").read_text().split()
+    assert len(alive) > 20 and set(alive) == {"0"}
+
+
 def test_bf16_nearly_so(runs):
     one, two = (metrics(runs / which / "bf16")["held_out"]["kl"] for which in ("one", "two"))
     assert abs(one - two) < 0.02 * one

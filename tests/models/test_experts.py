@@ -21,7 +21,8 @@ from lfq_lightning.packed.engines import engines
 from lfq_lightning.packed.load_model import load
 from lfq_lightning.packed.packed_folder import PackedFolder
 from lfq_lightning.plan import Plan, Rule
-from lfq_lightning.planning.block_flops import block_flops
+from lfq_lightning.planning.block_work import block_work
+from lfq_lightning.planning.memory_estimate import Setting
 from lfq_lightning.planning.plan_run import parse_machine, plan_run
 from tests.helpers import FLEXROUND, GPTQ, fails, run, save_tiny
 
@@ -132,7 +133,12 @@ def test_work_counts_the_tokens_an_expert_sees(mixture):
     plan = Plan([Rule("all", "rtn")]).resolve(skeleton)[0]
     shapes = skeleton.linear_shapes(0)
     per_token = sum(2 * o * i * (0.5 if ".experts." in name else 1) for name, (o, i) in shapes.items())
-    assert block_flops(plan, skeleton, 100, 10, 32) == pytest.approx(2 * per_token * 110 + 2 * per_token * 10)
+    work = block_work(
+        plan, skeleton, Setting(1, False, samples=10, held_out=1, seq_len=10, compute_bytes=4, stream_bytes=4)
+    )
+    config = skeleton.checkpoint.text_config
+    readout = 4 * config.hidden_size * config.vocab_size * 10
+    assert work.flop == pytest.approx(2 * per_token * 110 + 2 * per_token * 10 + readout)
 
 
 def test_correction_of_experts_is_refused(tmp_path, config, capsys):

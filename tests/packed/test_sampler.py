@@ -50,7 +50,13 @@ def test_a_decoder_and_generate_draw_the_same_tokens(config):
 
 @pytest.mark.parametrize(
     ("temperature", "top_p", "message"),
-    [(-1.0, 1.0, "must be 0"), (float("nan"), 1.0, "must be 0"), (1.0, 0.0, "above 0"), (1.0, 1.5, "at most 1")],
+    [
+        (-1.0, 1.0, "must be 0"),
+        (float("nan"), 1.0, "must be 0"),
+        (1.0, 0.0, "above 0"),
+        (1.0, 1.5, "at most 1"),
+        (0.0, 0.9, "give a temperature"),
+    ],
 )
 def test_refusals(temperature, top_p, message):
     with pytest.raises(UserError, match=message):

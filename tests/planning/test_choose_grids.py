@@ -178,14 +178,13 @@ def test_a_choice_without_a_size(config, capsys):
     assert "bits [2, 3] is a choice, which needs `size` or `average_bits`" in capsys.readouterr().err
 
 
-def test_plan_of_a_size_is_that_of_the_largest_grids(config, llama, capsys, monkeypatch):
-    """`lfq plan` measures nothing: the most that the run may take."""
-    monkeypatch.setattr("lfq_lightning.planning.plan_run.process_bytes", lambda on_gpu: 10**9)  # grows as tests run
+def test_plan_of_a_size_is_that_of_the_largest_grids(config, llama, capsys):
+    """`lfq plan` measures nothing of the model: the most that the run may take."""
     common = {"model": {"checkpoint": str(llama)}, "output": "nowhere"}
     of = {}
     for bits, more in (([2, 8, 4], {"average_bits": 5.0}), (8, {}), (2, {})):
         file = config(plan=[{"match": "all", "quantizer": {**RTN, "bits": bits}}], **common, **more)
-        main(["plan", "--config", str(file), "--tflops", "1"])
+        main(["plan", "--config", str(file), "--gpus", "80GB"])  # of which nothing is measured either
         of[str(bits)] = capsys.readouterr().out
     assert of["[2, 8, 4]"] == of["8"]
     rules = [Rule("all", {**RTN, "bits": [2, 8, 4]})]

@@ -90,11 +90,21 @@ def test_large_models_from_their_shapes(capsys):
 def test_a_gpu_that_is_here_is_planned_for_unless_the_run_is_on_the_cpu(monkeypatch):
     monkeypatch.setattr(planning, "best_device", lambda: torch.device("cuda"))
     monkeypatch.setattr(planning, "_measured_rate", lambda precision, device: {"cuda": 5e14, "cpu": 1e11}[device.type])
+    monkeypatch.setattr(planning, "_measured_bandwidth", lambda device: {"cuda": 2e12, "cpu": 1e10}[device.type])
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 * 10**9))
-    assert parse_machine(None, 1, None, "auto") == Machine(1, 1, 80 * 10**9, True, 5e14, "measured here")
-    assert parse_machine(None, 1, 300, "auto", "gpu") == Machine(1, 1, 80 * 10**9, True, 3e14, "stated")
+    assert parse_machine(None, 1, None, "auto") == Machine(
+        1, 1, 80 * 10**9, True, 5e14, 2e12, "measured here", here=True
+    )
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    counts = [
+        parse_machine(None, 1, 300, "auto", "gpu", devices).devices for devices in (None, [3, 5], "auto", -1, 4, "2")
+    ]
+    assert counts == [1, 2, 8, 8, 4, 2]
+    assert parse_machine(None, 1, 300, "auto", "gpu") == Machine(
+        1, 1, 80 * 10**9, True, 3e14, 2e12, "stated", here=True
+    )
     here = parse_machine(None, 1, None, "auto", "cpu")
-    assert (here.on_gpu, here.rate, here.device_bytes) == (False, 1e11, host_bytes())
+    assert here == Machine(1, 1, host_bytes(), False, 1e11, 1e10, "measured here", here=True)
 
 
 def test_what_does_not_fit_or_cannot_be(capsys, tmp_path):
@@ -127,7 +137,7 @@ def test_the_whole_is_planned_for(llama, text_file):
     blocks = [Rule("all", {"name": "gptq", "bits": 3, "group_size": 16, "correct": 1.0})]
     whole = Rule("whole", "scales", objective="logit_ce", steps=10, batch_size=4)
     data = CalibrationData(str(text_file), num_samples=8, seq_len=32, num_held_out=4)
-    machine = Machine(1, 1, 10**11, False, 1e12, "stated")
+    machine = Machine(1, 1, 10**11, False, 1e12, 1e10, "stated")
     without, with_it = (plan_run(str(llama), rules, data, "32-true", machine) for rules in (blocks, [*blocks, whole]))
     (added,) = set(with_it.blocks) - set(without.blocks)
     assert added.startswith("the whole model  scales")
@@ -136,4 +146,4 @@ def test_the_whole_is_planned_for(llama, text_file):
     skeleton = ModelSkeleton(open_checkpoint(str(llama)))
     weights = sum(o * i for index in range(len(skeleton)) for o, i in skeleton.linear_shapes(index).values())
     trained = 6 * weights * whole.steps * whole.batch_size * data.seq_len
-    assert trained < with_it.flop - without.flop < 3 * trained
+    assert trained < with_it.work.flop - without.work.flop < 3 * trained
