@@ -74,7 +74,7 @@ class ActivationCache:
         """
         size = self.ranks.size
         mine = [index for index in indices if index % size == self.ranks.rank]
-        local = torch.tensor([index // size for index in mine])
+        local = torch.tensor([index // size for index in mine], dtype=torch.int64)
         target = {name: _rows(value, local) for name, value in self.target.items()}
         hidden = _rows(self.teacher, local)[..., : self.width]
         target |= {"hidden": hidden, "next_token": self.next_token[local]}

@@ -131,3 +131,8 @@ def test_a_captured_step_writes_what_an_eager_one_writes(config, tmp_path):
         expected = list(eager.answer(ids, 20, set()))
         assert list(captured.answer(ids, 20, set())) == expected
         assert Writer(model).write(ids, 20, set(), None) == expected
+    drawn, answers = Decoder(model, 32, True, Sampler(0.9, 0.95)), []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        answers.append(list(drawn.answer(ids, 20, set())))
+    assert answers[0] == answers[1] != answers[2]  # a graph that is launched again draws anew
