@@ -136,6 +136,17 @@ def test_any_model_and_setting(text_file, tmp_path, family, quantizer):
     assert changed and all(name.endswith("weight_scale") for name in changed)
 
 
+def test_a_quantised_head_stays_as_it_shipped(text_file, tmp_path):
+    model = save_tiny(tmp_path / "model", tie_word_embeddings=False)
+    rules = [Rule("head", {"name": "rtn", "bits": 8, "group_size": 16}), *BLOCKS]
+    before = calibrate(model, text_file, tmp_path / "before", rules=rules)
+    after = calibrate(model, text_file, tmp_path / "after", rules=[*rules, WHOLE])
+    old, new = shards(before), shards(after)
+    head = [name for name in old if name.startswith("lm_head.weight_")]
+    assert len(head) > 1 and all(torch.equal(old[name], new[name]) for name in head)
+    assert read(after)[0]["before_last_training"] == read(before)[0]["quantized"]
+
+
 @pytest.mark.parametrize(
     ("rules", "message"),
     [
