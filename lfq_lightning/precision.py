@@ -88,7 +88,7 @@ def _product_seconds(dtype: torch.dtype, rows: int, width: int) -> tuple[float, 
     x, weight = torch.ones(rows, width), torch.ones(width, width)
     half = x.to(dtype), weight.to(dtype)
     both = lambda: _product(*half), lambda: _product(x, weight)
-    seconds = [[_seconds(product) for product in both] for _ in range(_ROUNDS)]
+    seconds = [[seconds_of(product) for product in both] for _ in range(_ROUNDS)]
     least = [min(column) for column in zip(*seconds, strict=True)]
     return least[0], least[1]
 
@@ -97,7 +97,8 @@ def _product(x: Tensor, weight: Tensor) -> Tensor:
     return torch.nn.functional.linear(x, weight)
 
 
-def _seconds(work: Callable[[], Tensor]) -> float:
+def seconds_of(work: Callable[[], object]) -> float:
+    """Return how long one call takes."""
     started = time.perf_counter()
     work()
     return time.perf_counter() - started

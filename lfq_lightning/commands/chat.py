@@ -3,14 +3,7 @@
 import sys
 from typing import TYPE_CHECKING
 
-from lfq_lightning.commands.command_line import (
-    MODEL_DIR,
-    add_sampling,
-    check_positive,
-    log_to_stderr,
-    parser,
-    sampler_of,
-)
+from lfq_lightning.commands.command_line import add_answering, log_to_stderr, parser, sampler_of
 from lfq_lightning.errors import UserError
 
 if TYPE_CHECKING:
@@ -20,11 +13,8 @@ if TYPE_CHECKING:
 def main(arguments: list[str]) -> None:
     """Run the command."""
     ours = parser("chat", "Talk with a packed model; an empty line ends it.")
-    ours.add_argument("model", metavar="MODEL", help=MODEL_DIR)
-    ours.add_argument("--max-new-tokens", type=int, default=300, help="longest answer (default: 300)")
-    add_sampling(ours)
+    add_answering(ours, longest=300)
     options = ours.parse_args(arguments)
-    check_positive(options, "max_new_tokens")
     sampler = sampler_of(options)
     log_to_stderr()
     chat(options.model, options.max_new_tokens, sampler)

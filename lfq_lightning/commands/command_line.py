@@ -25,15 +25,18 @@ def check_positive(options: argparse.Namespace, *names: str) -> None:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1.")
 
 
-def add_sampling(ours: argparse.ArgumentParser) -> None:
-    """Add the options of `sampler_of`."""
+def add_answering(ours: argparse.ArgumentParser, longest: int) -> None:
+    """Add the model, the length of an answer, and the options of `sampler_of`."""
+    ours.add_argument("model", metavar="MODEL", help=MODEL_DIR)
+    ours.add_argument("--max-new-tokens", type=int, default=longest, help=f"longest answer (default: {longest})")
     ours.add_argument("--temperature", type=float, default=0.0, help="draw tokens; 0 takes the likeliest (default: 0)")
     ours.add_argument("--top-p", type=float, default=1.0, help="share of the probability drawn from (default: 1)")
     ours.add_argument("--seed", type=int, default=0, help="of what is drawn (default: 0)")
 
 
 def sampler_of(options: argparse.Namespace) -> "Sampler":
-    """Return the sampler that the options ask for, its generator seeded. Raises UserError."""
+    """Return the sampler that the options of `add_answering` ask for, its generator seeded. Raises UserError."""
+    check_positive(options, "max_new_tokens")
     if not 0 <= options.seed < 2**63:
         raise UserError(f"--seed {options.seed} must be at least 0 and below 2^63.")
     import torch

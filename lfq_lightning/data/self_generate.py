@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 from transformers import (
     GenerationConfig,
-    LogitsProcessor,
     LogitsProcessorList,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
+from lfq_lightning.data.chosen_token import ChosenToken
 from lfq_lightning.data.pack_sequences import pack_sequences
 from lfq_lightning.data.prompt_tokens import check_tokens, prompt_tokens, text_tokens
 from lfq_lightning.data.roomy_cache import roomy_cache
@@ -142,22 +142,18 @@ def end_ids(
     return {end for end in [*listed, tokenizer.eos_token_id] if end is not None}
 
 
-class _Draw(LogitsProcessor):
-    """Draws a token of each row at temperature 1 and leaves only that one.
+def _draw(logits: Tensor) -> Tensor:
+    """Return a token (B, 1) of each row of logits (B, V), drawn at temperature 1.
 
     One uniform number a row: `do_sample` draws one for each token of the vocabulary, which takes a CPU as long as the
     model's attention.
     """
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        p = scores.softmax(-1)
-        if scores.is_cuda:  # where a running sum is not deterministic
-            token = torch.multinomial(p, 1)
-        else:
-            below = p.cumsum(-1)
-            drawn = torch.rand(len(scores), 1) * below[:, -1:]
-            token = torch.searchsorted(below, drawn, right=True).clamp_(max=scores.shape[1] - 1)
-        return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
+    p = logits.softmax(-1)
+    if logits.is_cuda:  # where a running sum is not deterministic
+        return torch.multinomial(p, 1)
+    below = p.cumsum(-1)
+    drawn = torch.rand(len(logits), 1) * below[:, -1:]
+    return torch.searchsorted(below, drawn, right=True).clamp_(max=logits.shape[1] - 1)
 
 
 def _sample(model: PreTrainedModel, prompts: list[list[int]], seq_len: int, ends: set[int]) -> list[list[int]]:
@@ -175,8 +171,8 @@ def _sample(model: PreTrainedModel, prompts: list[list[int]], seq_len: int, ends
             attention_mask=attention_mask,
             **roomy_cache(model),
             use_cache=True,  # whatever a training script has left in the config
-            do_sample=False,  # _Draw leaves one token to choose
-            logits_processor=LogitsProcessorList([_Draw()]),
+            do_sample=False,  # ChosenToken leaves one
+            logits_processor=LogitsProcessorList([ChosenToken(_draw)]),
             max_length=seq_len,
             eos_token_id=sorted(ends) or None,
             pad_token_id=min(ends) if ends else 0,

@@ -7,12 +7,13 @@ from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
+from lfq_lightning.data.chosen_token import ChosenToken
 from lfq_lightning.data.prompt_tokens import check_tokens, prompt_tokens
 from lfq_lightning.data.self_generate import end_ids
 from lfq_lightning.errors import one_line
 from lfq_lightning.models.chat_template import Message, render
 from lfq_lightning.packed.decoder import Decoder, decodable
-from lfq_lightning.packed.sampler import Chosen, Sampler
+from lfq_lightning.packed.sampler import Sampler
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +48,9 @@ class Writer:
                     prompt,
                     attention_mask=torch.ones_like(prompt),
                     do_sample=False,
-                    logits_processor=LogitsProcessorList([Chosen(self.sampler)]) if self.sampler.temperature else None,
+                    logits_processor=LogitsProcessorList(
+                        [ChosenToken(self.sampler)] if self.sampler.temperature else []
+                    ),
                     max_new_tokens=max_new_tokens,
                     min_new_tokens=None if ends else max_new_tokens,
                     eos_token_id=sorted(ends) or None,

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor
 
 from lfq_lightning.errors import UserError
 
@@ -44,20 +43,6 @@ class Sampler:
         p, tokens = p.sort(descending=True, stable=True)
         p = p.masked_fill(p.cumsum(-1) - p >= self.top_p, 0.0)
         return tokens.gather(-1, _drawn(p))
-
-
-class Chosen(LogitsProcessor):
-    """Leaves the token that a sampler chooses, for transformers' `generate`.
-
-    Args:
-        sampler: which chooses.
-    """
-
-    def __init__(self, sampler: Sampler) -> None:
-        self.sampler = sampler
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        return torch.full_like(scores, -torch.inf).scatter_(-1, self.sampler(scores), 0.0)
 
 
 def _drawn(p: Tensor) -> Tensor:

@@ -128,8 +128,8 @@ def block_memory(plan: BlockPlan, skeleton: ModelSkeleton, setting: Setting) -> 
     read = block + (width * weights // len(plan.indices) if width != 4 and block else 0)
     solve = block + forward + head
     if plan.stage.from_shards:  # a layer at a time: its weights, its codes, and the weights that round to them
-        codes = sum(o * i for name, (o, i) in shapes.items() if name in plan.layers and not plan.layers[name].learned)
-        solve = max(solve, sum(_held(plan, shapes)) // setting.ranks + 9 * weights // len(plan.indices) + codes)
+        held = sum(_held(plan, shapes)) // setting.ranks + _codes(plan, shapes)
+        solve = max(solve, held + 9 * weights // len(plan.indices))
     solved, folded, beside = 0, 0, dict[int, int]()  # what the other experts' stacks hold, observed in the same pass
     for names, layer in _stacks(shapes, plan.solved):
         columns, rows = shapes[names[0]][1], sum(shapes[name][0] for name in names)
@@ -152,14 +152,9 @@ def _train(plan: BlockPlan, shapes: dict[str, tuple[int, int]], setting: Setting
     if not plan.learned:
         return 0
     trained, frozen = _held(plan, shapes)
-    saved = largest = codes = 0
-    for name, (o, i) in shapes.items():
-        layer = plan.layers.get(name)
-        if layer is None or layer.learned is None:
-            codes += o * i if layer is not None else 0
-            continue
-        saved += o * i * (setting.compute_bytes if setting.on_gpu else 9 + setting.compute_bytes)
-        largest = max(largest, o * i)
+    sizes = [o * i for name, (o, i) in shapes.items() if name in plan.layers and plan.layers[name].learned]
+    saved = sum(sizes) * (setting.compute_bytes if setting.on_gpu else 9 + setting.compute_bytes)
+    largest = max(sizes)
     width = max(max(shape) for shape in shapes.values())
     tokens = plan.batch_size * setting.seq_len // setting.ranks
     layers = 1 if plan.activation_checkpointing else len(plan.indices)
@@ -176,7 +171,7 @@ def _train(plan: BlockPlan, shapes: dict[str, tuple[int, int]], setting: Setting
         gradients = trained if at_once == 1 else trained // setting.ranks + trained // len(plan.indices)
     # gradients grow while what was kept for them shrinks
     backward = max(saved + activations, gradients) + (12 if setting.on_gpu else 24) * largest
-    return shared + whole + codes + backward + loss
+    return shared + whole + _codes(plan, shapes) + backward + loss
 
 
 def _held(plan: BlockPlan, shapes: dict[str, tuple[int, int]]) -> tuple[int, int]:
@@ -187,6 +182,11 @@ def _held(plan: BlockPlan, shapes: dict[str, tuple[int, int]]) -> tuple[int, int
         own = (0, o * i) if layer is None or layer.learned is None else _parameters(layer, o, i)
         trained, frozen = trained + 4 * own[0], frozen + 4 * own[1]
     return trained, frozen
+
+
+def _codes(plan: BlockPlan, shapes: dict[str, tuple[int, int]]) -> int:
+    """Return the bytes of the codes of planned layers that are not trained."""
+    return sum(o * i for name, (o, i) in shapes.items() if name in plan.layers and not plan.layers[name].learned)
 
 
 def _kept_in_training(plan: BlockPlan, trained: int) -> int:

@@ -2,7 +2,6 @@
 
 import re
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -33,7 +32,7 @@ from lfq_lightning.planning.memory_estimate import (
     stream_bytes,
 )
 from lfq_lightning.planning.preflight import check_shares, check_training, output_bytes
-from lfq_lightning.precision import AUTO, choose_precision, compute_dtype, product_dtype
+from lfq_lightning.precision import AUTO, choose_precision, compute_dtype, product_dtype, seconds_of
 from lfq_lightning.registry import plugin_name
 from lfq_lightning.stages import BlockPlan, LaterStage, Rule
 
@@ -298,15 +297,13 @@ def _measured_bandwidth(device: torch.device) -> float:
 
 def _seconds(work: Callable[[], Tensor], device: torch.device) -> float:
     """Return the median time of seven calls, after one that does not count."""
-    finish = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    times = []
-    for _ in range(8):
-        finish()
-        started = time.perf_counter()
+
+    def finished() -> None:
         work()
-        finish()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times[1:])
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    return statistics.median([seconds_of(finished) for _ in range(8)][1:])
 
 
 def _gb(size: float) -> str:

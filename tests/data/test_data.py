@@ -10,9 +10,10 @@ from transformers import AutoModelForCausalLM
 
 from lfq_lightning.cli import main
 from lfq_lightning.data import CalibrationData
+from lfq_lightning.data.chosen_token import ChosenToken
 from lfq_lightning.data.pack_sequences import pack_sequences
 from lfq_lightning.data.roomy_cache import roomy_cache
-from lfq_lightning.data.self_generate import _Draw
+from lfq_lightning.data.self_generate import _draw
 from lfq_lightning.data.source import Source, shares
 from lfq_lightning.errors import UserError
 from lfq_lightning.models.checkpoints import open_checkpoint
@@ -303,7 +304,7 @@ def test_tokens_are_drawn_by_their_probability():
     """Frequencies of 20,000 draws are those of the softmax, within five standard deviations."""
     scores = torch.tensor([0.5, -1.0, 2.0, -torch.inf, 0.0]).repeat(20_000, 1)
     torch.manual_seed(0)
-    left = _Draw()(torch.zeros(0), scores)
+    left = ChosenToken(_draw)(torch.zeros(0), scores)
     assert torch.equal((left == 0).sum(1), torch.ones(20_000, dtype=torch.long))
     assert bool(((left == 0) | (left == -torch.inf)).all())
     found, p = (left == 0).double().mean(0), scores[0].double().softmax(-1)
